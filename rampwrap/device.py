@@ -1,0 +1,93 @@
+"""`Device`: the hardware constants that predictions depend on, and how to read them off a GPU."""
+
+from typing import Any
+
+import attrs
+
+from rampwrap.errors import InputError
+
+
+@attrs.frozen
+class Device:
+    """A GPU as the cost model sees it.
+
+    `copy_gbps` counts bytes read plus bytes written by a large device-to-device copy; the TFLOP/s are dense
+    matrix rates. None where nobody measured or stated them.
+    """
+
+    name: str
+    num_sms: int
+    l2_bytes: int = 0
+    copy_gbps: float | None = None
+    smem_bytes_per_sm: int | None = None
+    bf16_tflops: float | None = None
+    fp8_tflops: float | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.num_sms < 1:
+            raise InputError(f"device {self.name!r} has {self.num_sms} SMs; give at least 1.")
+
+    @property
+    def short_name(self) -> str:
+        """``nvidia-h200``: for file names and the command line."""
+        return "-".join(self.name.lower().replace("_", " ").split())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form without unknown values."""
+        return {key: value for key, value in attrs.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Device":
+        """Reads `to_dict`'s form; unknown keys are ignored.
+
+        Raises:
+            InputError: no name or no number of SMs.
+        """
+        known = {field.name for field in attrs.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in raw.items() if key in known})
+        except TypeError as error:
+            raise InputError(f"device {raw!r} is not usable ({error}); give at least name and num_sms.") from error
+
+    @classmethod
+    def current(cls) -> "Device":
+        """The GPU that torch uses now; the simulated device where there is none."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return SIMULATED
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        stated = DEVICES.get("-".join(found.name.lower().split()))
+        return cls(
+            name=found.name,
+            num_sms=found.multi_processor_count,
+            l2_bytes=found.L2_cache_size,
+            copy_gbps=stated.copy_gbps if stated else None,
+            smem_bytes_per_sm=getattr(found, "shared_memory_per_multiprocessor", None),
+            bf16_tflops=stated.bf16_tflops if stated else None,
+            fp8_tflops=stated.fp8_tflops if stated else None,
+        )
+
+
+# copy_gbps and bf16_tflops of the H200: measured (8.6 GB copy, 8192^3 product on random data); the others are
+# the vendor's figures times the shares that the H200 reaches (0.90 of the bandwidth, 0.80 of the matrix rate).
+DEVICES = {
+    "nvidia-h200": Device("NVIDIA H200", 132, 62_914_560, 4300.0, 233_472, 790.0, 1580.0),
+    "nvidia-h100-80gb-hbm3": Device("NVIDIA H100 80GB HBM3", 132, 52_428_800, 3010.0, 233_472, 790.0, 1580.0),
+    "nvidia-a100-sxm4-80gb": Device("NVIDIA A100-SXM4-80GB", 108, 41_943_040, 1830.0, 167_936, 250.0, None),
+    "nvidia-b200": Device("NVIDIA B200", 148, 132_644_864, 7200.0, 233_472, 1800.0, 3600.0),
+}
+SIMULATED = Device("simulated", 132, 62_914_560, 4300.0, 233_472, 790.0, 1580.0)
+
+
+def find_device(name: str) -> Device:
+    """A device by name, in any spelling of its words: ``H200``, ``nvidia-h200``.
+
+    Raises:
+        InputError: no such device is known.
+    """
+    wanted = "-".join(name.lower().replace("_", "-").split())
+    for key, device in DEVICES.items():
+        if wanted in (key, key.removeprefix("nvidia-")) or key.removeprefix("nvidia-").startswith(wanted + "-"):
+            return device
+    raise InputError(f"device {name!r} is unknown; use one of {', '.join(DEVICES)}.")

@@ -1,0 +1,119 @@
+"""`CtaGrid`: all that a cost model may know of a config, and the arithmetic of blocks and waves."""
+
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from rampwrap.errors import ConfigError
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+def _positive(instance: object, attribute: "attrs.Attribute[Any]", value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"CtaGrid.{attribute.name} is {value}; give a number of at least 1.")
+
+
+@attrs.frozen
+class CtaGrid:
+    """How many thread blocks (CTAs) a config launches for a histogram, and how they fill the GPU.
+
+    A fused-MoE kernel cuts the tokens of each expert into M blocks of `block_m` rows and launches a fixed
+    number of CTAs for each of them, so ``CTAs = num_blocks(expert_counts, block_m) * ctas_per_block``.
+    """
+
+    block_m: int = attrs.field(validator=_positive)
+    "Token rows of one M block."
+    ctas_per_block: int = attrs.field(validator=_positive)
+    "CTAs of one M block over all launches of the layer, split-K copies included."
+    launches: tuple[int, ...] = attrs.field(converter=tuple, kw_only=True)
+    "The same by launch: sums to `ctas_per_block`."
+    ctas_per_sm: int | None = attrs.field(default=None, kw_only=True)
+    "CTAs of this config resident on one SM at a time; None where the kernel cannot say."
+    split_k: int = attrs.field(default=1, kw_only=True, validator=_positive)
+    persistent: bool = attrs.field(default=False, kw_only=True)
+    "One CTA per slot of the GPU, each looping over tiles: there is no tail wave to quantise."
+
+    @launches.default
+    def _one_launch(self) -> tuple[int, ...]:
+        return (self.ctas_per_block,)
+
+    @launches.validator
+    def _launches_add_up(self, attribute: "attrs.Attribute[tuple[int, ...]]", value: tuple[int, ...]) -> None:
+        if sum(value) != self.ctas_per_block or min(value, default=0) < 1:
+            raise ConfigError(
+                f"CtaGrid.launches is {value}; give positive numbers that add up to ctas_per_block={self.ctas_per_block}."
+            )
+
+    @ctas_per_sm.validator
+    def _resident(self, attribute: "attrs.Attribute[int | None]", value: int | None) -> None:
+        if value is not None:
+            _positive(self, attribute, value)
+
+    def num_ctas(self, expert_counts: npt.ArrayLike) -> int:
+        """CTAs that do work for this histogram, over all launches of the layer."""
+        return int(num_blocks(expert_counts, self.block_m)) * self.ctas_per_block
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; fields at their defaults are left out, so that tables stay small."""
+        out: dict[str, Any] = {"block_m": self.block_m, "ctas_per_block": self.ctas_per_block}
+        if self.launches != (self.ctas_per_block,):
+            out["launches"] = list(self.launches)
+        if self.ctas_per_sm is not None:
+            out["ctas_per_sm"] = self.ctas_per_sm
+        if self.split_k != 1:
+            out["split_k"] = self.split_k
+        if self.persistent:
+            out["persistent"] = True
+        return out
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "CtaGrid":
+        """Reads `to_dict`'s form; unknown keys are ignored, so that newer tables stay readable.
+
+        Raises:
+            ConfigError: a required key is missing or a value is not a positive number.
+        """
+        known = {field.name for field in attrs.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in raw.items() if key in known})
+        except TypeError as error:
+            raise ConfigError(f"A grid {raw!r} is not usable ({error}); give block_m and ctas_per_block.") from error
+
+
+def num_blocks(expert_counts: npt.ArrayLike, block_m: int) -> IntArray:
+    """M blocks of a histogram: ``sum_e ceil(counts[..., e] / block_m)``.
+
+    Args:
+        expert_counts: integers [E] or [W, E], tokens per local expert.
+        block_m: rows of one block.
+
+    Returns:
+        int64 [] or [W].
+    """
+    counts = np.asarray(expert_counts, dtype=np.int64)
+    blocks: IntArray = np.sum(-(-counts // block_m), axis=-1, dtype=np.int64)
+    return blocks
+
+
+def num_waves(num_ctas: int, num_sms: int, ctas_per_sm: int = 1) -> int:
+    """Rounds the GPU needs to run `num_ctas` CTAs when `num_sms * ctas_per_sm` run at a time."""
+    return -(-num_ctas // (num_sms * ctas_per_sm))
+
+
+def last_wave_util(num_ctas: int, num_sms: int, ctas_per_sm: int = 1) -> float:
+    """Share of the last wave's slots that have work, in (0, 1]; 1.0 for an empty grid."""
+    slots = num_sms * ctas_per_sm
+    return ((num_ctas - 1) % slots + 1) / slots if num_ctas else 1.0
+
+
+def max_blocks(num_slots: int, num_experts: int, block_m: int) -> int:
+    """The most M blocks that any routing of `num_slots` = tokens x top_k rows can make: the capacity of a grid.
+
+    With E' = min(E, slots) experts active, each costs one block and every further `block_m` rows one more.
+    """
+    active = min(num_experts, num_slots)
+    return active + (num_slots - active) // block_m

@@ -1,0 +1,249 @@
+"""Routing: how tokens spread over experts. The histogram of real ids, and synthetic routings to profile with."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from rampwrap.errors import InputError
+from rampwrap.grid import FloatArray, IntArray
+
+# Each hot expert of `hot:n` is visited by this share of the tokens; the rest of the slots is uniform.
+HOT_SHARE = 0.9
+
+
+def to_numpy(array: Any) -> npt.NDArray[Any]:
+    """A numpy view of a numpy array, a list or a torch tensor; a CUDA tensor is copied, which waits for the GPU."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().numpy()
+    return np.asarray(array)
+
+
+def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> IntArray:
+    """The histogram: how many tokens each local expert receives.
+
+    Args:
+        topk_ids: integers [num_tokens, top_k], ids of the experts each token visits; numpy, torch or nested lists.
+        num_experts: number of experts over all ranks.
+        expert_map: integers [num_experts], local id of each expert or -1 for an expert of another rank;
+            None when all experts are local.
+
+    Returns:
+        int64 [num_local_experts].
+
+    Raises:
+        InputError: an id lies outside 0 .. num_experts - 1, or ids are not integers.
+    """
+    ids = to_numpy(topk_ids).reshape(-1)
+    if ids.size == 0:
+        ids = ids.astype(np.int64)
+    try:
+        # bincount itself rejects negative ids and floats, so the common case pays for no extra pass.
+        counts = np.bincount(ids, minlength=num_experts)
+    except (ValueError, TypeError):
+        counts = np.empty(num_experts + 1, dtype=np.int64)
+    if counts.size > num_experts:
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"topk_ids has dtype {ids.dtype}; give integers.")
+        bad = ids[(ids < 0) | (ids >= num_experts)]
+        raise InputError(f"topk_ids holds {int(bad[0])}; give ids from 0 to {num_experts - 1}.")
+    if expert_map is None:
+        return counts
+    local = to_numpy(expert_map)
+    if local.shape != (num_experts,):
+        raise InputError(f"expert_map has shape {local.shape}; give one local id for each of {num_experts} experts.")
+    here = local >= 0
+    out = np.zeros(int(here.sum()), dtype=np.int64)
+    out[local[here]] = counts[here]
+    return out
+
+
+def check_counts(counts: Any, num_experts: int, num_slots: int | None = None) -> IntArray:
+    """A histogram from outside, checked.
+
+    Args:
+        counts: integers [num_experts].
+        num_experts: length the histogram must have.
+        num_slots: tokens x top_k that it must sum to; None where some experts live on other ranks.
+
+    Returns:
+        int64 [num_experts].
+
+    Raises:
+        InputError: wrong length, a fraction, a negative count or another sum.
+    """
+    raw = to_numpy(counts)
+    if raw.shape != (num_experts,):
+        raise InputError(f"expert_counts has shape {raw.shape}; give one count for each of {num_experts} experts.")
+    out = raw.astype(np.int64)
+    if not np.array_equal(out, raw):
+        raise InputError(f"expert_counts holds {raw[out != raw][0]}; give whole numbers of tokens.")
+    if out.size and out.min() < 0:
+        raise InputError(f"expert_counts holds {int(out.min())}; a count cannot be negative.")
+    if num_slots is not None and out.sum() != num_slots:
+        raise InputError(
+            f"expert_counts sums to {int(out.sum())} instead of tokens x top_k = {num_slots}; recount topk_ids."
+        )
+    return out
+
+
+_SPEC = re.compile(r"^(uniform|zipf|dirichlet|hot|lognormal|trace)(?::?(.+))?$")
+_DEFAULTS = {"uniform": "", "zipf": "1.2", "dirichlet": "0.3", "hot": "1", "lognormal": "1.0"}
+_SHORT = {"dirichlet": "dir", "lognormal": "logn", "trace": "tr:"}
+
+
+@attrs.frozen
+class Routing:
+    """A distribution of tokens over experts.
+
+    ``uniform``; ``zipf:S`` (popularity of rank r falls as r**-S); ``dirichlet:A`` (popularities drawn from a
+    symmetric Dirichlet, smaller is more skewed); ``hot:N`` (N experts each visited by 90 % of the tokens);
+    ``lognormal:S`` (log popularity is normal with deviation S); ``trace:FILE`` (popularities of recorded steps).
+    """
+
+    kind: str
+    value: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Routing":
+        """Reads ``zipf:1.2``, ``zipf1.2``, ``dirichlet:0.3``, ``hot:2``, ``trace:loads.npz`` and the like.
+
+        Raises:
+            InputError: an unknown name, or a parameter that is not a positive number.
+        """
+        match = _SPEC.match(text.strip())
+        if match is None or (match[1] == "uniform" and match[2]):
+            raise InputError(
+                f"routing {text!r} is unknown; use uniform, zipf:1.2, dirichlet:0.3, hot:1, lognormal:1.0 or trace:FILE."
+            )
+        kind, value = match[1], match[2] or _DEFAULTS.get(match[1], "")
+        if kind == "trace":
+            if not value:
+                raise InputError("routing 'trace' names no file; write trace:FILE.")
+        elif kind != "uniform":
+            try:
+                positive = (
+                    float(value) > 0 and np.isfinite(float(value)) and (kind != "hot" or float(value).is_integer())
+                )
+            except ValueError:
+                positive = False
+            if not positive:
+                raise InputError(
+                    f"routing {text!r} has parameter {value!r}; give a positive number, as in {kind}:{_DEFAULTS[kind]}."
+                )
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        if self.kind == "trace":
+            return _SHORT["trace"] + pathlib.Path(self.value).stem.replace(" ", "_")
+        return _SHORT.get(self.kind, self.kind) + self.value
+
+    def popularity(self, num_experts: int, rng: np.random.Generator) -> FloatArray:
+        """Relative load of each expert, float64 [num_experts], drawn anew at each call.
+
+        Raises:
+            InputError: more hot experts than experts, or a trace without a row for `num_experts` experts.
+        """
+        if self.kind == "uniform":
+            return np.ones(num_experts)
+        if self.kind == "zipf":
+            return rng.permutation((np.arange(num_experts) + 1.0) ** -float(self.value))
+        if self.kind == "dirichlet":
+            return rng.dirichlet(np.full(num_experts, float(self.value)))
+        if self.kind == "lognormal":
+            return np.exp(rng.normal(0.0, float(self.value), num_experts))
+        if self.kind == "hot":
+            num_hot = int(float(self.value))
+            if num_hot > num_experts:
+                raise InputError(
+                    f"routing hot:{num_hot} has more hot experts than there are experts ({num_experts}); lower it."
+                )
+            return rng.permutation(np.arange(num_experts) < num_hot).astype(np.float64)
+        loads = read_trace(self.value, num_experts)
+        return np.asarray(loads[rng.integers(len(loads))], dtype=np.float64)
+
+    def sample(self, num_tokens: int, num_experts: int, top_k: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
+        """Draws which experts each token visits: int32 [num_tokens, top_k], no expert twice in a row.
+
+        Sampling without replacement by popularity is the Gumbel top-k trick: the k largest of log p + Gumbel noise.
+        """
+        popularity = self.popularity(num_experts, rng)
+        noise = rng.gumbel(size=(num_tokens, num_experts))
+        if self.kind == "hot":
+            # A hot expert goes first where its coin says so; everything else is uniform.
+            taken = (popularity > 0) & (rng.random((num_tokens, num_experts)) < HOT_SHARE)
+            score = noise + np.where(taken, 1e6, 0.0)
+        else:
+            with np.errstate(divide="ignore"):
+                # A popularity of 0 still has to fill up a token whose other experts are used up.
+                score = noise + np.maximum(np.log(popularity / popularity.sum()), -80.0)
+        order = np.argpartition(-score, min(top_k, num_experts) - 1, axis=1)[:, :top_k]
+        return order.astype(np.int32)
+
+
+def read_trace(path: str, num_experts: int) -> FloatArray:
+    """Recorded expert loads: float64 [rows, num_experts], one row a layer or step.
+
+    Reads ``.npy`` and ``.npz`` (every array whose last axis is `num_experts`) and ``.json`` (nested lists).
+
+    Raises:
+        InputError: the file cannot be read, or holds no usable row.
+    """
+    try:
+        if path.endswith(".npz"):
+            with np.load(path) as archive:
+                arrays = [np.asarray(archive[key]) for key in archive.files]
+        elif path.endswith(".npy"):
+            arrays = [np.load(path)]
+        elif path.endswith(".json"):
+            arrays = [np.asarray(json.loads(pathlib.Path(path).read_text()))]
+        else:
+            raise InputError(f"trace {path!r} is of no known kind; give .npy, .npz or .json.")
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"trace {path!r} cannot be read ({error}); give .npy, .npz or .json with loads [rows, experts]."
+        ) from error
+    rows = [
+        a.reshape(-1, num_experts).astype(np.float64)
+        for a in arrays
+        if a.ndim and a.shape[-1] == num_experts and a.dtype.kind in "iuf"
+    ]
+    loads = np.concatenate(rows) if rows else np.empty((0, num_experts))
+    loads = loads[np.isfinite(loads).all(axis=1) & (loads >= 0).all(axis=1) & (loads.sum(axis=1) > 0)]
+    if not len(loads):
+        raise InputError(f"trace {path!r} holds no loads of {num_experts} experts; its last axis must be the experts.")
+    return np.asarray(loads, dtype=np.float64)
+
+
+@attrs.frozen
+class Workload:
+    """One routing of one batch: what a row of a timing table was measured on."""
+
+    num_tokens: int
+    routing: Routing
+    split: str = "train"
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """``M=64 zipf1.2``: tokens, then the distribution, as timing tables spell it."""
+        return f"M={self.num_tokens} {self.routing}"
+
+    def topk_ids(self, num_experts: int, top_k: int) -> npt.NDArray[np.int32]:
+        """The ids this workload stands for, int32 [num_tokens, top_k]; the same at every call."""
+        spec = f"{self.label} {self.split} E={num_experts} k={top_k}".encode()
+        rng = np.random.default_rng([self.seed, *spec])
+        return self.routing.sample(self.num_tokens, num_experts, top_k, rng)
+
+
+def workload_grid(
+    token_counts: list[int], routings: list[Routing], split: str = "train", seed: int = 0
+) -> list[Workload]:
+    """Every token count with every routing, token counts outermost."""
+    return [Workload(tokens, routing, split, seed) for tokens in token_counts for routing in routings]
