@@ -91,8 +91,15 @@ class Kernel(Protocol):
         ``inputs(shape, topk_ids, *, seed=0)``  keyword arguments for `launch` on random data, for profiling.
     """
 
-    name: str
-    configs: Sequence[Config]
+    @property
+    def name(self) -> str:
+        """By which plans and tables know it."""
+        ...
+
+    @property
+    def configs(self) -> Sequence[Config]:
+        """All tuning parameters it can be launched with, each once."""
+        ...
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
         """The CTA grid that `launch` will use for this config: data only, never a launch."""
@@ -101,6 +108,30 @@ class Kernel(Protocol):
     def launch(self, config: Config, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the layer with this config and returns what the kernel returns."""
         ...
+
+
+class Restricted:
+    """A kernel seen through some of its configs; everything else is the kernel's own."""
+
+    def __init__(self, kernel: Kernel, configs: Sequence[Config]) -> None:
+        self._kernel = kernel
+        self.configs = check_configs(configs, f"kernel {kernel.name!r}")
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self._kernel.name
+
+    def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
+        """The kernel's."""
+        return self._kernel.grid(config, shape)
+
+    def launch(self, config: Config, /, *args: Any, **kwargs: Any) -> Any:
+        """The kernel's."""
+        return self._kernel.launch(config, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
 
 
 def config_key(config: Config) -> str:

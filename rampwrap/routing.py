@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import zipfile
 from typing import Any
 
 import attrs
@@ -203,7 +204,7 @@ def read_trace(path: str, num_experts: int) -> FloatArray:
             arrays = [np.asarray(json.loads(pathlib.Path(path).read_text()))]
         else:
             raise InputError(f"trace {path!r} is of no known kind; give .npy, .npz or .json.")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

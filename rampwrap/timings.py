@@ -1,5 +1,6 @@
 """`Timings`: measured microseconds of configs on workloads, and the `.npz` file that holds them (schema 1)."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -213,16 +214,21 @@ class replacing:
         return self._stream
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        failure = error if isinstance(error, OSError) else None
         try:
             if kind is None:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
                 self._stream.close()
                 self._temporary.replace(self.path)
-        except OSError as failure:
+        except OSError as late:
+            failure = late
+        finally:
+            # Closing flushes what is buffered, which a full disk refuses a second time.
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+        if failure is not None:
             raise TableError(
                 f"{self.path} could not be written ({failure.strerror}); free some space and run again."
             ) from failure
-        finally:
-            self._stream.close()
-            self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,39 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Both set up everything they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where the machine has torch already (a GPU box), it is used; elsewhere the CPU build of this release is enough.
+SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; print('--system-site-packages')" 2>/dev/null)
+TORCH := $(if $(SYSTEM_TORCH),,torch==2.13.0)
+
+.PHONY: demo test setup lint types unit wheel clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[triton,plot,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup lint types unit wheel
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+# Built, installed and tested away from the source tree: what the index would serve.
+wheel: setup
+	BIN="$(abspath $(BIN))" bash tests/test_wheel.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,36 @@
+"""Kernels by name: how the command line finds an adapter, or a kernel of the user's own."""
+
+import importlib
+from collections.abc import Callable
+
+from rampwrap.errors import InputError
+from rampwrap.kernel import Kernel, MoEShape
+
+# name -> where its factory lives; a factory takes the layer's shape. A new backend is one file and one line here.
+KERNELS = {
+    "triton_fused_moe": "rampwrap.adapters.triton_fused_moe:TritonFusedMoE",
+    "sim": "rampwrap.sim:SimKernel",
+}
+
+
+def make_kernel(name: str, shape: MoEShape) -> Kernel:
+    """A kernel for `shape`.
+
+    Args:
+        name: one of `KERNELS`, or ``package.module:factory`` of the user's own.
+        shape: handed to the factory.
+
+    Raises:
+        InputError: an unknown name, a package that is not installed, or a factory that is not there.
+    """
+    where = KERNELS.get(name, name)
+    module_name, colon, attribute = where.partition(":")
+    if not colon:
+        raise InputError(f"kernel {name!r} is unknown; use one of {', '.join(KERNELS)} or package.module:factory.")
+    try:
+        factory: Callable[[MoEShape], Kernel] = getattr(importlib.import_module(module_name), attribute)
+    except ImportError as error:
+        raise InputError(f"kernel {name!r} needs a package that is not here ({error}); install it first.") from error
+    except AttributeError:
+        raise InputError(f"kernel {name!r}: module {module_name} has no {attribute}; check the spelling.") from None
+    return factory(shape)

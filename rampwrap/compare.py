@@ -1,0 +1,206 @@
+"""Compare: policies over workloads, judged by measured times. The same code judges a live A/B and a replayed table."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+from rampwrap.cost import CostModel, fit
+from rampwrap.errors import InputError, TableError
+from rampwrap.grid import FloatArray, IntArray
+from rampwrap.policy import Bucket, Oracle, Policy, Static, WaveCost
+from rampwrap.static import StaticTable, tuned_averaged, tuned_uniform
+from rampwrap.timings import Timings
+
+STATIC_UNIFORM, STATIC_AVERAGED, ORACLE = "static-uniform", "static-averaged", "oracle"
+# A workload counts as slower than static from here on: repeated measurements agree within 0.2-0.8 %.
+SLOWER_BY = 0.01
+
+
+@attrs.frozen
+class Summary:
+    """One policy over all workloads; everything but microseconds is a fraction."""
+
+    policy: str
+    mean_us: float
+    speedup: float
+    "Geometric mean over workloads of baseline time / this policy's time."
+    regret_mean: float
+    "Regret: time over the measured best config of the same workload, minus 1."
+    regret_p95: float
+    regret_max: float
+    captured_headroom: float
+    "(baseline - picked) / (baseline - oracle) in total time; 0 where the baseline leaves nothing to gain."
+    slower_than_static_share: float
+    "Share of workloads more than 1 % slower than the baseline."
+
+
+@attrs.frozen(eq=False)
+class Comparison:
+    """Which config each policy picked on each workload, over a table that says what that costs.
+
+    Attributes:
+        timings: the workloads judged, and their measured times.
+        picks: per policy, int64 [workloads]: index of the config it picked.
+        baseline: the policy that speedups and headroom refer to.
+        model_error: per fitted policy, mean absolute relative error of its predictions over all cells.
+        fit_seconds: wall-clock time of all fits.
+    """
+
+    timings: Timings
+    picks: dict[str, IntArray]
+    baseline: str = STATIC_UNIFORM
+    model_error: dict[str, float] = attrs.field(factory=dict)
+    fit_seconds: float = 0.0
+
+    def us(self, policy: str) -> FloatArray:
+        """Measured time of what the policy picked, float64 [workloads].
+
+        A cell that was never measured counts as the slowest of its workload: ignorance is no merit.
+        """
+        rows = np.arange(len(self.timings.us))
+        picked = self.timings.us[rows, self.picks[policy]]
+        worst: FloatArray = np.where(np.isnan(picked), np.nanmax(self.timings.us, axis=1), picked)
+        return worst
+
+    def spread(self, policy: str) -> FloatArray:
+        """Relative spread of those measurements, float64 [workloads]; NaN where not recorded."""
+        if self.timings.spread is None:
+            return np.full(len(self.timings.us), np.nan)
+        picked: FloatArray = self.timings.spread[np.arange(len(self.timings.us)), self.picks[policy]]
+        return picked
+
+    def summary(self, policy: str) -> Summary:
+        """The policy's figures over all workloads."""
+        us, static, oracle = self.us(policy), self.us(self.baseline), np.nanmin(self.timings.us, axis=1)
+        regret = us / oracle - 1.0
+        headroom = float((static - oracle).sum())
+        return Summary(
+            policy,
+            float(us.mean()),
+            float(np.exp(np.log(static / us).mean())),
+            float(regret.mean()),
+            float(np.quantile(regret, 0.95)),
+            float(regret.max()),
+            float((static - us).sum()) / headroom if headroom > 0 else 0.0,
+            float((us > static * (1.0 + SLOWER_BY)).mean()),
+        )
+
+    def summaries(self) -> list[Summary]:
+        """All policies, in the order they were given."""
+        return [self.summary(policy) for policy in self.picks]
+
+    def by_tokens(self, policy: str) -> list[tuple[int, float, float]]:
+        """(tokens, mean us, geometric-mean speedup over the baseline) for each token count."""
+        us, static = self.us(policy), self.us(self.baseline)
+        return [
+            (int(tokens), float(us[rows].mean()), float(np.exp(np.log(static[rows] / us[rows]).mean())))
+            for tokens in np.unique(self.timings.num_tokens)
+            for rows in [self.timings.num_tokens == tokens]
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: ``{"policies": {NAME: {...}}, "fit_seconds", ...}``, all as fractions."""
+        policies: dict[str, Any] = {}
+        for summary in self.summaries():
+            policies[summary.policy] = attrs.asdict(summary, filter=lambda field, _: field.name != "policy")
+            if summary.policy in self.model_error:
+                policies[summary.policy]["mean_absolute_error"] = self.model_error[summary.policy]
+        return {
+            "policies": policies,
+            "fit_seconds": self.fit_seconds,
+            "baseline": self.baseline,
+            "workloads": len(self.timings.us),
+            "configs": len(self.timings.configs),
+            "kernel": self.timings.kernel,
+            "device": self.timings.device.name,
+            "shape": self.timings.shape.to_dict(),
+        }
+
+
+def evaluate(timings: Timings, policies: Mapping[str, Policy], baseline: str = STATIC_UNIFORM) -> Comparison:
+    """Asks every policy for every workload of a table and judges the answers by its times.
+
+    Args:
+        timings: what to judge on; workloads that no config ran are left out.
+        policies: by name; their configs must be those of the table, in its order.
+        baseline: the policy that speedups refer to.
+
+    Raises:
+        TableError: no workload has a measured time.
+        InputError: a policy is made for other configs, or the baseline is not among the policies.
+    """
+    ran = np.flatnonzero(~np.isnan(timings.us).all(axis=1))
+    if not len(ran):
+        raise TableError("no workload of the table has a measured time; profile it again.")
+    if baseline not in policies:
+        raise InputError(f"the baseline {baseline!r} is not among the policies {', '.join(policies)}; add it.")
+    timings = timings.take(ran)
+    picks = {}
+    for name, policy in policies.items():
+        if len(policy.configs) != len(timings.configs):
+            raise InputError(
+                f"policy {name!r} has {len(policy.configs)} configs but the table {len(timings.configs)}; fit it to this table."
+            )
+        chosen = [
+            policy.index(counts, int(tokens)) for counts, tokens in zip(timings.counts, timings.num_tokens, strict=True)
+        ]
+        picks[name] = np.array(chosen, dtype=np.int64)
+    return Comparison(timings, picks, baseline)
+
+
+def replay(
+    timings: Timings,
+    train: str = "train",
+    eval_split: str = "eval",
+    models: Sequence[str] = ("ramp4", "default"),
+    extra: Mapping[str, StaticTable] | None = None,
+) -> Comparison:
+    """Fits on one split of a table, dispatches the other, and judges by the measured times; needs no GPU.
+
+    Args:
+        timings: a table with both splits.
+        train, eval_split: names of the splits.
+        models: fitted models to judge. ``ramp4`` is the published form: plain argmin, no guard.
+        extra: more static baselines, by name.
+
+    Raises:
+        TableError: a split is missing or empty.
+        FitError: no model can be fitted to the train split.
+    """
+    rows = timings.rows(train)
+    fitted, judged = timings.take(rows), timings.take(timings.rows(eval_split))
+    everything = np.arange(len(rows))
+    averaged = tuned_averaged(fitted, everything)
+    # A table without uniform rows still has a static baseline; its source says which.
+    uniform = tuned_uniform(fitted, everything) if fitted.is_uniform.any() else averaged
+    policies: dict[str, Policy] = {
+        STATIC_UNIFORM: Static(timings.configs, uniform),
+        STATIC_AVERAGED: Static(timings.configs, averaged),
+    }
+    policies |= {name: Static(timings.configs, table) for name, table in (extra or {}).items()}
+    errors: dict[str, float] = {}
+    started = time.perf_counter()
+    for name in models:
+        model = fit(fitted, name)
+        policies[name] = routing_aware(fitted, model, uniform)
+        errors[name] = prediction_error(model, judged)
+    seconds = time.perf_counter() - started
+    policies[ORACLE] = Oracle(judged)
+    return attrs.evolve(evaluate(judged, policies), model_error=errors, fit_seconds=seconds)
+
+
+def routing_aware(
+    timings: Timings, model: CostModel, static: StaticTable, buckets: tuple[Bucket, ...] = (), choosing_us: float = 0.0
+) -> WaveCost:
+    """The routing-aware policy of a fitted model over the configs of a table."""
+    return WaveCost(timings.configs, model, static, timings.grids, timings.device.num_sms, buckets, choosing_us)
+
+
+def prediction_error(model: CostModel, timings: Timings) -> float:
+    """Mean absolute relative error of a model over all measured cells of a table."""
+    predicted = model.predict(timings.counts)
+    seen = ~np.isnan(timings.us) & np.isfinite(predicted)
+    return float(np.abs(predicted[seen] / timings.us[seen] - 1.0).mean()) if seen.any() else float("nan")

@@ -1,0 +1,423 @@
+"""Cost models: microseconds of every config for any histogram, from coefficients fitted to `Timings`.
+
+``default``, for each config c with M blocks g = sum_e ceil(c_e / block_m) and CTAs n = g * ctas_per_block:
+
+    trend = a + b * waves + p * n + q * active + r * slots            all coefficients >= 0
+    waves = sum over launches of ceil(g * ctas / (num_sms * resident))   resident in 1..8, by held-out error
+    us    = trend * (1 + sum_s weight[c, s] / (1 + |log2 slots - s| / 4 + |log2 active - s| / 2
+                     + |log2 g - s| / 2 + |log2 waves - s| / 2 + |unused waves - s| / 8))
+
+where s runs over the profiled workloads and log2 is `features.float_log2`. Every coefficient is an integer times a
+power of two and every feature an integer or a multiple of 2**-20, so all sums are exact in float64: their order,
+and whether a compiler fuses multiply and add, cannot change a bit. What rounds is two divisions and one product.
+
+``ramp4`` is the published form (arXiv 2604.26039), untouched: ``a + b*waves + c*g + d*log(g+1)``, least squares.
+"""
+
+import abc
+from typing import Any, ClassVar, Self
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from rampwrap.correction import fit_local, scaled, support_features
+from rampwrap.errors import FitError, InputError
+from rampwrap.features import Geometry, pass_over
+from rampwrap.grid import FloatArray, IntArray
+from rampwrap.timings import Timings
+
+COEF_UNIT = 2.0**-30
+"Microseconds. A sum of products of it with integers is exact up to 8 seconds."
+WEIGHT_UNIT = 2.0**-20
+"Of the correction's weights and of its kernel, both."
+CORRECTION_RANGE = (-0.6, 1.5)
+"No correction moves a trend further than this; the largest that fits of real tables ask for is 0.5."
+MIN_WORKLOADS = 4
+"Distinct workloads below which neither a model nor its error can be told from chance."
+MIN_MARGIN = 0.003
+"Repeated measurements of a cell differ by 0.2-0.3 %: no gain below it can be told from noise."
+MARGIN_SHARE = 0.5
+"Gain over static that is asked for, in standard errors of a ratio; see `CostModel.margin`."
+NEAR = 1.1
+"Configs within this factor of a workload's best: the ones whose error decides a choice."
+
+
+@attrs.frozen(eq=False)
+class CostModel(abc.ABC):
+    """Predicted microseconds of every config, the error of those predictions, and the guard that follows from it.
+
+    Attributes:
+        geometry: blocks, CTAs and waves of the configs.
+        span: int64 [C, 2], least and most slots (routed rows) of the workloads that each config was fitted on.
+        error: standard deviation of the log ratio of two configs' times against the prediction, on token counts
+            left out of the fit, among configs within 10 % of the best; 0.02 means 2 %.
+    """
+
+    name: ClassVar[str]
+    geometry: Geometry
+    span: IntArray
+    error: float
+
+    @property
+    def num_configs(self) -> int:
+        """Number of configs."""
+        return len(self.span)
+
+    def predict(self, counts: IntArray) -> FloatArray:
+        """Predicted times.
+
+        Args:
+            counts: int [E] or [W, E], tokens per local expert.
+
+        Returns:
+            float64 [C] or [W, C] microseconds; inf for a config that could not be fitted.
+
+        Raises:
+            InputError: `counts` has another number of dimensions.
+        """
+        if counts.ndim == 1:
+            return self._row(counts)
+        if counts.ndim != 2:
+            raise InputError(f"counts has shape {counts.shape}; give one histogram [E] or several [W, E].")
+        return np.array([self._row(row) for row in counts]).reshape(len(counts), self.num_configs)
+
+    def margin(self, counts: IntArray) -> float:
+        """The predicted gain, as a share of the faster time, below which static stays.
+
+        Half of `error`: by leave-one-token-count-out on two kernels, margins of 0.3-0.7 errors give the least
+        mean time; at 1.0 a tenth of the headroom is lost, at 0 a tenth of the workloads gets slower.
+        """
+        del counts
+        return max(MIN_MARGIN, MARGIN_SHARE * self.error)
+
+    def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0) -> int:
+        """The config predicted fastest, or the fallback unless the gain exceeds `margin` and the cost of choosing.
+
+        A config never serves beyond twice the range of slots it was profiled on, the fallback excepted. Ties go
+        to the fallback, then to the lower index.
+
+        Args:
+            counts: int [E].
+            fallback: index of the static config.
+            choosing_us: microseconds that choosing costs.
+        """
+        us = self._row(counts)
+        slots = int(counts.sum())
+        us[(2 * slots < self.span[:, 0]) | (slots > 2 * self.span[:, 1])] = np.inf
+        best = int(us.argmin())
+        static_us = self._row(counts)[fallback] if np.isinf(us[fallback]) else us[fallback]
+        # A static config that could not be fitted has no predicted time, hence no gain over it can be shown.
+        if not np.isfinite(static_us) or not static_us - us[best] > self.margin(counts) * us[best] + choosing_us:
+            return fallback
+        return best
+
+    @abc.abstractmethod
+    def _row(self, counts: IntArray) -> FloatArray: ...
+
+    @abc.abstractmethod
+    def take(self, configs: tuple[int, ...] | IntArray) -> Self:
+        """The same model for some of the configs, in this order."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, numbers and lists of numbers only; `from_dict` of it predicts the same bits."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Reads `to_dict`'s form."""
+
+    @classmethod
+    @abc.abstractmethod
+    def fit(cls, timings: Timings, rows: IntArray) -> Self:
+        """Fits to the workloads `rows` of a table."""
+
+    def _head(self) -> dict[str, Any]:
+        geometry = self.geometry
+        return {
+            "name": self.name,
+            "error": self.error,
+            "num_sms": geometry.num_sms,
+            "block_m": geometry.block_m.tolist(),
+            "launches": geometry.launches.tolist(),
+            "resident": geometry.resident.tolist(),
+            "span": self.span.tolist(),
+        }
+
+    @staticmethod
+    def _read_head(raw: dict[str, Any]) -> tuple[Geometry, IntArray, float]:
+        block_m, launches, resident, span = (_ints(raw[key]) for key in ("block_m", "launches", "resident", "span"))
+        geometry = Geometry(int(raw["num_sms"]), block_m, launches.reshape(len(block_m), -1), resident)
+        return geometry, span.reshape(-1, 2), float(raw["error"])
+
+
+@attrs.frozen(eq=False)
+class Ramp4(CostModel):
+    """The published four-parameter form, as the yardstick: no guard, CTAs per SM not considered.
+
+    Attributes:
+        coef: float64 [C, 4] microseconds: start, per wave, per block, per log(blocks + 1); NaN where not fitted.
+    """
+
+    name: ClassVar[str] = "ramp4"
+    coef: FloatArray
+
+    @staticmethod
+    def _design(geometry: Geometry, counts: IntArray) -> FloatArray:
+        distinct, where = np.unique(geometry.block_m, return_inverse=True)
+        blocks = pass_over(counts, distinct)[2][..., where]
+        waves = np.ceil(blocks * geometry.ctas_per_block / geometry.num_sms)
+        return np.stack([np.ones_like(blocks), waves, blocks, np.log(blocks + 1.0)], axis=-1)
+
+    def _row(self, counts: IntArray) -> FloatArray:
+        us = (self._design(self.geometry, counts) * self.coef).sum(axis=-1)
+        out: FloatArray = np.where(np.isnan(us), np.inf, us)
+        return out
+
+    def margin(self, counts: IntArray) -> float:
+        """Zero: the published form has no guard."""
+        return 0.0
+
+    def take(self, configs: tuple[int, ...] | IntArray) -> Self:
+        """The same model for some of the configs, in this order."""
+        index = _ints(configs)
+        return attrs.evolve(
+            self, geometry=self.geometry.take(index), span=self.span[index], coef=self.coef[index]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; a config that could not be fitted has nulls."""
+        coef = [[None if np.isnan(value) else value for value in row] for row in self.coef.tolist()]
+        return {**self._head(), "coef": coef}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Reads `to_dict`'s form."""
+        coef = np.array([[np.nan if value is None else float(value) for value in row] for row in raw["coef"]])
+        return cls(*cls._read_head(raw), coef.reshape(-1, 4))
+
+    @classmethod
+    def fit(cls, timings: Timings, rows: IntArray) -> Self:
+        """Ordinary least squares for each config, on the cells that ran."""
+        geometry = Geometry.of(timings.grids, timings.device.num_sms)
+        us, counts = timings.us[rows], timings.counts[rows]
+        design = cls._design(geometry, counts)
+        coef = np.full((us.shape[1], 4), np.nan)
+        errors = np.full(us.shape, np.nan)
+        for config in range(us.shape[1]):
+            ran = np.flatnonzero(np.isfinite(us[:, config]))
+            if len(ran):
+                coef[config] = scipy.linalg.lstsq(design[ran, config], us[ran, config])[0]
+                fitted = design[ran, config] @ coef[config]
+                errors[ran, config] = fitted / us[ran, config] - 1.0
+        if np.isnan(coef).all():
+            raise FitError("no config ran on any of the workloads to fit; profile them again.")
+        return cls(geometry, _span(us, counts), _ratio_error(us, errors), coef)
+
+
+@attrs.frozen(eq=False)
+class Local(CostModel):
+    """The default: a non-negative trend in waves, CTAs, active experts and slots, with a local correction.
+
+    Attributes:
+        coef: int64 [C, 5] in `COEF_UNIT`: start, per wave, per CTA, per active expert, per slot; all zero where a
+            config could not be fitted.
+        weights: int64 [C, S] in `WEIGHT_UNIT`, one for each support point.
+        support: int64 [S, 2 + B], slots, active experts and blocks at each distinct `block_m`, ascending.
+        block_ms: int64 [B], those of `support`.
+    """
+
+    name: ClassVar[str] = "default"
+    coef: IntArray
+    weights: IntArray
+    support: IntArray
+    block_ms: IntArray
+    _fast: "_Tables" = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "_fast", _Tables.make(self))
+
+    def _row(self, counts: IntArray) -> FloatArray:
+        t = self._fast
+        slots, active, heights = pass_over(counts, self.block_ms)
+        blocks = heights[t.height_of]
+        waves, unused = t.cuts.waves(blocks)
+        # Beyond the profiled range the correction stays what it is at its edge, and the trend goes on.
+        features = np.minimum(np.maximum(scaled(slots, active, blocks, waves, unused), t.low), t.high)
+        distance = np.abs(features[:2, :1] - t.points[:2, 0]).sum(axis=0)
+        for axis in (2, 3, 4):
+            distance = distance + np.abs(features[axis, :, None] - t.points[axis])
+        near = np.floor(1.0 / WEIGHT_UNIT / (1.0 + distance))
+        moved = np.einsum("cs,cs->c", near[t.cut_of], t.weights)
+        low, high = CORRECTION_RANGE
+        trend = t.coef[0] + t.coef[3] * active + t.coef[4] * slots
+        trend = trend + t.coef[1] * waves[t.cut_of] + t.coef[2] * (blocks * t.cuts.ctas_per_block)[t.cut_of]
+        us: FloatArray = trend * (1.0 + np.minimum(np.maximum(moved, low), high))
+        us[t.unfitted] = np.inf
+        return us
+
+    def take(self, configs: tuple[int, ...] | IntArray) -> Self:
+        """The same model for some of the configs, in this order."""
+        index = _ints(configs)
+        return attrs.evolve(
+            self,
+            geometry=self.geometry.take(index),
+            span=self.span[index],
+            coef=self.coef[index],
+            weights=self.weights[index],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; integers throughout, `error` excepted."""
+        return {
+            **self._head(),
+            "block_ms": self.block_ms.tolist(),
+            "support": self.support.tolist(),
+            "coef": self.coef.tolist(),
+            "weights": self.weights.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Reads `to_dict`'s form."""
+        geometry, span, error = cls._read_head(raw)
+        coef, weights, block_ms = (_ints(raw[key]) for key in ("coef", "weights", "block_ms"))
+        support = _ints(raw["support"]).reshape(-1, 2 + len(block_ms))
+        return cls(geometry, span, error, coef.reshape(-1, 5), weights.reshape(-1, len(support)), support, block_ms)
+
+    @classmethod
+    def fit(cls, timings: Timings, rows: IntArray) -> Self:
+        """Fits the trend and its correction, and chooses CTAs per SM, by held-out error on `rows` alone."""
+        us, counts, tokens = _distinct(timings.us[rows], timings.counts[rows], timings.num_tokens[rows])
+        geometry = Geometry.of(timings.grids, timings.device.num_sms)
+        block_ms = np.unique(geometry.block_m)
+        slots, active, heights = pass_over(counts, block_ms)
+        support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
+        fitted = fit_local(us, support, block_ms, geometry, [grid.ctas_per_sm for grid in timings.grids], tokens)
+        return cls(
+            attrs.evolve(geometry, resident=fitted.resident),
+            _span(us, counts),
+            _ratio_error(us, fitted.errors),
+            np.rint(fitted.coef / COEF_UNIT).astype(np.int64),
+            np.rint(fitted.weights / WEIGHT_UNIT).astype(np.int64),
+            support[fitted.support],
+            block_ms,
+        )
+
+
+@attrs.frozen(eq=False)
+class _Tables:
+    """What `Local.predict` reads, made once: configs that cut a histogram alike share one row, a "cut"."""
+
+    cuts: Geometry
+    cut_of: IntArray
+    height_of: IntArray
+    points: FloatArray
+    low: FloatArray
+    high: FloatArray
+    coef: FloatArray
+    weights: FloatArray
+    unfitted: npt.NDArray[np.bool_]
+
+    @classmethod
+    def make(cls, model: Local) -> "_Tables":
+        geometry = model.geometry
+        keys = np.column_stack([geometry.block_m, geometry.launches, geometry.resident])
+        _, first, cut_of = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        cuts = geometry.take(first)
+        height_of = np.searchsorted(model.block_ms, cuts.block_m)
+        points = support_features(model.support, height_of, cuts)
+        return cls(
+            cuts,
+            cut_of.ravel(),
+            height_of,
+            np.ascontiguousarray(points.transpose(0, 2, 1)),
+            points.min(axis=1),
+            points.max(axis=1),
+            np.ascontiguousarray(model.coef.T * COEF_UNIT),
+            model.weights * (WEIGHT_UNIT * WEIGHT_UNIT),
+            ~model.coef.any(axis=1),
+        )
+
+
+MODELS: dict[str, type[CostModel]] = {"default": Local, "ramp4": Ramp4}
+"Every model that `fit` knows, by name."
+
+
+def fit(timings: Timings, model: str = "default", rows: IntArray | None = None) -> CostModel:
+    """Fits a model to measured times.
+
+    Args:
+        timings: the table; NaN cells are left out.
+        model: a key of `MODELS`.
+        rows: workloads to fit on; None takes all, whatever their split.
+
+    Raises:
+        FitError: an unknown model, or too few workloads or cells for it.
+    """
+    if model not in MODELS:
+        raise FitError(f"there is no model {model!r}; choose one of {', '.join(sorted(MODELS))}.")
+    chosen = np.arange(len(timings.us)) if rows is None else np.asarray(rows, dtype=np.int64)
+    if not len(chosen):
+        raise FitError("rows is empty, so there is nothing to fit; give workloads or leave it out.")
+    return MODELS[model].fit(timings, chosen)
+
+
+def model_from_dict(raw: dict[str, Any]) -> CostModel:
+    """Reads any model's `to_dict` form.
+
+    Raises:
+        FitError: written by a model that this version does not know.
+    """
+    if raw.get("name") not in MODELS:
+        raise FitError(f"there is no model {raw.get('name')!r}; fit again with one of {', '.join(sorted(MODELS))}.")
+    return MODELS[raw["name"]].from_dict(raw)
+
+
+def _ints(values: npt.ArrayLike) -> IntArray:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _distinct(us: FloatArray, counts: IntArray, tokens: IntArray) -> tuple[FloatArray, IntArray, IntArray]:
+    """Workloads that send a token anywhere, repeated histograms averaged into one."""
+    busy = np.flatnonzero(counts.any(axis=1))
+    _, first, which = np.unique(counts[busy], axis=0, return_index=True, return_inverse=True)
+    if len(first) < MIN_WORKLOADS:
+        raise FitError(
+            f"{len(first)} distinct non-empty workloads are too few to fit a model; profile {MIN_WORKLOADS} or more."
+        )
+    ran = np.isfinite(us[busy])
+    total, number = np.zeros((2, len(first), us.shape[1]))
+    np.add.at(total, which.ravel(), np.where(ran, us[busy], 0.0))
+    np.add.at(number, which.ravel(), ran)
+    with np.errstate(invalid="ignore"):
+        mean = total / number
+    order = np.argsort(first)
+    return mean[order], counts[busy][first][order], tokens[busy][first][order]
+
+
+def _span(us: FloatArray, counts: IntArray) -> IntArray:
+    """Least and most slots of the workloads that each config ran on; (0, 0) where it never ran."""
+    slots, ran = counts.sum(axis=1)[:, None], np.isfinite(us)
+    most = np.where(ran, slots, 0).max(axis=0)
+    least = np.where(ran, slots, np.iinfo(np.int64).max).min(axis=0)
+    return np.stack([np.minimum(least, most), most], axis=1)
+
+
+def _ratio_error(us: FloatArray, errors: FloatArray) -> float:
+    """Standard deviation of the log ratio of two configs, from relative errors [W, C] (NaN where unknown)."""
+    known = np.isfinite(errors) & np.isfinite(us)
+    if not known.any():
+        return 0.0
+    fastest = np.where(known, us, np.inf).min(axis=1, keepdims=True)
+    near = known & (us <= NEAR * fastest)
+    near &= near.sum(axis=1, keepdims=True) > 1
+    if not near.any():
+        return 0.0
+    logs = np.where(near, np.log1p(np.maximum(np.where(near, errors, 0.0), -0.9)), 0.0)
+    number = near.sum(axis=1, keepdims=True)
+    apart = np.where(near, logs - logs.sum(axis=1, keepdims=True) / np.maximum(number, 1), 0.0)
+    freedom = float((number[number > 1] - 1).sum())
+    return float(f"{np.sqrt(2.0 * (apart**2).sum() / freedom):.4g}")

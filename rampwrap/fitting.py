@@ -1,0 +1,74 @@
+"""From a timing table to a plan."""
+
+import datetime
+import pathlib
+from typing import Any
+
+import attrs
+import numpy as np
+
+from rampwrap import compare
+from rampwrap._version import __version__
+from rampwrap.cost import fit
+from rampwrap.plan import Plan
+from rampwrap.shortlist import make_buckets
+from rampwrap.static import read_static, tuned_averaged, tuned_uniform
+from rampwrap.timings import Timings
+
+
+def make_plan(
+    timings: Timings,
+    train: str = "train",
+    model: str = "default",
+    static: str = "uniform",
+    choosing_us: float = 0.0,
+    source: str = "",
+) -> Plan:
+    """Fits a table and keeps what a deployment needs.
+
+    Args:
+        timings: a profiled table.
+        train: the split to fit; held-out figures come from ``eval`` where the table has it.
+        model: a name of `rampwrap.cost.MODELS`.
+        static: ``uniform``, ``averaged`` or the path of an engine's tuned file: what serves without a clear gain.
+        choosing_us: cost of choosing, which a gain must exceed.
+        source: where the table came from, for the provenance.
+    """
+    rows = timings.rows(train)
+    fitted = timings.take(rows)
+    everything = np.arange(len(rows))
+    if static == "averaged" or (static == "uniform" and not fitted.is_uniform.any()):
+        table = tuned_averaged(fitted, everything)
+    elif static == "uniform":
+        table = tuned_uniform(fitted, everything)
+    else:
+        table = read_static(static, timings.configs)
+    cost_model = fit(fitted, model)
+    buckets = make_buckets(cost_model, timings.shape, table, fitted.num_tokens)
+    provenance: dict[str, Any] = {
+        "made": datetime.date.today().isoformat(),
+        "rampwrap": __version__,
+        "table": pathlib.Path(source).name,
+        "train_workloads": len(rows),
+        "profiled_configs": len(timings.configs),
+    }
+    if "eval" in timings.split and train != "eval":
+        judged = compare.replay(timings, train, "eval", (model,)).summary(model)
+        provenance["held_out"] = {
+            key: round(value, 5) for key, value in attrs.asdict(judged).items() if isinstance(value, float)
+        }
+    # Only configs that something may launch travel with the plan.
+    used = sorted({*table.indices, *(i for bucket in buckets for i in bucket.shortlist)})
+    where = {old: new for new, old in enumerate(used)}
+    return Plan(
+        kernel=timings.kernel,
+        kernel_version=timings.kernel_version,
+        device=timings.device,
+        shape=timings.shape,
+        configs=tuple(timings.configs[i] for i in used),
+        grids=tuple(timings.grids[i] for i in used),
+        static=table.renumber(where),
+        model=cost_model.take(tuple(used)),
+        buckets=tuple(attrs.evolve(b, shortlist=tuple(where[i] for i in b.shortlist)) for b in buckets),
+        provenance=provenance,
+    )

@@ -1,0 +1,298 @@
+"""`Journal`: an append-only record of a profile under way, from which a killed run goes on."""
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
+from rampwrap.device import Device
+from rampwrap.errors import ConfigError, InputError, TableError
+from rampwrap.grid import CtaGrid, IntArray
+from rampwrap.kernel import Config, MoEShape, config_key
+from rampwrap.routing import Workload, expert_counts
+from rampwrap.timings import SCHEMA, Timings
+
+RowKey = tuple[str, str, tuple[int, ...]]
+"What a row of the table is found by: label, split, histogram."
+
+
+@attrs.frozen
+class Header:
+    """What was measured, and how: a journal with another header is never mixed in."""
+
+    kernel: str
+    kernel_version: str
+    device: Device
+    shape: MoEShape
+    configs: tuple[Config, ...]
+    grids: tuple[CtaGrid, ...]
+    timer: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "journal": SCHEMA,
+            "kernel": self.kernel,
+            "kernel_version": self.kernel_version,
+            "device": self.device.to_dict(),
+            "shape": self.shape.to_dict(),
+            "timer": self.timer,
+            "configs": [dict(config) for config in self.configs],
+            "grids": [grid.to_dict() for grid in self.grids],
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Header":
+        """Reads `to_dict`'s form; KeyError, TypeError or ValueError where it is none."""
+        if raw["journal"] != SCHEMA:
+            raise ValueError(f"it has schema {raw['journal']!r}")
+        return cls(
+            str(raw["kernel"]),
+            str(raw["kernel_version"]),
+            Device.from_dict(raw["device"]),
+            MoEShape(**raw["shape"]),
+            tuple(raw["configs"]),
+            tuple(CtaGrid.from_dict(grid) for grid in raw["grids"]),
+            str(raw["timer"]),
+        )
+
+    def difference(self, other: "Header") -> str | None:
+        """In words, the first thing in which `other` was measured differently; None if it goes together."""
+        for name, mine, theirs in (
+            ("kernel", self.kernel, other.kernel),
+            ("kernel version", self.kernel_version, other.kernel_version),
+            ("shape", self.shape, other.shape),
+            ("device", self.device.name, other.device.name),
+            ("number of SMs", self.device.num_sms, other.device.num_sms),
+            ("timer", self.timer, other.timer),
+            ("number of configs", len(self.configs), len(other.configs)),
+        ):
+            if mine != theirs:
+                return f"{name} {theirs} instead of {mine}"
+        for index, (config, old) in enumerate(zip(self.configs, other.configs, strict=True)):
+            if config_key(config) != config_key(old):
+                return f"config {index} {config_key(old)} instead of {config_key(config)}"
+        return None
+
+
+@attrs.frozen
+class Cells:
+    """What is known so far: by row, then by config, microseconds and spread."""
+
+    rows: dict[RowKey, dict[int, tuple[float, float]]] = attrs.field(factory=dict)
+    reasons: dict[int, str] = attrs.field(factory=dict)
+    "Why a config failed, by its index."
+
+    def add(self, record: Mapping[str, Any]) -> float:
+        """Takes in one record of the file and returns the seconds it took; KeyError or the like if it is none."""
+        if "failed" in record:
+            self.reasons[int(record["failed"])] = str(record["reason"])
+            return 0.0
+        key = (str(record["label"]), str(record["split"]), tuple(int(count) for count in record["counts"]))
+        self.rows.setdefault(key, {}).update(
+            {int(config): (float(us), float(spread)) for config, us, spread in record["cells"]}
+        )
+        return float(record.get("seconds", 0.0))
+
+
+class Journal:
+    """One JSON line a record, each on disk before `append` returns.
+
+    Opening an existing file reads it back. A last line that a kill or a full disk left torn is dropped: the cells
+    in it count as not measured.
+
+    Attributes:
+        cells: everything in the file.
+        seconds: time spent on it, over all runs.
+
+    Args:
+        path: the file; None keeps everything in memory only.
+
+    Raises:
+        TableError: the file is no journal, one of another kernel, version, shape, device or config list, or in use.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, header: Header) -> None:
+        self.path = None if path is None else pathlib.Path(path)
+        self.cells = Cells()
+        self.seconds = 0.0
+        self._stream: io.FileIO | None = None
+        if self.path is not None:
+            self._open(self.path, header)
+
+    def _open(self, path: pathlib.Path, header: Header) -> None:
+        lines, good = _read(path) if path.exists() else ([], 0)
+        if lines:
+            other = _header(path, lines[0])
+            difference = header.difference(other)
+            if difference:
+                raise TableError(
+                    f"{path} is the journal of another profile ({difference}); delete it or choose another output file."
+                )
+            self.seconds = _fill(path, self.cells, lines[1:])
+        try:
+            # Unbuffered: a write either raises here or has reached the kernel, and nothing is retried at close.
+            stream = path.open("ab", buffering=0)
+        except OSError as error:
+            raise TableError(
+                f"{path} cannot be written ({error.strerror}); choose a folder that exists and is writable."
+            ) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.close()
+            raise TableError(
+                f"{path} is in use by another profile; wait for it or choose another output file."
+            ) from error
+        stream.truncate(good)
+        self._stream = stream
+        if not lines:
+            self._write(header.to_dict())
+
+    def append(self, key: RowKey, cells: Mapping[int, tuple[float, float]], seconds: float) -> None:
+        """Records measured cells of one row.
+
+        Raises:
+            TableError: the disk is full; everything recorded before stays readable.
+        """
+        label, split, counts = key
+        listed = [[config, round(us, 4), round(spread, 5)] for config, (us, spread) in cells.items()]
+        self._record(
+            {"label": label, "split": split, "counts": list(counts), "cells": listed, "seconds": round(seconds, 3)}
+        )
+
+    def fail(self, config: int, reason: str) -> None:
+        """Records that a config cannot run, so that no later run tries it again."""
+        self._record({"failed": config, "reason": reason})
+
+    def close(self) -> None:
+        """Leaves the file for the next run."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def remove(self) -> None:
+        """Closes and deletes the file: the table that it led to is saved."""
+        self.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._write(record)
+        self.seconds += self.cells.add(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._stream is None:
+            return
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        start = os.fstat(self._stream.fileno()).st_size
+        try:
+            written = self._stream.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the reader drops a torn line as well
+                self._stream.truncate(start)
+            raise TableError(
+                f"{self.path} could not be written ({error.strerror}); free some space and run again, "
+                f"{len(self.cells.rows)} workloads are kept in it."
+            ) from error
+
+
+def read_journal(path: str | os.PathLike[str]) -> Timings:
+    """The table of an unfinished profile: the workloads measured so far, NaN in cells that were not.
+
+    Raises:
+        TableError: the file is missing or no journal, or nothing was measured yet.
+    """
+    path = pathlib.Path(path)
+    lines, _ = _read(path)
+    if not lines:
+        raise TableError(f"{path} is empty; start the profile anew.")
+    header = _header(path, lines[0])
+    cells = Cells()
+    seconds = _fill(path, cells, lines[1:])
+    if not cells.rows:
+        raise TableError(f"{path} holds no finished workload yet; run the profile again to go on with it.")
+    return to_timings(header, list(cells.rows), cells, {"elapsed_s": round(seconds, 1), "unfinished": True})
+
+
+def to_timings(header: Header, rows: Sequence[RowKey], cells: Cells, notes: dict[str, Any]) -> Timings:
+    """The table of these rows, in this order; a config that failed anywhere is NaN everywhere."""
+    us = np.full((len(rows), len(header.configs)), np.nan)
+    spread = np.full_like(us, np.nan)
+    for row, key in enumerate(rows):
+        for config, pair in cells.rows.get(key, {}).items():
+            if config not in cells.reasons:
+                us[row, config], spread[row, config] = pair
+    counts: IntArray = np.array([counts for _, _, counts in rows], dtype=np.int64)
+    return Timings(
+        us=us,
+        counts=counts,
+        split=tuple(split for _, split, _ in rows),
+        label=tuple(label for label, _, _ in rows),
+        kernel=header.kernel,
+        device=header.device,
+        shape=header.shape,
+        configs=header.configs,
+        grids=header.grids,
+        kernel_version=header.kernel_version,
+        spread=spread,
+        reasons=dict(sorted(cells.reasons.items())),
+        notes=notes,
+    )
+
+
+def row_keys(shape: MoEShape, workloads: Sequence[Workload]) -> list[RowKey]:
+    """Label, split and histogram of each workload; experts of this rank are the first `num_local_experts`.
+
+    Raises:
+        InputError: there is no workload, or one without tokens.
+    """
+    if not workloads:
+        raise InputError("there are no workloads to profile; give at least one token count and one routing.")
+    keys = []
+    for workload in workloads:
+        if workload.num_tokens < 1:
+            raise InputError(f"a workload has {workload.num_tokens} tokens; give at least 1.")
+        ids = workload.topk_ids(shape.num_experts, shape.top_k)
+        counts = expert_counts(ids, shape.num_experts)[: shape.num_local_experts]
+        keys.append((workload.label, workload.split, tuple(counts.tolist())))
+    return keys
+
+
+def _read(path: pathlib.Path) -> tuple[list[bytes], int]:
+    """The whole lines of a file and how many bytes they take."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TableError(f"{path} cannot be read ({error.strerror}); name the journal of a profile.") from error
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.splitlines(), len(whole)
+
+
+def _header(path: pathlib.Path, line: bytes) -> Header:
+    try:
+        return Header.from_dict(json.loads(line))
+    except (ValueError, KeyError, TypeError, InputError, ConfigError) as error:
+        raise TableError(f"{path} is not a profile journal; delete it or choose another output file.") from error
+
+
+def _fill(path: pathlib.Path, cells: Cells, lines: Sequence[bytes]) -> float:
+    seconds = 0.0
+    for number, line in enumerate(lines, start=2):
+        try:
+            seconds += cells.add(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TableError(
+                f"{path} is damaged in line {number}; delete that line (its cells are measured again) or the file."
+            ) from error
+    return seconds

@@ -1,0 +1,177 @@
+"""`Plan`: the file a deployment loads. JSON that people check in, read and diff; matched on its content, never its name."""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import attrs
+
+from rampwrap.cost import CostModel, model_from_dict
+from rampwrap.device import Device
+from rampwrap.errors import PlanError, PlanMismatchError, RampwrapError
+from rampwrap.grid import CtaGrid
+from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, kernel_version
+from rampwrap.policy import Bucket, Static, WaveCost
+from rampwrap.static import StaticTable
+from rampwrap.timings import replacing
+
+SCHEMA = 1
+
+
+@attrs.frozen(eq=False)
+class Plan:
+    """Everything that dispatch needs to know about one kernel, shape and GPU.
+
+    Attributes:
+        configs, grids: the configs that any bucket or the static table may launch, nothing else.
+        static: the baseline that serves whenever the model's gain is within its error.
+        model: fitted coefficients of those configs.
+        buckets: candidates by token count; the nearest bucket serves.
+        provenance: how the plan came about: table, date, versions, held-out figures.
+    """
+
+    kernel: str
+    kernel_version: str
+    device: Device
+    shape: MoEShape
+    configs: tuple[Config, ...]
+    grids: tuple[CtaGrid, ...]
+    static: StaticTable
+    model: CostModel
+    buckets: tuple[Bucket, ...]
+    provenance: dict[str, Any] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        check_configs(self.configs, "the plan")
+        known = range(len(self.configs))
+        for index in (*self.static.indices, *(i for bucket in self.buckets for i in bucket.shortlist)):
+            if index not in known:
+                raise PlanError(
+                    f"the plan names config {index} but holds {len(self.configs)}; make it anew with 'rampwrap fit'."
+                )
+        if len(self.grids) != len(self.configs) or self.model.num_configs != len(self.configs):
+            raise PlanError(
+                f"the plan holds {len(self.configs)} configs, {len(self.grids)} grids and coefficients for "
+                f"{self.model.num_configs}; make it anew with 'rampwrap fit'."
+            )
+
+    def policy(self, choosing_us: float = 0.0) -> WaveCost:
+        """The routing-aware policy this plan stands for."""
+        return WaveCost(
+            self.configs, self.model, self.static, self.grids, self.device.num_sms, self.buckets, choosing_us
+        )
+
+    def static_policy(self) -> Static:
+        """The plan's static baseline alone: what serves where the plan itself is refused."""
+        return Static(self.configs, self.static)
+
+    def check(self, kernel: Kernel, device: Device | None = None, shape: MoEShape | None = None) -> None:
+        """Whether this plan may choose for a kernel here.
+
+        Args:
+            device, shape: what to compare with; None skips the comparison.
+
+        Raises:
+            PlanMismatchError: made for another kernel, version, GPU, shape or dtype, or for configs that the
+                kernel does not have; the message says which, and the command that makes a plan that fits.
+        """
+        pairs = [("kernel", self.kernel, kernel.name), ("kernel version", self.kernel_version, kernel_version(kernel))]
+        if device is not None:
+            pairs.append(
+                ("GPU", f"{self.device.name} ({self.device.num_sms} SMs)", f"{device.name} ({device.num_sms} SMs)")
+            )
+        if shape is not None:
+            pairs.append(("dtype", self.shape.dtype, shape.dtype))
+            pairs.append(("shape", str(self.shape), str(shape)))
+        for what, planned, found in pairs:
+            if planned != found:
+                raise PlanMismatchError(
+                    f"the plan was made for {what} {planned} but this is {found}; make one with "
+                    f"'{self.remedy(kernel, shape)}'."
+                )
+        have = {config_key(config) for config in kernel.configs}
+        for config in self.configs:
+            if config_key(config) not in have:
+                raise PlanMismatchError(
+                    f"the plan uses the config {config_key(config)}, which {kernel.name} does not have; make one with "
+                    f"'{self.remedy(kernel, shape)}'."
+                )
+
+    def remedy(self, kernel: Kernel, shape: MoEShape | None = None) -> str:
+        """The command that makes a plan for this kernel and shape."""
+        s = shape or self.shape
+        return (
+            f"rampwrap profile --kernel {kernel.name} --num-experts {s.num_experts} --top-k {s.top_k} "
+            f"--hidden-size {s.hidden_size} --intermediate-size {s.intermediate_size} --dtype {s.dtype}"
+        )
+
+    def to_json(self) -> str:
+        """The file's text: one number list a line, so that a diff shows which config changed."""
+        raw = {
+            "schema": SCHEMA,
+            "kernel": self.kernel,
+            "kernel_version": self.kernel_version,
+            "device": self.device.to_dict(),
+            "shape": self.shape.to_dict(),
+            "provenance": self.provenance,
+            "configs": [dict(config) for config in self.configs],
+            "grids": [grid.to_dict() for grid in self.grids],
+            "static": {
+                "source": self.static.source,
+                "config": dict(zip(map(str, self.static.token_counts), self.static.indices, strict=True)),
+            },
+            "buckets": [bucket.to_dict() for bucket in self.buckets],
+            "model": self.model.to_dict(),
+        }
+        text = json.dumps(raw, indent=1)
+        # Innermost lists and objects go on one line each.
+        return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file whole or not at all."""
+        with replacing(path) as stream:
+            stream.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Reads a plan.
+
+        Raises:
+            PlanError: missing, truncated, not a plan, of another schema, or with numbers that are not finite.
+        """
+        try:
+            raw = json.loads(pathlib.Path(path).read_text(), parse_constant=_no_constant)
+        except (OSError, ValueError) as error:
+            raise PlanError(
+                f"{os.fspath(path)} is not a readable plan ({error}); make one with 'rampwrap fit'."
+            ) from error
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "buckets" not in raw:
+            found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+            raise PlanError(
+                f"{os.fspath(path)} is no plan of schema {SCHEMA} (found {found!r}); make one with 'rampwrap fit'."
+            )
+        try:
+            table = {int(tokens): int(index) for tokens, index in raw["static"]["config"].items()}
+            return cls(
+                kernel=raw["kernel"],
+                kernel_version=raw["kernel_version"],
+                device=Device.from_dict(raw["device"]),
+                shape=MoEShape(**raw["shape"]),
+                configs=tuple(raw["configs"]),
+                grids=tuple(CtaGrid.from_dict(grid) for grid in raw["grids"]),
+                static=StaticTable(raw["static"]["source"], tuple(table), tuple(table.values())),
+                model=model_from_dict(raw["model"]),
+                buckets=tuple(Bucket.from_dict(bucket) for bucket in raw["buckets"]),
+                provenance=raw.get("provenance", {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error) if isinstance(error, RampwrapError) else f"{type(error).__name__}: {error}"
+            raise PlanError(
+                f"{os.fspath(path)} is not a usable plan ({reason}); make one with 'rampwrap fit'."
+            ) from error
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"a coefficient is {text}")

@@ -1,0 +1,251 @@
+"""Policies: pure functions from a histogram to a config.
+
+All of them answer `index`, the hot path, and `select`, the same choice with its reasons.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import attrs
+import numpy as np
+
+from rampwrap.cost import CostModel
+from rampwrap.errors import InputError
+from rampwrap.grid import CtaGrid, IntArray, last_wave_util, num_waves
+from rampwrap.kernel import Config, format_config
+from rampwrap.static import StaticTable
+from rampwrap.timings import Timings
+
+
+@attrs.frozen
+class Choice:
+    """What a policy chose for one histogram, and why."""
+
+    index: int
+    config: Config
+    why: str
+    predicted_us: float | None = None
+    num_waves: int | None = None
+    last_wave_util: float | None = None
+    runner_up: Config | None = None
+    runner_up_us: float | None = None
+
+    def __str__(self) -> str:
+        parts = [format_config(self.config)]
+        if self.predicted_us is not None:
+            parts.append(f"predicted {self.predicted_us:.1f} us")
+        if self.num_waves is not None and self.last_wave_util is not None:
+            parts.append(f"{self.num_waves} waves, the last {self.last_wave_util:.0%} full")
+        if self.runner_up is not None and self.runner_up_us is not None:
+            parts.append(f"runner-up {format_config(self.runner_up)} {self.runner_up_us:.1f} us")
+        return "; ".join([*parts, self.why])
+
+
+class Policy(Protocol):
+    """A rule by which a config is chosen; ties go to the lower index, so every rank chooses alike."""
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """What it chooses from."""
+        ...
+
+    @property
+    def needs_counts(self) -> bool:
+        """False where the token count is enough, so that the histogram is never read."""
+        ...
+
+    def index(self, expert_counts: IntArray, num_tokens: int) -> int:
+        """Index of the config to launch."""
+        ...
+
+    def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
+        """The same choice, explained."""
+        ...
+
+
+@attrs.frozen
+class Static:
+    """The config that a table names for the token count: what engines do today."""
+
+    configs: tuple[Config, ...]
+    table: StaticTable
+    needs_counts = False
+
+    def index(self, expert_counts: IntArray, num_tokens: int) -> int:
+        """The nearest token count's config."""
+        return self.table.index(num_tokens)
+
+    def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
+        """The same, explained."""
+        index = self.index(expert_counts, num_tokens)
+        return Choice(index, self.configs[index], f"static table ({self.table.source}) at {num_tokens} tokens")
+
+
+@attrs.frozen
+class Pinned:
+    """Always the same config."""
+
+    configs: tuple[Config, ...]
+    pinned: int
+    needs_counts = False
+
+    def index(self, expert_counts: IntArray, num_tokens: int) -> int:
+        """The pinned config."""
+        return self.pinned
+
+    def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
+        """The same, explained."""
+        return Choice(self.pinned, self.configs[self.pinned], "pinned")
+
+
+@attrs.frozen
+class Bucket:
+    """The candidates around one token count."""
+
+    num_tokens: int
+    shortlist: tuple[int, ...]
+    "Indices of configs, ascending; the model chooses among these and the static config."
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"num_tokens": self.num_tokens, "shortlist": list(self.shortlist), "why": self.why}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Bucket":
+        """Reads `to_dict`'s form."""
+        return cls(int(raw["num_tokens"]), tuple(int(index) for index in raw["shortlist"]), str(raw.get("why", "")))
+
+
+@attrs.frozen(eq=False)
+class WaveCost:
+    """The config that the cost model predicts to be fastest, if its gain over static exceeds the model's own error.
+
+    Attributes:
+        model: predicts microseconds of every config from the histogram.
+        static: what serves when the predicted gain is within the model's error or the histogram is empty.
+        grids, num_sms: for explanations.
+        buckets: candidates by token count, the nearest bucket serves; none means every config, always.
+        choosing_us: cost of choosing, which a gain must exceed too.
+    """
+
+    configs: tuple[Config, ...]
+    model: CostModel
+    static: StaticTable
+    grids: tuple[CtaGrid, ...]
+    num_sms: int
+    buckets: tuple[Bucket, ...] = ()
+    choosing_us: float = 0.0
+    _near: StaticTable | None = attrs.field(init=False, default=None)
+    _parts: tuple[tuple[CostModel, tuple[int, ...]], ...] = attrs.field(init=False, default=())
+    needs_counts = True
+
+    def __attrs_post_init__(self) -> None:
+        if not self.buckets:
+            every = tuple(range(len(self.configs)))
+            object.__setattr__(self, "_parts", ((self.model, every),))
+            return
+        tokens = tuple(bucket.num_tokens for bucket in self.buckets)
+        near = StaticTable("buckets", tokens, tuple(range(len(tokens))))
+        # Every static config that can serve inside a bucket is one of its candidates: never slower than static.
+        candidates = [
+            tuple(sorted(self.static.used(*near.span(position)).union(bucket.shortlist)))
+            for position, bucket in enumerate(self.buckets)
+        ]
+        object.__setattr__(self, "_near", near)
+        object.__setattr__(self, "_parts", tuple((self.model.take(some), some) for some in candidates))
+
+    def _part(self, num_tokens: int) -> tuple[CostModel, tuple[int, ...]]:
+        return self._parts[0 if self._near is None else self._near.index(num_tokens)]
+
+    def index(self, expert_counts: IntArray, num_tokens: int) -> int:
+        """argmin of the prediction, or the static config."""
+        fallback = self.static.index(num_tokens)
+        model, candidates = self._part(num_tokens)
+        if len(candidates) == 1 or num_tokens == 0:
+            return fallback
+        return candidates[model.choose(expert_counts, candidates.index(fallback), self.choosing_us)]
+
+    def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
+        """The same choice, with predicted times, waves and the runner-up."""
+        index, fallback = self.index(expert_counts, num_tokens), self.static.index(num_tokens)
+        if not expert_counts.any():
+            return Choice(index, self.configs[index], "no tokens: the static config")
+        model, candidates = self._part(num_tokens)
+        predicted = dict(zip(candidates, model.predict(expert_counts).tolist(), strict=True))
+        order = sorted(candidates, key=lambda candidate: predicted[candidate])
+        runner_up = next((candidate for candidate in order if candidate != index), None)
+        gain = predicted[fallback] / predicted[order[0]] - 1
+        if index != fallback:
+            why = f"predicted {gain:.1%} faster than static ({format_config(self.configs[fallback])})"
+        elif order[0] == fallback:
+            why = "the static config is predicted fastest"
+        else:
+            why = f"static kept: the predicted gain of {gain:.1%} is within the model's error"
+        grid = self.grids[index]
+        ctas, resident = grid.num_ctas(expert_counts), grid.ctas_per_sm or 1
+        return Choice(
+            index,
+            self.configs[index],
+            why,
+            predicted[index],
+            num_waves(ctas, self.num_sms, resident),
+            last_wave_util(ctas, self.num_sms, resident),
+            None if runner_up is None else self.configs[runner_up],
+            None if runner_up is None else predicted[runner_up],
+        )
+
+
+@attrs.frozen(eq=False)
+class Renumbered:
+    """Another policy, over a longer list of configs in which its own stand at `where`."""
+
+    configs: tuple[Config, ...]
+    inner: Policy
+    where: tuple[int, ...]
+
+    @property
+    def needs_counts(self) -> bool:
+        """As the other policy."""
+        return self.inner.needs_counts
+
+    def index(self, expert_counts: IntArray, num_tokens: int) -> int:
+        """As the other policy, in this numbering."""
+        return self.where[self.inner.index(expert_counts, num_tokens)]
+
+    def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
+        """As the other policy, in this numbering."""
+        choice = self.inner.select(expert_counts, num_tokens)
+        return attrs.evolve(choice, index=self.where[choice.index])
+
+
+class Oracle:
+    """The config that was measured fastest on this very histogram; only for histograms of its timing table."""
+
+    needs_counts = True
+
+    def __init__(self, timings: Timings, rows: Sequence[int] | IntArray | None = None) -> None:
+        self.configs = timings.configs
+        self._best: dict[bytes, tuple[int, float]] = {}
+        for row in range(len(timings.us)) if rows is None else rows:
+            us = timings.us[row]
+            if not np.isnan(us).all():
+                best = int(np.nanargmin(us))
+                self._best.setdefault(timings.counts[row].tobytes(), (best, float(us[best])))
+
+    def _find(self, expert_counts: IntArray) -> tuple[int, float]:
+        found = self._best.get(np.ascontiguousarray(expert_counts, dtype=np.int64).tobytes())
+        if found is None:
+            raise InputError(
+                "this histogram was not measured, so no oracle exists for it; use a row of the timing table."
+            )
+        return found
+
+    def index(self, expert_counts: IntArray, num_tokens: int) -> int:
+        """The measured best."""
+        return self._find(expert_counts)[0]
+
+    def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
+        """The same, explained."""
+        index, us = self._find(expert_counts)
+        return Choice(index, self.configs[index], "measured fastest on this histogram", us)

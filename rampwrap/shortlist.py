@@ -1,0 +1,93 @@
+"""Shortlists: the few configs worth choosing from around each token count."""
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+
+from rampwrap.cost import CostModel
+from rampwrap.grid import FloatArray, IntArray
+from rampwrap.kernel import MoEShape
+from rampwrap.policy import Bucket
+from rampwrap.routing import Routing, expert_counts
+from rampwrap.static import StaticTable
+
+MAX_CANDIDATES = 8
+# A further candidate must lower the mean predicted time of the bucket by this much.
+WORTH = 0.0002
+# Routings that a bucket is prepared for: none to extreme skew. Drawn, not profiled: the model fills in the rest.
+ROUTINGS = tuple(
+    "uniform lognormal:0.7 lognormal:1.4 zipf:0.8 zipf:1.2 zipf:1.6 dirichlet:1 dirichlet:0.3 dirichlet:0.1 hot:1 hot:2".split()
+)
+DRAWS = 2
+
+
+def bucket_tokens(token_counts: Iterable[int]) -> tuple[int, ...]:
+    """Profiled token counts and the middle between neighbours: half-octave steps where octaves were profiled."""
+    known = sorted({int(tokens) for tokens in token_counts})
+    return tuple(sorted({*known, *((a + b) // 2 for a, b in itertools.pairwise(known))}))
+
+
+def make_buckets(
+    model: CostModel,
+    shape: MoEShape,
+    static: StaticTable,
+    token_counts: Iterable[int],
+    max_candidates: int = MAX_CANDIDATES,
+    worth: float = WORTH,
+) -> tuple[Bucket, ...]:
+    """For each bucket of token counts, the configs that together keep the model's best predicted time.
+
+    Shortlists judged by the profiled workloads alone (five routings a token count) lose a tenth of the headroom on
+    others; the model's predictions for drawn routings lose next to nothing, since it is the model that chooses.
+    Greedy: starts with the static config and adds the config that lowers the mean over routings of
+    (predicted time of the shortlist / predicted best) the most, until none is worth it.
+
+    Args:
+        model: fitted to all configs.
+        shape: the layer, for drawing routings.
+        static: the baseline; its config is always a candidate.
+        token_counts: profiled token counts.
+        max_candidates: candidates of one bucket, the static one included.
+        worth: least relative gain of a further candidate.
+    """
+    tokens = bucket_tokens(token_counts)
+    near = StaticTable("buckets", tokens, tuple(range(len(tokens))))
+    buckets = []
+    for position, middle in enumerate(tokens):
+        low, high = near.span(position)
+        edges = sorted({max(1, low), middle, min(high, middle * 3 // 2)})
+        predicted = model.predict(draw(shape, edges))
+        buckets.append(_shortlist(predicted, middle, static.index(middle), max_candidates, worth))
+    return tuple(buckets)
+
+
+def draw(shape: MoEShape, token_counts: Iterable[int]) -> IntArray:
+    """Histograms of all `ROUTINGS` at some token counts: int64 [W, num_local_experts], the same at every call."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for tokens in token_counts:
+        for name in ROUTINGS:
+            routing = Routing.parse(name)
+            if routing.kind == "hot" and int(routing.value) > shape.num_experts:
+                continue
+            for _ in range(DRAWS):
+                ids = routing.sample(tokens, shape.num_experts, shape.top_k, rng)
+                rows.append(expert_counts(ids, shape.num_experts)[: shape.num_local_experts])
+    return np.array(rows)
+
+
+def _shortlist(predicted: FloatArray, tokens: int, first: int, most: int, worth: float) -> Bucket:
+    relative = predicted / predicted.min(axis=1, keepdims=True)
+    # A static config that could not be fitted must not make every other one look infinitely better.
+    best = np.where(np.isfinite(relative[:, first]), relative[:, first], 2.0)
+    shortlist, start = [first], float(best.mean())
+    while len(shortlist) < most:
+        reached = np.minimum(best[:, None], relative).mean(axis=0)
+        candidate = int(np.argmin(reached))
+        if reached[candidate] > best.mean() - worth:
+            break
+        shortlist.append(candidate)
+        best = np.minimum(best, relative[:, candidate])
+    why = f"static is predicted {start - 1:.2%} above the best of all configs, this shortlist {best.mean() - 1:.2%}"
+    return Bucket(tokens, tuple(sorted(shortlist)), why)

@@ -1,0 +1,67 @@
+"""What the tests share: small tables and plans, all of them of the simulated kernel."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: kernels are decorated for the interpreter or for a GPU, once.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from rampwrap.fitting import make_plan
+from rampwrap.kernel import MoEShape
+from rampwrap.plan import Plan
+from rampwrap.routing import Routing, expert_counts, workload_grid
+from rampwrap.sim import SimKernel
+from rampwrap.timings import Timings
+
+SHAPE = MoEShape(64, 8, 2048, 1024)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def routings(*names: str) -> list[Routing]:
+    return [Routing.parse(name) for name in names]
+
+
+@pytest.fixture(scope="session")
+def sim_kernel() -> SimKernel:
+    """The simulated kernel with an OLMoE layer."""
+    return SimKernel(SHAPE)
+
+
+@pytest.fixture(scope="session")
+def sim_timings(sim_kernel: SimKernel) -> Timings:
+    """A full table of the simulated kernel: 8 token counts x 5 routings to train on, 7 x 3 others held out."""
+    seen = routings("uniform", "dirichlet:1", "dirichlet:0.3", "dirichlet:0.1", "zipf:1.2")
+    unseen = routings("dirichlet:0.2", "zipf:0.8", "hot:2")
+    rows = workload_grid([1, 4, 16, 64, 128, 256, 1024, 4096], seen)
+    rows += workload_grid([3, 12, 48, 96, 192, 512, 2048], unseen, "eval")
+    counts = np.stack([expert_counts(row.topk_ids(64, 8), 64) for row in rows])
+    us = np.array([[sim_kernel.time_us(config, row) for config in sim_kernel.configs] for row in counts])
+    return Timings(
+        us=us,
+        counts=counts,
+        split=tuple(row.split for row in rows),
+        label=tuple(row.label for row in rows),
+        kernel=sim_kernel.name,
+        kernel_version=sim_kernel.version,
+        device=sim_kernel.device,
+        shape=SHAPE,
+        configs=sim_kernel.configs,
+        grids=tuple(sim_kernel.grid(config, SHAPE) for config in sim_kernel.configs),
+    )
+
+
+@pytest.fixture(scope="session")
+def sim_plan(sim_timings: Timings) -> Plan:
+    """A plan fitted to `sim_timings`."""
+    return make_plan(sim_timings)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it into a fresh environment, and runs the tests there without the source tree.
+# BIN: the folder of the development environment's programs, whose dependencies the fresh one borrows.
+set -euo pipefail
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$BIN/python" -m build --quiet --wheel --outdir "$work/dist" .
+"$BIN/python" -m venv "$work/venv"
+# Dependencies come from the development environment by a path file; rampwrap itself only from the wheel.
+site=$("$BIN/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+fresh=$("$work/venv/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
+mkdir "$work/deps"
+for entry in "$site"/*; do
+  case "$(basename "$entry")" in
+    *rampwrap*) ;;                      # neither the editable install nor its import hook
+    *) ln -s "$entry" "$work/deps/" ;;
+  esac
+done
+echo "$work/deps" > "$fresh/deps.pth"
+"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$work"/dist/rampwrap-*.whl
+cp -r tests examples pyproject.toml "$work/"
+cd "$work"
+"$work/venv/bin/python" -c "import rampwrap; assert '$fresh' in rampwrap.__file__, rampwrap.__file__"
+"$work/venv/bin/python" -m rampwrap --version
+TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests -m "not gpu" -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging}"
