@@ -16,8 +16,9 @@ MAX_CANDIDATES = 8
 # A further candidate must lower the mean predicted time of the bucket by this much.
 WORTH = 0.0002
 # Routings that a bucket is prepared for: none to extreme skew. Drawn, not profiled: the model fills in the rest.
-ROUTINGS = tuple(
-    "uniform lognormal:0.7 lognormal:1.4 zipf:0.8 zipf:1.2 zipf:1.6 dirichlet:1 dirichlet:0.3 dirichlet:0.1 hot:1 hot:2".split()
+ROUTINGS = (
+    *("uniform", "lognormal:0.7", "lognormal:1.4", "zipf:0.8", "zipf:1.2", "zipf:1.6"),
+    *("dirichlet:1", "dirichlet:0.3", "dirichlet:0.1", "hot:1", "hot:2"),
 )
 DRAWS = 2
 
