@@ -164,7 +164,7 @@ class Journal:
             TableError: the disk is full; everything recorded before stays readable.
         """
         label, split, counts = key
-        listed = [[config, round(us, 4), round(spread, 5)] for config, (us, spread) in cells.items()]
+        listed = [[config, float(f"{us:.8g}"), float(f"{spread:.5g}")] for config, (us, spread) in cells.items()]
         self._record(
             {"label": label, "split": split, "counts": list(counts), "cells": listed, "seconds": round(seconds, 3)}
         )

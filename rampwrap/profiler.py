@@ -18,7 +18,7 @@ from rampwrap.device import Device
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.journal import Header, Journal, row_keys, to_timings
-from rampwrap.kernel import Kernel, MoEShape, check_configs, format_config, kernel_version, refusal
+from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, format_config, kernel_version, refusal
 from rampwrap.routing import Workload
 from rampwrap.timer import DeviceFault, Measurement, Timed, Timer, default_timer, roofline_us
 from rampwrap.timings import Timings
@@ -50,6 +50,7 @@ class Bench:
         shape: MoEShape,
         workloads: Sequence[Workload],
         *,
+        configs: Sequence[Config] | None = None,
         out: str | os.PathLike[str] | None = None,
         timer: Timer | None = None,
         inputs: Inputs | None = None,
@@ -64,10 +65,10 @@ class Bench:
         if made is None:
             raise InputError(f"kernel {kernel.name!r} has no inputs(shape, topk_ids); pass inputs= to profile it.")
         self.kernel, self.shape, self.workloads = kernel, shape, tuple(workloads)
-        self.configs = check_configs(kernel.configs, f"kernel {kernel.name!r}")
+        self.configs = check_configs(kernel.configs if configs is None else configs, f"kernel {kernel.name!r}")
         self.keys = row_keys(shape, self.workloads)
         self.counts: IntArray = np.array([counts for _, _, counts in self.keys], dtype=np.int64)
-        refused = runnable(kernel, shape)
+        refused = refusals(kernel, self.configs, shape)
         self.device = device or device_of(kernel)
         self.timer = timer or default_timer(self.device, shape)
         self._inputs: Inputs = made
@@ -86,6 +87,7 @@ class Bench:
         self._journal.cells.reasons.update(refused)
         self.reasons = self._journal.cells.reasons
         self._progress: Any = None
+        self._compiled: set[int] = set()
         self._start = time.monotonic()
 
     def __enter__(self) -> "Bench":
@@ -169,6 +171,7 @@ class Bench:
         ready: dict[int, Timed] = {}
         try:
             variants = self._arguments(row)
+            self._precompile(todo, variants[0])
             for config in todo:
                 with self._surviving(config):
                     chosen = self.configs[config]
@@ -179,7 +182,8 @@ class Bench:
             for done in range(self._rounds):
                 for config in rng.permutation(np.array(list(ready), dtype=np.int64)).tolist():
                     with self._surviving(config):
-                        samples.setdefault(config, []).extend(ready[config].sample())
+                        taken = ready[config].sample()
+                        samples[config] = samples.get(config, []) + taken
                 best = min((min(values) for values in samples.values()), default=0.0)
                 for config in list(ready):
                     hopeless = config in samples and min(samples[config]) > HOPELESS * best
@@ -195,6 +199,15 @@ class Bench:
             text = f"{self.workloads[row].label}: {found[config].us:.1f} us with {format_config(self.configs[config])}"
             self._progress.set_postfix_str(text, refresh=False)
         return {config: (m.us, m.spread) for config, m in found.items()}
+
+    def _precompile(self, todo: Sequence[int], arguments: dict[str, Any]) -> None:
+        """Lets a kernel with a member ``precompile(configs, **arguments)`` compile in parallel what is new to it."""
+        hook = getattr(self.kernel, "precompile", None)
+        new = [config for config in todo if config not in self._compiled]
+        self._compiled.update(new)
+        if hook is not None and new:
+            with contextlib.suppress(Exception):  # whatever cannot be compiled says so again when it is launched
+                hook([self.configs[config] for config in new], **arguments)
 
     def _arguments(self, row: int) -> list[dict[str, Any]]:
         """Keyword arguments of a launch, once for each shift of the expert ids that the timer asks for."""
@@ -251,6 +264,7 @@ def profile(
     shape: MoEShape,
     workloads: Sequence[Workload],
     *,
+    configs: Sequence[Config] | None = None,
     out: str | os.PathLike[str] | None = None,
     timer: Timer | None = None,
     inputs: Inputs | None = None,
@@ -269,6 +283,7 @@ def profile(
     Args:
         kernel: what to time.
         shape: the layer.
+        configs: which configs; all of the kernel's by default.
         workloads: rows of the table, in this order; they are measured in a shuffled one, so that the projected
             time is sound and a budget leaves a bit of everything.
         out: the table's file; None keeps no journal either.
@@ -289,7 +304,7 @@ def profile(
         TableError: `out` or its journal cannot be written, or the journal is another profile's.
         DeviceFault: a config lost the GPU.
     """
-    options = {"out": out, "timer": timer, "inputs": inputs, "rounds": rounds, "device": device}
+    options = {"configs": configs, "out": out, "timer": timer, "inputs": inputs, "rounds": rounds, "device": device}
     with Bench(kernel, shape, workloads, quiet=quiet, seed=seed, **options) as bench:  # type: ignore[arg-type]
         everything = range(len(bench.configs))
         bench.expect(sum(len(bench.missing(row, everything)) for row in range(len(bench.keys))))
@@ -340,7 +355,7 @@ def plan_profile(
     """Counts and projects without a launch; the arguments and errors of `profile`."""
     device = device or device_of(kernel)
     configs = check_configs(kernel.configs, f"kernel {kernel.name!r}")
-    refused = runnable(kernel, shape)
+    refused = refusals(kernel, configs, shape)
     counts = np.array([counts for _, _, counts in row_keys(shape, workloads)])
     usable = len(configs) - len(refused)
     seconds = 0.0
@@ -363,15 +378,15 @@ def device_of(kernel: Kernel) -> Device:
     return stated if isinstance(stated, Device) else Device.current()
 
 
-def runnable(kernel: Kernel, shape: MoEShape) -> dict[int, str]:
+def refusals(kernel: Kernel, configs: Sequence[Config], shape: MoEShape) -> dict[int, str]:
     """Configs that the kernel refuses, with its reasons.
 
     Raises:
         ConfigError: it refuses all of them.
     """
-    said = {index: refusal(kernel, config, shape) for index, config in enumerate(kernel.configs)}
+    said = {index: refusal(kernel, config, shape) for index, config in enumerate(configs)}
     refused = {index: reason for index, reason in said.items() if reason is not None}
-    if len(refused) == len(kernel.configs):
+    if len(refused) == len(configs):
         raise ConfigError(f"kernel {kernel.name!r} refuses every config for {shape}; the first: {refused[0]}")
     return refused
 

@@ -22,6 +22,9 @@ Call = Callable[[], Any]
 # random replacement 2 % of the reads hit at 4x the L2, but 20 % at 2x.
 COLD = 4
 
+# Launches in one graph; more would make captures slow for calls of which a graph this long is precise enough.
+MAX_REPEATS = 200
+
 
 class DeviceFault(RampwrapError, RuntimeError):  # noqa: N818
     """The GPU context is lost (illegal address, device assert); only a new process can use the GPU again."""
@@ -164,9 +167,11 @@ class GraphTimer:
         self._target_us = target_us
         self._replays = replays
         self._warm_s = warm_s
+        self._warm = False
         self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._graphs: list[Any] = []
+        self._broken: list[Any] = []
         self._buffer: Any = None
         self._flush_us = 0.0
         if l2_bytes and not self._large:
@@ -191,17 +196,18 @@ class GraphTimer:
             for call in calls:
                 call()
             self._stream.synchronize()
-        if self._warm_s:
+        if not self._warm:
             self._warm_up(calls)
         once = -(-2 // len(calls)) * len(calls)
         graph = self._capture(calls, once)
         us = min(self._replay(graph, once, 2))
-        repeats = -(-max(2, round(self._target_us / us)) // len(calls)) * len(calls)
+        wanted = min(max(2, round(self._target_us / us)), MAX_REPEATS)
+        repeats = -(-wanted // len(calls)) * len(calls)
         if repeats > 1.5 * once:
-            self._graphs.remove(graph)
-            graph.reset()
-            graph = self._capture(calls, repeats)
-            once = repeats
+            short, graph, once = graph, self._capture(calls, repeats), repeats
+            # Only now: a pool whose last graph is gone cannot be captured into again.
+            self._graphs.remove(short)
+            short.reset()
         return _Captured(self, graph, once)
 
     def release(self) -> None:
@@ -209,7 +215,6 @@ class GraphTimer:
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
-        # A pool whose last graph is gone cannot be captured into again.
         self._pool = None
         self._torch.cuda.empty_cache()
 
@@ -241,14 +246,14 @@ class GraphTimer:
 
     def _warm_up(self, calls: Sequence[Call]) -> None:
         """Once: raises the clocks, by replays of the first thing to be timed, and times the flush."""
-        seconds, self._warm_s = self._warm_s, 0.0
         graph = self._capture(calls, 2 * len(calls))
-        end = time.monotonic() + seconds
+        end = time.monotonic() + self._warm_s
         while time.monotonic() < end:
             self._replay(graph, 1, 10)
         if self._buffer is not None:
             flush = self._capture([lambda: None], 20)
             self._flush_us = float(np.median(self._replay(flush, 20, 15)))
+        self._warm = True
 
     def _capture(self, calls: Sequence[Call], repeats: int) -> Any:
         """A graph of `repeats` launches in turn over `calls`, each behind a flush where there is a buffer."""
@@ -264,13 +269,28 @@ class GraphTimer:
                     if self._buffer is not None:
                         torch.sum(self._buffer, dim=1, out=self._sums)
                     calls[i % len(calls)]()
+                graph.capture_end()
             except BaseException:
-                with contextlib.suppress(Exception):
-                    graph.capture_end()  # takes the stream out of capture mode; itself fails after a bad call
+                self._abandon(graph)
                 raise
-            graph.capture_end()
         self._graphs.append(graph)
         return graph
+
+    def _abandon(self, graph: Any) -> None:
+        """Takes the stream out of capture mode after a call has raised, and frees what was captured."""
+        try:
+            graph.capture_end()
+            graph.reset()
+        except Exception:
+            # A forbidden call has broken the capture. torch still counts it as under way, and the next
+            # `empty_cache` would fail on it; its host allocator goes on referring to the graph, so that is kept.
+            device = self._torch.cuda.current_device()
+            with contextlib.suppress(Exception):
+                self._torch._C._cuda_endAllocateToPool(device, self._pool)
+                self._torch._C._cuda_releasePool(device, self._pool)
+            self._broken.append(graph)
+        if not self._graphs:  # see `prepare`
+            self._pool = None
 
     def _replay(self, graph: Any, repeats: int, samples: int) -> list[float]:
         """Microseconds of one launch, one value a replay."""

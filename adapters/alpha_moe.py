@@ -1,0 +1,295 @@
+"""Alpha-MoE's fused FP8 layer (`torch.ops.alpha_moe.fused_moe_w8a8_up_down`) as a wrapped kernel; sm_90 only.
+
+One launch does both GEMMs: a CTA computes 128 columns of the activations of one M block, and adds its share of
+the output rows to memory in bf16. Facts of its source that users meet:
+
+* the output must be zero before the launch, and is summed in no fixed order: results differ in their last bits;
+* the gate+up GEMM accumulates in bf16: 3 % from a layer in float64, where other FP8 kernels are within 1 %;
+* the down GEMM covers whole tiles of 256 columns of the output, so H must be a multiple of 256;
+* a config that does not fit shared memory, and any other CUDA error of its set-up, ends the process.
+"""
+
+import importlib
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+
+from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.errors import ConfigError, InputError
+from rampwrap.grid import CtaGrid
+from rampwrap.kernel import Config, MoEShape, check_configs, format_config
+from rampwrap.kernels.triton.align import align_tokens
+from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
+from rampwrap.static import StaticTable, read_static
+
+KEYS = ("block_m", "block_n", "warp_n", "stages")
+PAIRS = ((64, 4), (32, 8))
+"(block_n, warp_n): 256 rows of the gate+up weights either way, on one or two warpgroups."
+TILE = 256
+"Gate+up rows of a CTA, and output columns of one step of its down GEMM."
+MAX_SHARED = 227 * 1024
+SM_SHARED = 228 * 1024
+MAX_GRID_Y = 65_535
+FP8 = torch.float8_e4m3fn
+ABSENT = (
+    "Alpha-MoE is not installed ({}); get it with 'pip install --no-build-isolation "
+    "git+https://github.com/Aleph-Alpha/Alpha-MoE' on a machine with nvcc and a Hopper GPU."
+)
+
+
+def shared_bytes(config: Config) -> int:
+    """Shared memory of a CTA in bytes: the larger of its two phases, plus what is static.
+
+    Up: per stage 256x128 weights and block_m x 128 activations, and float scales, 2 x (2 + block_m) a stage. Down: the
+    weights' stages, the activations [block_m, 128] and the bf16 output tile [block_m, 264]. Both are padded to 1 KB.
+    Static: barriers, the routing weights of the block, the down scales.
+    """
+    block_m, stages = config["block_m"], config["stages"]
+    weights = stages * TILE * GROUP
+    up = weights + stages * block_m * GROUP + 8 * stages * (2 + block_m)
+    down = weights + block_m * GROUP + 2 * block_m * (TILE + 8)
+    static = 16 * stages + 4 * block_m + 16 * stages
+    return int(-(-max(up, down) // 1024) * 1024 + static)
+
+
+def refusal(config: Config) -> str | None:
+    """Why a config cannot be launched, in a sentence; None if it can. The one statement of what is legal."""
+    if set(config) != set(KEYS):
+        return f"The config has {', '.join(config)}; give {', '.join(KEYS)}."
+    if config["block_m"] not in range(8, 129, 8):
+        return f"block_m={config['block_m']} is not compiled; use a multiple of 8 up to 128."
+    if (config["block_n"], config["warp_n"]) not in PAIRS:
+        return (
+            f"block_n={config['block_n']} with warp_n={config['warp_n']} is not compiled; use 64 with 4 or 32 with 8."
+        )
+    if config["stages"] not in range(1, 6):
+        return f"stages={config['stages']} is not compiled; use 1 to 5."
+    shared = shared_bytes(config)
+    if shared > MAX_SHARED:
+        return f"It needs {shared} bytes of shared memory where an SM gives {MAX_SHARED}, which would end the process; use fewer stages or a smaller block_m."
+    return None
+
+
+_EVERY = (
+    dict(zip(KEYS, (block_m, *pair, stages), strict=True))
+    for block_m in range(8, 129, 8)
+    for pair in PAIRS
+    for stages in range(1, 6)
+)
+CONFIGS: tuple[Config, ...] = tuple(config for config in _EVERY if refusal(config) is None)
+"Its 160 instances without the 8 that would end the process."
+
+
+def interleave(weights: torch.Tensor, rows: int = 8) -> torch.Tensor:
+    """[E, 2n, ...] with gate rows first -> the same with `rows` gate rows and `rows` up rows in turn; a copy.
+
+    Alpha-MoE reads w13 with rows=8 and its scales with rows=1.
+    """
+    return _swap_axes(weights, (weights.shape[0], 2, -1, rows, *weights.shape[2:]))
+
+
+def deinterleave(weights: torch.Tensor, rows: int = 8) -> torch.Tensor:
+    """Undoes `interleave`."""
+    return _swap_axes(weights, (weights.shape[0], -1, 2, rows, *weights.shape[2:]))
+
+
+def _swap_axes(weights: torch.Tensor, split: tuple[int, ...]) -> torch.Tensor:
+    if weights.shape[1] % (2 * split[3]):
+        raise InputError(
+            f"weights of shape {tuple(weights.shape)} do not interleave by {split[3]}; pad axis 1 to a multiple of {2 * split[3]}."
+        )
+    # FP8 has few operations of its own; its bytes have all.
+    raw = weights.view(torch.uint8) if weights.dtype == FP8 else weights
+    return raw.view(split).transpose(1, 2).contiguous().view(raw.shape).view(weights.dtype)
+
+
+class AlphaMoE:
+    """Alpha-MoE's layer of one shape.
+
+    >>> kernel = AlphaMoE(MoEShape(64, 8, 2048, 1024, "fp8"))
+    >>> weights = kernel.convert_weights(w13=w13, w13_scale=w13_scale)  # once
+    >>> out = kernel.launch(kernel.configs[0], x, w2=w2, w2_scale=s2, topk_weights=..., topk_ids=..., **weights)
+
+    Raises:
+        InputError: Alpha-MoE is not installed, or the GPU is not a Hopper.
+        ConfigError: it cannot run this shape.
+    """
+
+    name = "alpha_moe"
+    weight_layout = "alpha_moe_interleaved8"
+    capturable = True
+    nondeterministic = "output tiles are added in bf16 in no fixed order"
+    launch_names = ("fused_moe_w8a8",)
+    tolerance = 0.05
+
+    def __init__(self, shape: MoEShape) -> None:
+        try:
+            importlib.import_module("alpha_moe")
+            self._op: Any = torch.ops.alpha_moe.fused_moe_w8a8_up_down
+        except (ImportError, AttributeError) as error:
+            raise InputError(ABSENT.format(error)) from error
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+            raise InputError(
+                f"Alpha-MoE runs on sm_90 only, this is {torch.cuda.get_device_name()}; use another kernel."
+            )
+        try:
+            self.version = importlib.metadata.version("alpha_moe_python")
+        except importlib.metadata.PackageNotFoundError:
+            self.version = "0.0.1"
+        self.shape = shape
+        reason = self.supports(CONFIGS[0], shape)
+        if reason is not None:
+            raise ConfigError(f"No config of {self.name} runs {shape}: {reason}")
+        self.configs: tuple[Config, ...] = check_configs(CONFIGS, self.name)
+        self._legal = {tuple(config.values()) for config in self.configs}
+        self._layer = TritonFusedMoE(shape)
+        self._converted: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+
+    def default_config(self, num_tokens: int) -> Config:
+        """A config for balanced routing, by tokens per expert: Alpha-MoE itself has none without a tuned file."""
+        per_expert = num_tokens * self.shape.top_k / self.shape.num_experts
+        block_m = min(64, 8 * max(1, -(-int(per_expert) // 8)))
+        return dict(zip(KEYS, (block_m, 32, 8, 4), strict=True))
+
+    def static_table(self, path: str | os.PathLike[str] | None = None) -> StaticTable:
+        """Alpha-MoE's own choice by token count, from its tuner's JSON; ``$ALPHA_MOE_CONFIG`` by default.
+
+        Raises:
+            InputError: no file is named, or it cannot be read.
+        """
+        found = path or os.environ.get("ALPHA_MOE_CONFIG")
+        if found is None:
+            raise InputError("no tuned file of Alpha-MoE is named; give its path or set ALPHA_MOE_CONFIG.")
+        return read_static(found, self.configs)
+
+    def supports(self, config: Config, shape: MoEShape) -> str | None:
+        """Why `config` cannot run `shape`, in a sentence; None if it can."""
+        if shape.dtype != "fp8":
+            return f"dtype {shape.dtype} is not FP8, the only one it has; use another kernel."
+        if shape.hidden_size % TILE:
+            return (
+                f"hidden_size={shape.hidden_size} is no multiple of {TILE}, the last columns would stay zero; pad it."
+            )
+        if shape.intermediate_size % GROUP:
+            return f"intermediate_size={shape.intermediate_size} is no multiple of {GROUP}; pad it."
+        return refusal(config)
+
+    def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
+        """2I / 256 CTAs for each M block, in one launch."""
+        threads = 128 + 32 * config["warp_n"]
+        # bf16 sums and float32 products of a thread, and about 60 for the rest.
+        registers = min(255, 60 + 6 * (config["block_n"] // 16) * (config["block_m"] // 8))
+        by_shared = SM_SHARED // (shared_bytes(config) + 1024)
+        resident = max(1, min(by_shared, 65_536 // (threads * registers), 2048 // threads))
+        return CtaGrid(config["block_m"], -(-2 * shape.intermediate_size // TILE), ctas_per_sm=resident)
+
+    def launch(
+        self,
+        config: Config,
+        /,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        w13_scale: torch.Tensor,
+        w2_scale: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        scaling_factor: float = 1.0,
+    ) -> torch.Tensor:
+        """Quantises, aligns, zeroes the output and runs the layer; returns [T, H].
+
+        Args:
+            config: one of `configs`.
+            hidden_states: bf16 [T, H].
+            w13: e4m3 [E, 2I, H], from `convert_weights`.
+            w2: e4m3 [E, H, I].
+            topk_weights: float32 [T, top_k].
+            topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
+            w13_scale: float32 [E, 2I/128, H/128], from `convert_weights`.
+            w2_scale: float32 [E, H/128, I/128].
+            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
+            out: bf16 [T, H], overwritten and returned; allocated where absent.
+            scaling_factor: factor of the whole output.
+
+        Raises:
+            ConfigError: the config cannot run this shape; nothing was launched.
+            InputError: a tensor has the wrong shape, dtype or layout (the kernel itself would read garbage).
+        """
+        if tuple(config.values()) not in self._legal or len(config) != len(KEYS):
+            raise ConfigError(f"The config {format_config(config)} cannot run: {self.supports(config, self.shape)}")
+        self._check(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, out)
+        tokens, experts = len(hidden_states), self.shape.num_local_experts
+        out = torch.zeros_like(hidden_states) if out is None else out.zero_()
+        if not tokens:
+            return out
+        x = torch.empty_like(hidden_states, dtype=FP8)
+        x_scale = hidden_states.new_empty(tokens, self.shape.hidden_size // GROUP, dtype=torch.float32)
+        quantise_rows(hidden_states, x, x_scale)
+        blocks = align_tokens(topk_ids, config["block_m"], experts, expert_map=expert_map)
+        rows = blocks.sorted_token_ids.numel()
+        if rows > MAX_GRID_Y * config["block_m"]:
+            raise InputError(
+                f"{tokens} tokens make more than {MAX_GRID_Y} blocks of {config['block_m']}; split the batch or use a larger block_m."
+            )
+        self._op(
+            *(x, x_scale, w13, w13_scale, w2, w2_scale),
+            *(blocks.sorted_token_ids, blocks.expert_ids, blocks.num_tokens_post_padded, topk_weights, out),
+            *(self.shape.top_k, *(config[key] for key in KEYS), scaling_factor),
+        )
+        return out
+
+    def _check(
+        self,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        w13_scale: torch.Tensor,
+        w2_scale: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> None:
+        experts, hidden, inter = self.shape.num_local_experts, self.shape.hidden_size, self.shape.intermediate_size
+        tokens = len(hidden_states)
+        wide, flat, groups = 2 * inter // GROUP, hidden // GROUP, inter // GROUP
+        for name, tensor, dtypes, expected in (
+            ("hidden_states", hidden_states, (torch.bfloat16,), (tokens, hidden)),
+            ("w13", w13, (FP8,), (experts, 2 * inter, hidden)),
+            ("w2", w2, (FP8,), (experts, hidden, inter)),
+            ("w13_scale", w13_scale, (torch.float32,), (experts, wide, flat)),
+            ("w2_scale", w2_scale, (torch.float32,), (experts, flat, groups)),
+            ("topk_weights", topk_weights, (torch.float32,), (tokens, self.shape.top_k)),
+            ("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, self.shape.top_k)),
+            ("out", hidden_states if out is None else out, (torch.bfloat16,), (tokens, hidden)),
+        ):
+            if tensor.shape != expected or tensor.dtype not in dtypes or not tensor.is_contiguous():
+                raise InputError(
+                    f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}; "
+                    f"give contiguous {str(dtypes[0]).removeprefix('torch.')} {expected}."
+                )
+
+    def convert_weights(self, *, w13: torch.Tensor, w13_scale: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        """What differs from the layout of vLLM (gate rows first): w13 interleaved by 8 and its scales by 1; copies."""
+        return {"w13": interleave(w13), "w13_scale": interleave(w13_scale, 1)}
+
+    def converted_bytes(self, shape: MoEShape) -> int:
+        """Bytes that `convert_weights` allocates."""
+        rows = shape.num_local_experts * 2 * shape.intermediate_size
+        return rows * shape.hidden_size + 4 * rows * shape.hidden_size // GROUP**2
+
+    def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""
+        made = self._layer.inputs(shape, topk_ids, seed=seed)
+        if self._converted is None or self._converted[0] is not made["w13"]:
+            self._converted = (made["w13"], self.convert_weights(**made))
+        return made | self._converted[1]
+
+    def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
+        """The layer in float64, expert by expert, with the same quantisation steps."""
+        plain = {"w13": deinterleave(inputs["w13"]), "w13_scale": deinterleave(inputs["w13_scale"], 1)}
+        return self._layer.reference(shape, inputs | plain)

@@ -1,0 +1,272 @@
+"""rampwrap's own Triton fused MoE (`rampwrap.kernels.triton`) as a wrapped kernel."""
+
+from typing import Any
+
+import torch
+
+from rampwrap.errors import ConfigError, InputError
+from rampwrap.grid import CtaGrid
+from rampwrap.kernel import Config, MoEShape, check_configs, format_config
+from rampwrap.kernels.triton import configs as tuning
+from rampwrap.kernels.triton.align import TokenBlocks
+from rampwrap.kernels.triton.fused_moe import fused_moe
+from rampwrap.kernels.triton.quantise import FP8_MAX, GROUP, MIN_ABS
+from rampwrap.kernels.triton.workspace import TORCH_DTYPES, Workspace, workspace
+
+FP8 = torch.float8_e4m3fn
+
+
+class TritonFusedMoE:
+    """The Triton fused MoE layer of one shape.
+
+    >>> kernel = TritonFusedMoE(MoEShape(64, 8, 2048, 1024))
+    >>> out = kernel.launch(kernel.configs[0], hidden_states, w13, w2, topk_weights, topk_ids)
+    """
+
+    name = "triton_fused_moe"
+    # Changes with every change that moves timings: profiles of another version are refused.
+    version = "1"
+
+    def __init__(self, shape: MoEShape) -> None:
+        self.shape = shape
+        usable = [config for config in tuning.CONFIGS[shape.dtype] if self.supports(config, shape) is None]
+        if not usable:
+            reason = self.supports(tuning.CONFIGS[shape.dtype][0], shape)
+            raise ConfigError(f"No config of {self.name} runs {shape}: {reason}")
+        self.configs: tuple[Config, ...] = check_configs(usable, self.name)
+        self._legal = {tuple(config.values()) for config in usable}
+        self._weights: tuple[Any, dict[str, torch.Tensor]] | None = None
+
+    def default_config(self, num_tokens: int) -> Config:
+        """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
+        shape = self.shape
+        return tuning.default_config(num_tokens, shape.num_experts, shape.top_k, shape.dtype)
+
+    def supports(self, config: Config, shape: MoEShape) -> str | None:
+        """Why `config` cannot run `shape`, in a sentence; None if it can."""
+        if shape.dtype == "fp8":
+            for name in ("hidden_size", "intermediate_size"):
+                if getattr(shape, name) % GROUP:
+                    return f"{name}={getattr(shape, name)} is no multiple of the {GROUP}-wide scale blocks; pad it or use bf16."
+        return tuning.refusal(config, shape.dtype)
+
+    def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
+        """CTAs per M block: 2I / block_n of the gate+up GEMM and H / block_n of the down GEMM."""
+        block_n = config["block_n"]
+        up = -(-shape.intermediate_size // (block_n // 2))
+        down = -(-shape.hidden_size // block_n)
+        return CtaGrid(
+            block_m=config["block_m"],
+            ctas_per_block=up + down,
+            launches=(up, down),
+            ctas_per_sm=tuning.ctas_per_sm(config, shape.dtype),
+        )
+
+    def workspace(self, num_tokens: int, device: torch.device | str = "cuda") -> Workspace:
+        """Memory for `launch(..., workspace=...)` with any config and up to `num_tokens` tokens."""
+        return workspace(self.shape, num_tokens, device)
+
+    def launch(
+        self,
+        config: Config,
+        /,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
+        blocks: TokenBlocks | None = None,
+    ) -> torch.Tensor:
+        """Runs the layer and returns [T, H].
+
+        Args:
+            config: one of `configs`, or any other that `supports` accepts.
+            hidden_states: [T, H], bf16 or fp16 (bf16 for an FP8 layer, which quantises them itself).
+            w13: [E, 2I, H], gate rows first.
+            w2: [E, H, I].
+            topk_weights: [T, top_k], floating point.
+            topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
+            w13_scale: float32 [E, 2I/128, H/128], FP8 only.
+            w2_scale: float32 [E, H/128, I/128], FP8 only.
+            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
+            out: [T, H], written and returned; allocated where absent.
+            workspace: scratch memory from `workspace`; allocated where absent.
+            blocks: an alignment of `topk_ids` for the config's block_m; made where absent.
+
+        Raises:
+            ConfigError: the config cannot run this shape.
+            InputError: a tensor has the wrong shape, dtype or layout.
+        """
+        if tuple(config.values()) not in self._legal:
+            reason = self.supports(config, self.shape)
+            if reason is not None:
+                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+            config = {key: config[key] for key in tuning.KEYS}
+        self._check(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out)
+        if blocks is not None and (blocks.block_m, blocks.num_slots) != (config["block_m"], topk_ids.numel()):
+            raise InputError(
+                f"The blocks hold {blocks.num_slots} slots at block_m={blocks.block_m}; "
+                f"align this batch of {topk_ids.numel()} slots at block_m={config['block_m']}."
+            )
+        if workspace is not None and workspace.num_slots < topk_ids.numel():
+            raise InputError(
+                f"The workspace holds {workspace.num_slots} slots, this batch has {topk_ids.numel()}; allocate a larger one."
+            )
+        return fused_moe(
+            config,
+            hidden_states,
+            w13,
+            w2,
+            topk_weights,
+            topk_ids,
+            w13_scale=w13_scale,
+            w2_scale=w2_scale,
+            expert_map=expert_map,
+            out=out,
+            workspace=workspace,
+            blocks=blocks,
+        )
+
+    def _check(
+        self,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        w13_scale: torch.Tensor | None,
+        w2_scale: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> None:
+        shape = self.shape
+        experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+        if hidden_states.dim() != 2:
+            raise InputError(f"hidden_states has shape {tuple(hidden_states.shape)}; give [num_tokens, {hidden}].")
+        tokens = hidden_states.shape[0]
+        act = TORCH_DTYPES[shape.dtype]
+        weight = FP8 if shape.dtype == "fp8" else act
+        _expect("hidden_states", hidden_states, (tokens, hidden), (act,))
+        _expect("w13", w13, (experts, 2 * inter, hidden), (weight,))
+        _expect("w2", w2, (experts, hidden, inter), (weight,))
+        _expect("topk_ids", topk_ids, (tokens, shape.top_k), (torch.int32, torch.int64))
+        _expect("topk_weights", topk_weights, (tokens, shape.top_k), (torch.float32, torch.bfloat16, torch.float16))
+        if shape.dtype == "fp8":
+            if w13_scale is None or w2_scale is None:
+                raise InputError("FP8 weights come with scales; give w13_scale and w2_scale.")
+            _expect("w13_scale", w13_scale, (experts, 2 * inter // GROUP, hidden // GROUP), (torch.float32,))
+            _expect("w2_scale", w2_scale, (experts, hidden // GROUP, inter // GROUP), (torch.float32,))
+        elif w13_scale is not None or w2_scale is not None:
+            raise InputError(
+                f"Scales were given for a {shape.dtype} layer; leave them out or use a shape with dtype='fp8'."
+            )
+        if expert_map is not None:
+            _expect("expert_map", expert_map, (shape.num_experts,), (torch.int32,))
+        elif experts != shape.num_experts:
+            raise InputError(
+                f"{experts} of {shape.num_experts} experts are on this rank; give expert_map to say which."
+            )
+        if out is not None:
+            _expect("out", out, (tokens, hidden), (act,))
+
+    def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`.
+
+        The weights are made once for a shape, device and seed and stay with the adapter; they are drawn expert
+        by expert, so that memory peaks at the weights plus one expert.
+        """
+        key = (shape, topk_ids.device, seed)
+        if self._weights is None or self._weights[0] != key:
+            self._weights = None
+            self._weights = (key, _random_weights(shape, topk_ids.device, seed))
+        tokens = topk_ids.shape[0]
+        generator = torch.Generator(topk_ids.device).manual_seed(seed + 1)
+        device = topk_ids.device
+        hidden_states = torch.randn(tokens, shape.hidden_size, generator=generator, device=device)
+        logits = torch.randn(topk_ids.shape, generator=generator, device=device)
+        return {
+            "hidden_states": hidden_states.to(TORCH_DTYPES[shape.dtype]),
+            "topk_weights": logits.softmax(-1),
+            "topk_ids": topk_ids,
+            **self._weights[1],
+        }
+
+    def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
+        """The layer in float64, expert by expert, in plain torch; FP8 with the same quantisation steps."""
+        x, ids = inputs["hidden_states"], inputs["topk_ids"].long()
+        weights, expert_map = inputs["topk_weights"].double(), inputs.get("expert_map")
+        fp8 = shape.dtype == "fp8"
+        x = _quantised(x) if fp8 else x.double()
+        limit = shape.num_local_experts
+        if expert_map is not None:
+            inside = (ids >= 0) & (ids < expert_map.numel())
+            ids = torch.where(inside, expert_map.long()[ids.clamp(0, expert_map.numel() - 1)], -1)
+        out = torch.zeros(x.shape[0], shape.hidden_size, dtype=torch.float64, device=x.device)
+        for expert in range(limit):
+            token, k = torch.nonzero(ids == expert, as_tuple=True)
+            if token.numel() == 0:
+                continue
+            w13, w2 = inputs["w13"][expert].double(), inputs["w2"][expert].double()
+            if fp8:
+                w13 = w13 * _spread(inputs["w13_scale"][expert])
+                w2 = w2 * _spread(inputs["w2_scale"][expert])
+            gate, up = (x[token] @ w13.T).chunk(2, dim=-1)
+            h = torch.nn.functional.silu(gate) * up
+            if fp8:
+                h = _quantised(h.to(TORCH_DTYPES[shape.dtype]))
+            out.index_add_(0, token, (h @ w2.T) * weights[token, k, None])
+        return out
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        layout = "" if tensor.is_contiguous() else " and not contiguous"
+        raise InputError(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}{layout}; "
+            f"give contiguous {kinds} {shape}."
+        )
+
+
+def _random_weights(shape: MoEShape, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+    weights: dict[str, torch.Tensor] = {}
+    for name, rows, columns, gain in (("w13", 2 * inter, hidden, 1.0), ("w2", hidden, inter, 3.0)):
+        std = gain * columns**-0.5
+        if shape.dtype != "fp8":
+            w = torch.empty(experts, rows, columns, dtype=TORCH_DTYPES[shape.dtype], device=device)
+            for expert in w:
+                expert.normal_(0.0, std, generator=generator)
+            weights[name] = w
+            continue
+        w = torch.empty(experts, rows, columns, dtype=FP8, device=device)
+        for expert in w:
+            # A standard deviation of 64 uses e4m3's range to 448 = 7 sigma.
+            expert.copy_(
+                torch.randn(rows, columns, generator=generator, device=device).mul_(64).clamp_(-FP8_MAX, FP8_MAX)
+            )
+        scale = torch.rand(experts, rows // GROUP, columns // GROUP, generator=generator, device=device)
+        weights[name] = w
+        weights[f"{name}_scale"] = (scale + 0.5) * (std / 64)
+    return weights
+
+
+def _quantised(x: torch.Tensor) -> torch.Tensor:
+    """x through e4m3 and back, with one scale for each 128 values, in float64."""
+    groups = x.float().view(*x.shape[:-1], -1, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(MIN_ABS) / FP8_MAX
+    q = (groups / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return (q.double() * scale.double()).flatten(-2)
+
+
+def _spread(scale: torch.Tensor) -> torch.Tensor:
+    """Block scales as one number per weight."""
+    wide: torch.Tensor = scale.double().repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
+    return wide

@@ -1,0 +1,349 @@
+"""vLLM's own Triton fused MoE (`fused_experts`, 0.26 and later) as a wrapped kernel; its source stays as it is.
+
+vLLM asks `fused_moe.get_config()` for a config before it looks into its tuned files. This adapter answers that
+question for the thread that launches, for as long as the launch lasts, and passes everybody else's through:
+`override_config`, the way vLLM itself offers, is one global of the process and stays set after an exception.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import torch
+
+from rampwrap.errors import ConfigError, InputError
+from rampwrap.grid import CtaGrid
+from rampwrap.kernel import Config, MoEShape, check_configs, config_key, format_config
+from rampwrap.kernels.triton import configs as sm90
+from rampwrap.static import StaticTable, default_table, read_static, write_static
+
+KEYS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+PACKAGE = "vllm.model_executor.layers.fused_moe"
+GROUP = 128  # side of the scale blocks of block-scaled FP8
+# What Triton takes where vLLM's config does not say.
+_TRITON_DEFAULTS = {"GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
+_ALLOWED = {
+    "BLOCK_SIZE_M": (8, 16, 32, 64, 128, 256),
+    "BLOCK_SIZE_N": (16, 32, 64, 128, 256),
+    "BLOCK_SIZE_K": (32, 64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3, 4, 5, 6, 7, 8),
+}
+MAX_ACCUMULATORS = 256
+_SIZES = ("num_local_experts", "hidden_size", "intermediate_size")
+
+# Besides the regular ones: best somewhere on an H200, or shipped for it; in the order of KEYS.
+_EXTRA_BF16 = (
+    (16, 32, 64, 1, 4, 4), (16, 64, 64, 1, 4, 5), (16, 64, 128, 1, 4, 2), (16, 64, 128, 1, 4, 5), (16, 64, 256, 1, 4, 3),
+    (16, 64, 256, 1, 4, 4), (16, 256, 128, 1, 8, 2), (32, 128, 64, 8, 4, 3), (128, 256, 64, 64, 8, 4),
+)  # fmt: skip
+
+
+def swaps_ab(config: Config, dtype: str) -> bool:
+    """Whether vLLM multiplies W X^T on sm_90."""
+    return bool(dtype == "fp8" and config["BLOCK_SIZE_M"] < 64 and config["BLOCK_SIZE_N"] >= 64)
+
+
+def _as_ours(config: Config, dtype: str) -> dict[str, Any]:
+    """The config in the words of `rampwrap.kernels.triton.configs`, whose tiles occupy the same memory."""
+    return dict(zip(sm90.KEYS, (*(config[key] for key in KEYS), swaps_ab(config, dtype)), strict=True))
+
+
+def refusal(config: Config, dtype: str) -> str | None:
+    """Why a config cannot run with a dtype, in a sentence; None if it can. The one statement of what is legal."""
+    if set(config) != set(KEYS):
+        return f"The config has {', '.join(config)}; give {', '.join(KEYS)}."
+    for key, allowed in _ALLOWED.items():
+        if config[key] not in allowed:
+            return f"{key}={config[key]} is not supported; use one of {', '.join(map(str, allowed))}."
+    if config["GROUP_SIZE_M"] < 1:
+        return f"GROUP_SIZE_M={config['GROUP_SIZE_M']} is not supported; use 1 or more."
+    if config["BLOCK_SIZE_M"] < 16 and not swaps_ab(config, dtype):
+        return f"BLOCK_SIZE_M={config['BLOCK_SIZE_M']} runs only in FP8 with BLOCK_SIZE_N of 64 or more; use 16."
+    if dtype == "fp8" and config["BLOCK_SIZE_K"] < 64:
+        return f"BLOCK_SIZE_K={config['BLOCK_SIZE_K']} is too shallow for FP8; use 64 or more."
+    ours = _as_ours(config, dtype)
+    if sm90.accumulators(ours, "bf16") > MAX_ACCUMULATORS:
+        return f"A {ours['block_m']}x{ours['block_n']} tile does not fit the registers of {ours['num_warps']} warps; use more warps or a smaller tile."
+    shared = sm90.shared_bytes(ours, dtype)
+    if shared > sm90.MAX_SHARED:
+        return f"The config needs {shared} bytes of shared memory, an SM gives {sm90.MAX_SHARED}; use fewer stages or a smaller tile."
+    return None
+
+
+def _rows(dtype: str) -> Iterator[tuple[int, ...]]:
+    """Tiles whose accumulators suit their warps, 3 to 4 stages; grouped where an expert may have many blocks."""
+    fp8 = dtype == "fp8"
+    for block_m, block_n, block_k in itertools.product((8, 16, 32, 64, 128), (64, 128, 256), (128,) if fp8 else (64, 128)):  # fmt: skip
+        for warps in {64: (4,), 128: (4, 8), 256: (8,)}[block_n]:
+            for stages in (3, 4, 5) if fp8 and block_m < 64 else (3, 4):
+                for group in (1, 16) if block_m >= 64 and (fp8 or block_k == 64) else (1,):
+                    yield block_m, block_n, block_k, group, warps, stages
+    yield from () if fp8 else _EXTRA_BF16
+
+
+CONFIGS = {
+    dtype: tuple(c for row in sorted(_rows(dtype)) if refusal(c := dict(zip(KEYS, row, strict=True)), dtype) is None)
+    for dtype in ("bf16", "fp16", "fp8")
+}
+"What each dtype is profiled with, besides what vLLM's own tables hold for the shape."
+
+
+class _Forced(threading.local):
+    """The config that the current thread's launch runs with."""
+
+    config: dict[str, Any] | None = None
+
+
+_forced = _Forced()
+_install = threading.Lock()
+
+
+class _forcing:
+    """``with _forcing(config)``: this thread's launches run with it; what was there before is put back in any case."""
+
+    def __init__(self, config: dict[str, Any] | None) -> None:
+        self._config, self._previous = config, _forced.config
+
+    def __enter__(self) -> None:
+        _forced.config = self._config
+
+    def __exit__(self, *_: object) -> None:
+        _forced.config = self._previous
+
+
+def _listen(package: Any) -> None:
+    """Makes vLLM's `get_config` answer with the launching thread's config, and with its own elsewhere; once."""
+    with _install:
+        inner = package.get_config
+        if hasattr(inner, "rampwrap"):
+            return
+
+        @functools.wraps(inner)
+        def get_config() -> Any:
+            config = _forced.config
+            return inner() if config is None else config
+
+        get_config.rampwrap = True  # type: ignore[attr-defined]
+        package.get_config = get_config
+
+
+def config_file_name(shape: MoEShape, device_name: str, *, per_tensor: bool = False) -> str:
+    """What vLLM calls the tuned file of a layer, ``E=64,N=1024,device_name=NVIDIA_H200.json``; per rank, without top_k."""
+    device = re.sub(r"[\s/]+", "_", device_name)
+    if "H200" in device.split("_"):
+        device = "NVIDIA_H200"
+    blocks = "" if per_tensor else f",block_shape=[{GROUP},{GROUP}]"
+    kind = f",dtype=fp8_w8a8{blocks}" if shape.dtype == "fp8" else ""
+    return f"E={shape.num_local_experts},N={shape.intermediate_size},device_name={device}{kind}.json"
+
+
+def config_file(shape: MoEShape, device_name: str, *, per_tensor: bool = False) -> pathlib.Path | None:
+    """The tuned file that vLLM would read: in $VLLM_TUNED_CONFIG_FOLDER, else in its package; None if there is none."""
+    name = config_file_name(shape, device_name, per_tensor=per_tensor)
+    folders = [pathlib.Path(folder)] if (folder := os.environ.get("VLLM_TUNED_CONFIG_FOLDER")) else []
+    spec = importlib.util.find_spec("vllm")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        folders.append(pathlib.Path(place, *PACKAGE.split(".")[1:], "configs"))
+    return next((path for folder in folders if (path := folder / name).is_file()), None)
+
+
+class VllmFusedMoE:
+    """vLLM's Triton fused MoE layer of one shape.
+
+    Args:
+        shape: the layer. FP8 weights have 128x128 scale blocks, or one scale an expert with `per_tensor`.
+        per_tensor: activations are quantised with one scale a batch too, static if `launch` is given it.
+        device_name: whose tuned file is read; torch's GPU by default.
+
+    Raises:
+        InputError: vLLM is not installed, or is one that does not take its config from `get_config`.
+        ConfigError: no config runs this shape.
+
+    Under ``VLLM_BATCH_INVARIANT=1`` vLLM pins one config, so that results do not depend on the batch: `configs` is
+    that one, and `launch` refuses others.
+    """
+
+    capturable = True
+    launch_names = ("fused_moe_kernel", "fused_moe_kernel")
+    "Kernels that `grid(...).launches` counts. Activation, quantisation, alignment and `moe_sum` are launched besides."
+
+    def __init__(self, shape: MoEShape, *, per_tensor: bool = False, device_name: str | None = None) -> None:
+        try:
+            names = (PACKAGE, f"{PACKAGE}.fused_moe", f"{PACKAGE}.config", "vllm.envs")
+            self._package, self._module, self._quant, self._envs = map(importlib.import_module, names)
+            self.version = importlib.metadata.version("vllm")
+        except ImportError as error:
+            raise InputError(f"vLLM cannot be imported ({error}); install vllm 0.26 or later.") from error
+        self.shape, self.per_tensor = shape, per_tensor
+        if per_tensor and shape.dtype != "fp8":
+            raise InputError(f"per_tensor scales were asked for a {shape.dtype} layer; give a shape with dtype='fp8'.")
+        self.name = "vllm_fused_moe_per_tensor" if per_tensor else "vllm_fused_moe"
+        self.weight_layout = "vllm-per-tensor" if per_tensor else "vllm"
+        # Activations with one scale a batch lose 3 % against the reference, which does not quantise them.
+        self.tolerance = 0.06 if per_tensor else {"bf16": 1e-2, "fp16": 2e-3, "fp8": 2e-2}[shape.dtype]
+        self._blocks = [GROUP, GROUP] if shape.dtype == "fp8" and not per_tensor else None
+        self._device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+        _listen(self._package)
+        pinned = self._pinned()
+        listed = self._listed() if pinned is None else [pinned]
+        usable = [config for config in listed if self.supports(config, shape) is None]
+        if not usable:
+            raise ConfigError(f"No config of {self.name} runs {shape}: {self.supports(listed[0], shape)}")
+        self.configs: tuple[Config, ...] = check_configs(usable, self.name)
+        self._legal = {tuple(config.values()) for config in usable}
+        with _forcing({**usable[0], "GROUP_SIZE_M": 1 << 20}):
+            seen = self._lookup(1)["GROUP_SIZE_M"] == 1 << 20
+        if not seen:
+            raise InputError(f"vLLM {self.version} does not take its config from get_config(); use vllm 0.26 or later.")
+
+    def _listed(self) -> list[dict[str, Any]]:
+        """The list of the dtype, and what vLLM itself would run for some batch."""
+        own = [self.default_config(2**power) for power in range(17)]
+        if (path := self.config_file()) is not None:
+            own += [self._plain(value) for key, value in json.loads(path.read_text()).items() if key.isdigit()]
+        rows = {tuple(config.values()) for config in (*CONFIGS[self.shape.dtype], *own)}
+        return [dict(zip(KEYS, row, strict=True)) for row in sorted(rows)]
+
+    def _plain(self, config: Config) -> dict[str, Any]:
+        return {key: config[key] if key in config else _TRITON_DEFAULTS[key] for key in KEYS}
+
+    def _lookup(self, num_tokens: int) -> Any:
+        experts, hidden, inter = (getattr(self.shape, name) for name in _SIZES)
+        w13, w2 = (experts, 2 * inter, hidden), (experts, hidden, inter)
+        shape, kind = self.shape, "fp8_w8a8" if self.shape.dtype == "fp8" else None
+        return self._module.try_get_optimal_moe_config(w13, w2, shape.top_k, kind, num_tokens, block_shape=self._blocks)
+
+    def _pinned(self) -> dict[str, Any] | None:
+        return self._plain(self._lookup(1)) if self._envs.VLLM_BATCH_INVARIANT else None
+
+    def default_config(self, num_tokens: int) -> Config:
+        """What vLLM runs when nobody chooses: its tuned file's config, else its built-in rule's."""
+        return self._plain(self._lookup(num_tokens))
+
+    def config_file(self) -> pathlib.Path | None:
+        """vLLM's tuned file for this layer and GPU; None if there is none."""
+        return config_file(self.shape, self._device_name, per_tensor=self.per_tensor)
+
+    def static_table(self) -> StaticTable:
+        """vLLM's own choice by token count: its tuned file, or its built-in rule where it has no file."""
+        path = self.config_file()
+        known = path is not None and not self._envs.VLLM_BATCH_INVARIANT
+        return read_static(path, self.configs) if known and path is not None else default_table(self)
+
+    def export_static(self, table: StaticTable, folder: str | os.PathLike[str]) -> pathlib.Path:
+        """Writes a table over `configs` where vLLM finds it with ``VLLM_TUNED_CONFIG_FOLDER=folder``; returns the file."""
+        path = pathlib.Path(folder) / config_file_name(self.shape, self._device_name, per_tensor=self.per_tensor)
+        path.write_text(write_static(table, self.configs))
+        return path
+
+    def supports(self, config: Config, shape: MoEShape) -> str | None:
+        """Why `config` cannot run `shape`, in a sentence; None if it can."""
+        pinned = self._pinned()
+        if pinned is not None:
+            if config_key(config) == config_key(pinned):
+                return None
+            return f"VLLM_BATCH_INVARIANT pins {format_config(pinned)}; unset it to choose configs."
+        if self._blocks is not None:
+            for name in ("hidden_size", "intermediate_size"):
+                if getattr(shape, name) % GROUP:
+                    return f"{name}={getattr(shape, name)} is no multiple of the {GROUP}-wide scale blocks; use per_tensor or bf16."
+        return refusal(self._cut(config), shape.dtype)
+
+    def _cut(self, config: Config) -> Config:
+        """vLLM cuts tiles that are deeper than a scale block."""
+        deep = self._blocks is not None and config.get("BLOCK_SIZE_K", 0) > GROUP
+        return {**config, "BLOCK_SIZE_K": GROUP} if deep else config
+
+    def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
+        """CTAs per M block: 2I / BLOCK_SIZE_N of the gate+up GEMM and H / BLOCK_SIZE_N of the down GEMM.
+
+        Where tokens x top_k x 4 <= experts vLLM gives every slot a block of its own, which is what the histogram
+        says too unless two tokens share an expert.
+        """
+        up = -(-2 * shape.intermediate_size // config["BLOCK_SIZE_N"])
+        down = -(-shape.hidden_size // config["BLOCK_SIZE_N"])
+        resident = sm90.ctas_per_sm(_as_ours(self._cut(config), shape.dtype), shape.dtype)
+        return CtaGrid(config["BLOCK_SIZE_M"], up + down, launches=(up, down), ctas_per_sm=resident)
+
+    def launch(
+        self,
+        config: Config,
+        /,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+        expert_map: torch.Tensor | None = None,
+        quant_config: Any = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Runs the layer with vLLM's `fused_experts` and returns [T, H].
+
+        Args:
+            config: one of `configs`, or any other that `supports` accepts.
+            hidden_states: [T, H], bf16 or fp16; FP8 layers quantise it themselves.
+            w13: [E, 2I, H], gate rows first.
+            w2: [E, H, I].
+            topk_weights: float32 [T, top_k].
+            topk_ids: int32 or int64 [T, top_k].
+            w13_scale, w2_scale: float32, FP8 only: [E, 2I/128, H/128] and [E, H/128, I/128], or [E] with `per_tensor`.
+            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
+            quant_config: vLLM's own, instead of one made of the two scales (static activation scales, biases).
+            options: passed to `fused_experts` (``activation``, ``apply_router_weight_on_input``).
+
+        Raises:
+            ConfigError: the config cannot run this shape, or VLLM_BATCH_INVARIANT pins another.
+            InputError: scales are missing.
+        """
+        pinned = bool(self._envs.VLLM_BATCH_INVARIANT)
+        if pinned or tuple(config.values()) not in self._legal or len(config) != len(KEYS):
+            reason = self.supports(config, self.shape)
+            if reason is not None:
+                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+        if not len(hidden_states):
+            return torch.empty_like(hidden_states)
+        if self.shape.dtype == "fp8" and quant_config is None:
+            if w13_scale is None or w2_scale is None:
+                raise InputError("FP8 weights come with scales; give w13_scale and w2_scale, or quant_config.")
+            quant_config = self._quant.fp8_w8a8_moe_quant_config(w13_scale, w2_scale, block_shape=self._blocks)
+        if expert_map is not None:
+            options |= {"expert_map": expert_map, "global_num_experts": self.shape.num_experts}
+        with _forcing(None if pinned else {key: config[key] for key in KEYS}):
+            out: torch.Tensor = self._package.fused_experts(
+                hidden_states, w13, w2, topk_weights, topk_ids, quant_config=quant_config, **options
+            )
+        return out
+
+    @functools.cached_property
+    def _layer(self) -> Any:
+        return importlib.import_module("rampwrap.adapters.triton_fused_moe").TritonFusedMoE(self.shape)
+
+    def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""
+        made: dict[str, Any] = self._layer.inputs(shape, topk_ids, seed=seed)
+        if self.per_tensor:
+            made |= {name: made[name].mean((1, 2)) for name in ("w13_scale", "w2_scale")}
+        return made
+
+    def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
+        """The layer in float64, quantised as the kernel does by block; with `per_tensor` only the weights are."""
+        if self.per_tensor:
+            plain = {name: inputs[name].double() * inputs[f"{name}_scale"][:, None, None] for name in ("w13", "w2")}
+            shape, inputs = attrs.evolve(shape, dtype="bf16"), inputs | plain
+        out: torch.Tensor = self._layer.reference(shape, inputs)
+        return out

@@ -1,0 +1,1 @@
+"""rampwrap's own Triton kernels: token alignment and the fused MoE layer."""

@@ -1,0 +1,231 @@
+"""The tuning parameters of the fused MoE kernels: what is legal, what is in the list, what it occupies.
+
+A config is a dict of
+
+    block_m     token rows of a CTA
+    block_n     weight rows of a CTA, in both GEMMs (half gate, half up in the first)
+    block_k     depth of one step
+    group_m     M blocks whose tiles are launched side by side, to share weights in L2
+    num_warps, num_stages
+    swap_ab     multiply W X^T instead of X W^T: the weights become the 64-row operand of wgmma, so that
+                16 and 32 token rows run on wgmma too (mma.sync otherwise, which converts FP8 to fp16 first)
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
+MAX_BLOCK_M = 128
+
+# sm_90: shared memory one CTA may have, and what an SM has in all; each resident CTA costs 1 KB of the latter.
+MAX_SHARED = 227 * 1024
+SM_SHARED = 228 * 1024
+SM_REGISTERS = 65_536
+SM_THREADS = 2048
+# Accumulators a thread may hold. 128 is 128x256 at 8 warps in bf16: 254 registers, no spill; FP8 block scales
+# need a second set, because each step's product is scaled before it is added.
+MAX_ACCUMULATORS = 128
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of one weight of a `MoEShape.dtype`."""
+    return 1 if dtype == "fp8" else 2
+
+
+def uses_wgmma(config: Mapping[str, Any]) -> bool:
+    """Whether the operand with the 64-row granularity is large enough; mma.sync runs otherwise."""
+    return bool(config["swap_ab"]) or config["block_m"] >= 64
+
+
+def quantises_h(config: Mapping[str, Any]) -> bool:
+    """Whether an FP8 tile holds whole 128-groups of h, so that the up epilogue can quantise them."""
+    return bool(config["block_n"] == 256)
+
+
+def shared_bytes(config: Mapping[str, Any], dtype: str) -> int:
+    """Shared memory of a CTA: the pipeline's buffers, or the tile on its way to a coalesced store.
+
+    Triton keeps `num_stages` buffers under wgmma, which reads operands while the next load lands, and one
+    less under mma.sync. Compiled kernels are compared with this number in the tests.
+    """
+    rows = config["block_m"] + config["block_n"]
+    buffers = config["num_stages"] if uses_wgmma(config) else max(1, config["num_stages"] - 1)
+    pipeline = buffers * rows * config["block_k"] * element_size(dtype)
+    return int(max(pipeline, config["block_m"] * config["block_n"] * 4))
+
+
+def accumulators(config: Mapping[str, Any], dtype: str) -> int:
+    """float32 accumulators of a thread."""
+    sets = 2 if dtype == "fp8" else 1
+    return int(config["block_m"] * config["block_n"] // (32 * config["num_warps"]) * sets)
+
+
+def registers(config: Mapping[str, Any], dtype: str) -> int:
+    """Estimate of a thread's registers: accumulators, their epilogue copy, and about 48 for addresses and loop."""
+    return min(255, 48 + 3 * accumulators(config, dtype) // 2)
+
+
+def ctas_per_sm(config: Mapping[str, Any], dtype: str) -> int:
+    """CTAs resident on one SM, by shared memory, registers and threads."""
+    threads = 32 * config["num_warps"]
+    by_shared = SM_SHARED // (shared_bytes(config, dtype) + 1024)
+    by_registers = SM_REGISTERS // (threads * registers(config, dtype))
+    return int(max(1, min(by_shared, by_registers, SM_THREADS // threads, 32)))
+
+
+def refusal(config: Mapping[str, Any], dtype: str) -> str | None:
+    """Why a config cannot run with a dtype, in a sentence; None if it can. The one statement of what is legal."""
+    missing = [key for key in KEYS if key not in config]
+    if missing:
+        return f"The config lacks {', '.join(missing)}; give all of {', '.join(KEYS)}."
+    block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
+    warps, stages = config["num_warps"], config["num_stages"]
+    if block_m not in (16, 32, 64, 128):
+        return f"block_m={block_m} is not supported; use 16, 32, 64 or 128."
+    if block_n not in (32, 64, 128, 256):
+        return f"block_n={block_n} is not supported; use 32, 64, 128 or 256."
+    if dtype == "fp8" and block_k != 128:
+        return f"block_k={block_k} does not match the 128-wide scale blocks of FP8 weights; use 128."
+    if block_k not in (32, 64, 128, 256):
+        return f"block_k={block_k} is not supported; use 32, 64, 128 or 256."
+    if warps not in (4, 8):
+        return f"num_warps={warps} is not supported; use 4 or 8."
+    if not 1 <= stages <= 8:
+        return f"num_stages={stages} is not supported; use 1 to 8."
+    if config["group_m"] < 1:
+        return f"group_m={config['group_m']} is not supported; use 1 or more."
+    if config["swap_ab"] and block_n < 16 * warps:
+        return f"swap_ab needs 16 weight rows a warp, block_n={block_n} has fewer with {warps} warps; use a wider tile."
+    if accumulators(config, dtype) < 4:
+        return f"A {block_m}x{block_n} tile leaves some of {warps} warps without work; use fewer warps."
+    if accumulators(config, dtype) > MAX_ACCUMULATORS:
+        return f"A {block_m}x{block_n} tile does not fit the registers of {warps} warps in {dtype}; use more warps or a smaller tile."
+    shared = shared_bytes(config, dtype)
+    if shared > MAX_SHARED:
+        return f"The config needs {shared} bytes of shared memory, an SM gives {MAX_SHARED}; use fewer stages or a smaller tile."
+    return None
+
+
+# (block_m, block_n, block_k), stages by number of warps, values of group_m.
+# Few token rows: time is the time to stream the weights, so what counts is bytes in flight, 64 KB or more an SM
+# (4.3 TB/s over 132 SMs times 1 to 2 us). Many rows: 64x128 and up on wgmma, deep enough to hide L2.
+_Family = tuple[tuple[int, int, int], dict[int, tuple[int, ...]], tuple[int, ...]]
+
+_BF16: tuple[_Family, ...] = (
+    ((16, 32, 128), {4: (4, 5)}, (1,)),
+    ((16, 32, 256), {4: (3, 4)}, (1,)),
+    ((16, 64, 64), {4: (3, 4, 5)}, (1,)),
+    ((16, 64, 128), {4: (2, 3, 4, 5)}, (1,)),
+    ((16, 64, 128), {4: (3,)}, (16,)),
+    ((16, 64, 256), {4: (2, 3, 4), 8: (3,)}, (1,)),
+    ((16, 128, 64), {4: (3, 4, 5), 8: (3, 4, 5)}, (1,)),
+    ((16, 128, 128), {4: (2, 3, 4), 8: (3, 4)}, (1,)),
+    ((16, 128, 128), {4: (3,)}, (16,)),
+    ((16, 128, 256), {8: (2, 3)}, (1,)),
+    ((16, 256, 64), {4: (3, 4), 8: (3, 4)}, (1,)),
+    ((16, 256, 128), {8: (2, 3)}, (1,)),
+    ((32, 64, 64), {4: (3, 4)}, (1,)),
+    ((32, 64, 128), {4: (3, 4)}, (1,)),
+    ((32, 128, 64), {4: (3, 4, 5), 8: (3, 4)}, (1, 8)),
+    ((32, 128, 128), {4: (2, 3), 8: (3,)}, (1, 8)),
+    ((32, 256, 64), {4: (3,), 8: (3, 4)}, (1, 8)),
+    ((64, 64, 64), {4: (3, 4)}, (1,)),
+    ((64, 64, 128), {4: (3,)}, (1,)),
+    ((64, 128, 64), {4: (3, 4, 5), 8: (3, 4)}, (1, 8)),
+    ((64, 128, 128), {4: (2, 3), 8: (3,)}, (1, 8)),
+    ((64, 256, 64), {4: (3,), 8: (3, 4)}, (1, 8, 16)),
+    ((128, 64, 64), {4: (3, 4)}, (1, 8)),
+    ((128, 128, 64), {4: (3, 4), 8: (3, 4)}, (1, 8, 16)),
+    ((128, 128, 128), {8: (2, 3)}, (1, 8)),
+    ((128, 256, 64), {8: (3, 4)}, (1, 8, 16)),
+)
+
+_BF16_SWAPPED: tuple[_Family, ...] = (
+    ((16, 64, 64), {4: (4, 5)}, (1,)),
+    ((16, 64, 128), {4: (3, 4, 5)}, (1,)),
+    ((16, 64, 256), {4: (2, 3)}, (1,)),
+    ((16, 128, 64), {4: (3, 4, 5)}, (1,)),
+    ((16, 128, 128), {4: (2, 3), 8: (3, 4)}, (1,)),
+    ((16, 256, 64), {8: (3, 4)}, (1,)),
+    ((32, 64, 64), {4: (4, 5)}, (1,)),
+    ((32, 64, 128), {4: (3, 4)}, (1,)),
+    ((32, 128, 64), {4: (3, 4, 5), 8: (4,)}, (1, 8)),
+    ((32, 128, 128), {4: (2, 3), 8: (3,)}, (1,)),
+    ((32, 256, 64), {8: (3, 4)}, (1, 8)),
+    ((64, 128, 64), {4: (3, 4), 8: (4,)}, (1, 8)),
+    ((64, 256, 64), {8: (3, 4)}, (1, 8)),
+)
+
+_FP8: tuple[_Family, ...] = (
+    ((16, 32, 128), {4: (4, 6)}, (1,)),
+    ((16, 64, 128), {4: (3, 4, 5, 6)}, (1,)),
+    ((16, 128, 128), {4: (3, 4, 5), 8: (4, 5)}, (1,)),
+    ((16, 256, 128), {4: (3, 4), 8: (3, 4)}, (1,)),
+    ((32, 64, 128), {4: (3, 4, 5)}, (1,)),
+    ((32, 128, 128), {4: (3, 4, 5), 8: (3, 4)}, (1, 8)),
+    ((32, 256, 128), {8: (3, 4)}, (1, 8)),
+    ((64, 64, 128), {4: (3, 4, 5)}, (1, 8)),
+    ((64, 128, 128), {4: (3, 4, 5), 8: (3, 4, 5)}, (1, 8, 16)),
+    ((64, 256, 128), {8: (3, 4)}, (1, 8, 16)),
+    ((128, 64, 128), {4: (3, 4), 8: (3, 4)}, (1, 8)),
+    ((128, 128, 128), {8: (3, 4, 5)}, (1, 8, 16)),
+)
+
+_FP8_SWAPPED: tuple[_Family, ...] = (
+    ((16, 64, 128), {4: (3, 4, 5, 6, 8)}, (1,)),
+    ((16, 128, 128), {4: (3, 4, 5, 6), 8: (4, 5, 6)}, (1,)),
+    ((16, 256, 128), {4: (3, 4), 8: (3, 4, 5)}, (1,)),
+    ((32, 64, 128), {4: (3, 4, 5, 6)}, (1,)),
+    ((32, 128, 128), {4: (3, 4, 5), 8: (3, 4, 5)}, (1, 8)),
+    ((32, 256, 128), {4: (3,), 8: (3, 4)}, (1, 8)),
+    ((64, 64, 128), {4: (3, 4, 5)}, (1,)),
+    # 4 warps spill 8 bytes here: the transposed product and its scales need more than 255 registers.
+    ((64, 128, 128), {8: (3, 4, 5)}, (1, 8)),
+    ((64, 256, 128), {8: (3, 4)}, (1, 8)),
+)
+
+
+def _expand(families: Iterable[_Family], swap_ab: bool) -> Iterable[tuple[int | bool, ...]]:
+    for tile, stages_by_warps, groups in families:
+        for warps, all_stages in stages_by_warps.items():
+            for stages in all_stages:
+                for group in groups:
+                    yield (*tile, group, warps, stages, swap_ab)
+
+
+def _configs(dtype: str) -> tuple[dict[str, Any], ...]:
+    plain, swapped = (_FP8, _FP8_SWAPPED) if dtype == "fp8" else (_BF16, _BF16_SWAPPED)
+    rows = sorted({*_expand(plain, False), *_expand(swapped, True)})
+    configs = (dict(zip(KEYS, row, strict=True)) for row in rows)
+    return tuple(config for config in configs if refusal(config, dtype) is None)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {dtype: _configs(dtype) for dtype in ("bf16", "fp16", "fp8")}
+"The configs of each dtype, sorted by their values in the order of `KEYS`."
+
+
+def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str) -> dict[str, Any]:
+    """A config for balanced routing by the tokens an expert gets, for when nobody has measured anything."""
+    per_expert = num_tokens * top_k / num_experts
+    if dtype == "fp8":
+        if per_expert <= 12:
+            row: tuple[int | bool, ...] = (16, 128, 128, 1, 4, 4, True)
+        elif per_expert <= 32:
+            row = (32, 128, 128, 1, 4, 4, True)
+        elif per_expert <= 96:
+            row = (64, 128, 128, 1, 4, 4, False)
+        else:
+            row = (128, 128, 128, 8, 8, 4, False)
+    elif per_expert <= 2:
+        row = (16, 64, 128, 1, 4, 3, False)
+    elif per_expert <= 12:
+        row = (16, 128, 64, 1, 4, 4, False)
+    elif per_expert <= 24:
+        row = (32, 128, 64, 1, 4, 3, False)
+    elif per_expert <= 48:
+        row = (64, 128, 64, 1, 4, 3, False)
+    elif per_expert <= 96:
+        row = (128, 128, 64, 8, 8, 3, False)
+    else:
+        row = (128, 256, 64, 8, 8, 4, False)
+    return dict(zip(KEYS, row, strict=True))

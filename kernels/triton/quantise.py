@@ -1,0 +1,57 @@
+"""FP8 (e4m3) activations with one scale for each 128 consecutive values of a row.
+
+scale = max(|x|) / 448, q = round(x / scale): the numbers that DeepSeek-style W8A8 checkpoints expect.
+"""
+
+# Bodies under @triton.jit have no Python types, and their constants are upper case.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
+# ruff: noqa: N803
+
+import torch
+
+import triton
+import triton.language as tl
+from rampwrap.kernels.triton.interpreter import downcast
+
+GROUP = 128
+FP8_MAX = 448.0
+# Keeps the scale of an all-zero group finite; far below any real activation.
+MIN_ABS = 1e-10
+
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_MIN_ABS = tl.constexpr(MIN_ABS)
+
+
+@triton.jit
+def quantise_groups(x, FP8_TYPE: tl.constexpr):
+    """float32 [rows, 128] -> (e4m3 [rows, 128], float32 scales [rows])."""
+    scale = tl.maximum(tl.max(tl.abs(x), 1), _MIN_ABS) / _FP8_MAX
+    q = x / scale[:, None]
+    q = tl.minimum(tl.maximum(q, -_FP8_MAX), _FP8_MAX)
+    return downcast(q, FP8_TYPE), scale
+
+
+@triton.jit
+def quantise_rows_kernel(
+    q_ptr,
+    scale_ptr,
+    x_ptr,
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """One row a CTA along axis 0, GROUPS groups of it along axis 1."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_ptr + row * COLUMNS + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
+    q, scale = quantise_groups(x, q_ptr.dtype.element_ty)
+    tl.store(q_ptr + row * COLUMNS + at, q, mask=at < COLUMNS)
+    tl.store(scale_ptr + row * (COLUMNS // 128) + group, scale, mask=group < COLUMNS // 128)
+
+
+def quantise_rows(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+    """Quantises x [rows, columns] into q (e4m3, same shape) and scale (float32 [rows, columns / 128])."""
+    rows, columns = x.shape
+    groups = min(8, triton.next_power_of_2(columns // GROUP))
+    grid = (rows, triton.cdiv(columns // GROUP, groups))
+    quantise_rows_kernel[grid](q, scale, x, COLUMNS=columns, GROUPS=groups, num_warps=min(4, groups))

@@ -1,0 +1,324 @@
+"""The vLLM adapter against a stand-in for vLLM that records which config was in force; the real one is in tests/gpu."""
+
+import contextlib
+import importlib.machinery
+import json
+import sys
+import threading
+import types
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from rampwrap.adapters import vllm_fused_moe as adapter
+from rampwrap.adapters.vllm_fused_moe import CONFIGS, KEYS, VllmFusedMoE, config_file, config_file_name, refusal
+from rampwrap.dispatch import Dispatcher
+from rampwrap.errors import ConfigError, InputError
+from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.policy import Pinned
+from rampwrap.static import StaticTable, read_static
+
+SHAPE = MoEShape(64, 8, 2048, 1024)
+FP8 = MoEShape(256, 8, 7168, 256, "fp8")
+BATCH_INVARIANT = {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 32, "GROUP_SIZE_M": 8, "SPLIT_K": 1}
+
+
+def config(*row):
+    return dict(zip(KEYS, row, strict=True))
+
+
+@pytest.fixture
+def vllm(monkeypatch, tmp_path):
+    """A package of vLLM's names: a global config, a lookup that asks `get_config`, a layer that asks the lookup."""
+    root, package = types.ModuleType("vllm"), types.ModuleType(adapter.PACKAGE)
+    impl, quant, envs = (types.ModuleType(name) for name in ("fused_moe", "config", "envs"))
+    (tmp_path / "vllm" / "model_executor/layers/fused_moe/configs").mkdir(parents=True)
+    root.__spec__ = importlib.machinery.ModuleSpec("vllm", None, is_package=True)
+    root.__spec__.submodule_search_locations.append(str(tmp_path / "vllm"))
+    root.folder = tmp_path / "vllm/model_executor/layers/fused_moe/configs"
+    envs.VLLM_BATCH_INVARIANT = False
+    package._config = None
+    package.get_config = lambda: package._config
+    package.inside = lambda config: None
+
+    @contextlib.contextmanager
+    def override_config(new):
+        old, package._config = package._config, new
+        yield
+        package._config = old
+
+    def try_get_optimal_moe_config(w13, w2, top_k, dtype, num_tokens, block_shape=None):
+        if found := package.get_config():
+            return found
+        if envs.VLLM_BATCH_INVARIANT:
+            return BATCH_INVARIANT
+        impl.lookups.append((w13, w2, top_k, dtype, block_shape))
+        return config(16 if num_tokens <= 64 else 64, 64, 128, 1, 4, 3) | {"SPLIT_K": 1}
+
+    def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, quant_config=None, **options):
+        used = impl.try_get_optimal_moe_config(w1, w2, 8, None, len(topk_ids))
+        package.inside(used)
+        root.calls.append((used, quant_config, options))
+        return hidden_states + 1
+
+    package.override_config, package.fused_experts = override_config, fused_experts
+    impl.try_get_optimal_moe_config, impl.lookups = try_get_optimal_moe_config, []
+    quant.fp8_w8a8_moe_quant_config = lambda w1, w2, block_shape=None: ("quant", w1, w2, block_shape)
+    root.package, root.impl, root.envs, root.calls = package, impl, envs, []
+    for name, module in [
+        ("vllm", root),
+        ("vllm.envs", envs),
+        ("vllm.model_executor", types.ModuleType("vllm.model_executor")),
+        ("vllm.model_executor.layers", types.ModuleType("vllm.model_executor.layers")),
+        (adapter.PACKAGE, package),
+        (f"{adapter.PACKAGE}.fused_moe", impl),
+        (f"{adapter.PACKAGE}.config", quant),
+    ]:
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: "0.26.0")
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    return root
+
+
+def arguments(num_tokens=3, shape=SHAPE):
+    x = torch.zeros(num_tokens, 4)
+    return x, "w13", "w2", x, torch.zeros(num_tokens, shape.top_k, dtype=torch.int32)
+
+
+def test_launch_injects_and_restores(vllm):
+    """The config is in force inside the call and nowhere else; what a user has overridden stays."""
+    kernel = VllmFusedMoE(SHAPE)
+    assert isinstance(kernel, Kernel) and kernel.version == "0.26.0"
+    kernel.launch(kernel.configs[5], *arguments())
+    assert vllm.calls[-1][0] == kernel.configs[5]
+    assert vllm.package.get_config() is None
+    with vllm.package.override_config({"mine": 1}):
+        kernel.launch(kernel.configs[7], *arguments())
+        assert vllm.calls[-1][0] == kernel.configs[7]
+        assert vllm.package.get_config() == {"mine": 1}
+    assert vllm.package.get_config() is None
+
+
+def test_restored_after_an_exception(vllm):
+    """Also when launches are nested: each puts back what it found."""
+    kernel = VllmFusedMoE(SHAPE)
+
+    def fail(used):
+        raise RuntimeError("out of memory")
+
+    def nested(used):
+        if used == kernel.configs[1]:
+            with contextlib.suppress(RuntimeError):
+                kernel.launch(kernel.configs[2], *arguments())
+            assert vllm.package.get_config() == kernel.configs[1]
+        else:
+            fail(used)
+
+    vllm.package.inside = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kernel.launch(kernel.configs[0], *arguments())
+    assert vllm.package.get_config() is None
+    vllm.package.inside = nested
+    kernel.launch(kernel.configs[1], *arguments())
+    assert vllm.package.get_config() is None
+
+
+def test_threads_do_not_see_each_other(vllm):
+    """Two launches at the same moment run with their own configs, and a third thread with none."""
+    kernel = VllmFusedMoE(SHAPE)
+    together, seen = threading.Barrier(3, timeout=20), {}
+
+    def inside(used):
+        together.wait()  # all are inside now
+        seen[threading.get_ident()] = vllm.package.get_config()
+        together.wait()
+
+    vllm.package.inside = inside
+    used = kernel.configs[:2]
+    threads = [threading.Thread(target=kernel.launch, args=(c, *arguments())) for c in used]
+    for thread in threads:
+        thread.start()
+    together.wait()
+    assert vllm.package.get_config() is None
+    together.wait()
+    for thread in threads:
+        thread.join()
+    assert [seen[thread.ident] for thread in threads] == list(used)
+
+
+def test_listens_once(vllm):
+    """A second adapter does not wrap vLLM's function again."""
+    VllmFusedMoE(SHAPE)
+    wrapped = vllm.package.get_config
+    VllmFusedMoE(FP8)
+    assert vllm.package.get_config is wrapped
+
+
+def test_a_vllm_that_does_not_ask_is_refused(vllm):
+    """The adapter finds out before it times one config under many names."""
+    vllm.impl.try_get_optimal_moe_config = lambda *args, **kwargs: config(16, 64, 128, 1, 4, 3)
+    with pytest.raises(InputError, match=r"vLLM 0.26.0 does not take its config from get_config\(\)"):
+        VllmFusedMoE(SHAPE)
+
+
+def test_absent_vllm(monkeypatch):
+    """One sentence."""
+    monkeypatch.setitem(sys.modules, adapter.PACKAGE, None)
+    with pytest.raises(InputError, match=r"^vLLM cannot be imported .*; install vllm 0\.26 or later\.$"):
+        VllmFusedMoE(SHAPE)
+
+
+def test_batch_invariant(vllm):
+    """vLLM pins a config: the list is that one, others are refused, and nothing is injected."""
+    free = VllmFusedMoE(SHAPE)
+    vllm.envs.VLLM_BATCH_INVARIANT = True
+    with pytest.raises(ConfigError, match="VLLM_BATCH_INVARIANT pins BLOCK_SIZE_M=64 BLOCK_SIZE_N=64"):
+        free.launch(free.configs[0], *arguments())
+    kernel = VllmFusedMoE(SHAPE)
+    assert list(kernel.configs) == [config(64, 64, 32, 8, 4, 3)]
+    assert "unset it" in kernel.supports(config(16, 64, 128, 1, 4, 3), SHAPE)
+    kernel.launch(kernel.configs[0], *arguments())
+    assert vllm.calls[-1][0] is BATCH_INVARIANT
+    assert kernel.static_table().index(100) == 0
+    assert kernel.grid(kernel.configs[0], SHAPE).block_m == 64
+    dispatcher = Dispatcher(kernel)
+    dispatcher(*arguments())
+    assert len(vllm.calls) == 2
+
+
+def test_dispatches(vllm):
+    """Behind a Dispatcher: the pinned config reaches vLLM."""
+    kernel = VllmFusedMoE(SHAPE)
+    dispatcher = Dispatcher(kernel, Pinned(kernel.configs, 11))
+    dispatcher(*arguments())
+    assert vllm.calls[-1][0] == kernel.configs[11]
+
+
+def test_quantised_layers(vllm):
+    """FP8 by block and by tensor: what vLLM is given, what its lookup is asked, what is missing."""
+    block, tensor = VllmFusedMoE(FP8), VllmFusedMoE(FP8, per_tensor=True)
+    assert vllm.impl.lookups[-1][3:] == ("fp8_w8a8", None)
+    assert vllm.impl.lookups[0] == ((256, 512, 7168), (256, 7168, 256), 8, "fp8_w8a8", [128, 128])
+    block.launch(block.configs[0], *arguments(), w13_scale=1, w2_scale=2)
+    assert vllm.calls[-1][1] == ("quant", 1, 2, [128, 128])
+    tensor.launch(tensor.configs[0], *arguments(), w13_scale=1, w2_scale=2)
+    assert vllm.calls[-1][1] == ("quant", 1, 2, None)
+    tensor.launch(tensor.configs[0], *arguments(), quant_config="own", activation="gelu")
+    assert vllm.calls[-1][1:] == ("own", {"activation": "gelu"})
+    assert (block.name, block.weight_layout) != (tensor.name, tensor.weight_layout)
+    with pytest.raises(InputError, match="FP8 weights come with scales"):
+        block.launch(block.configs[0], *arguments())
+    with pytest.raises(InputError, match="per_tensor scales were asked for a bf16 layer"):
+        VllmFusedMoE(SHAPE, per_tensor=True)
+    with pytest.raises(ConfigError, match="hidden_size=2000"):
+        VllmFusedMoE(MoEShape(8, 2, 2000, 256, "fp8"))
+
+
+def test_expert_parallel_and_empty_batch(vllm):
+    """With a map vLLM is told the global number of experts; no tokens, no launch."""
+    kernel = VllmFusedMoE(MoEShape(64, 8, 2048, 1024, num_local_experts=32))
+    kernel.launch(kernel.configs[0], *arguments(), expert_map="map")
+    assert vllm.calls[-1][2] == {"expert_map": "map", "global_num_experts": 64}
+    assert kernel.launch(kernel.configs[0], *arguments(0)).shape == (0, 4)
+    assert len(vllm.calls) == 1
+
+
+def test_refused_before_launch(vllm):
+    """An illegal config never reaches vLLM; one outside the list but legal does."""
+    kernel = VllmFusedMoE(SHAPE)
+    with pytest.raises(ConfigError, match="BLOCK_SIZE_M=24"):
+        kernel.launch(config(24, 64, 64, 1, 4, 3), *arguments())
+    with pytest.raises(ConfigError, match="The config has block_m"):
+        kernel.launch({"block_m": 16}, *arguments())
+    assert not vllm.calls
+    other = config(16, 16, 32, 4, 4, 1)
+    assert other not in kernel.configs
+    kernel.launch(other, *arguments())
+    assert vllm.calls[-1][0] == other
+
+
+def test_static_baseline(vllm, tmp_path, monkeypatch):
+    """The folder of the user comes first, then the package; without a file vLLM's rule; exports are found again."""
+    kernel = VllmFusedMoE(SHAPE, device_name="NVIDIA H200")
+    assert kernel.config_file() is None
+    table = kernel.static_table()
+    assert table.source == "default" and kernel.configs[table.index(64)]["BLOCK_SIZE_M"] == 16
+    name = config_file_name(SHAPE, "NVIDIA H200")
+    shipped = config(32, 16, 64, 4, 4, 2)  # not in the list: a tuned file's configs join it
+    (vllm.folder / name).write_text(json.dumps({"triton_version": "3.6", "64": shipped}))
+    assert kernel.config_file() == vllm.folder / name
+    kernel = VllmFusedMoE(SHAPE, device_name="NVIDIA H200")
+    assert kernel.configs[kernel.static_table().index(1)] == shipped
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    assert kernel.config_file() == vllm.folder / name
+    path = kernel.export_static(StaticTable("uniform", (1, 256), (3, 40)), tmp_path)
+    assert path == kernel.config_file() == tmp_path / name
+    assert set(json.loads(path.read_text())["256"]) == set(KEYS)
+    assert read_static(path, kernel.configs).indices == (3, 40)
+
+
+def test_file_names():
+    """vLLM's spelling: any H200 is NVIDIA_H200, N is the rank's intermediate size, no spaces in the block shape."""
+    assert config_file_name(SHAPE, "NVIDIA H200 NVL") == "E=64,N=1024,device_name=NVIDIA_H200.json"
+    assert (
+        config_file_name(FP8, "NVIDIA H100 80GB HBM3")
+        == "E=256,N=256,device_name=NVIDIA_H100_80GB_HBM3,dtype=fp8_w8a8,block_shape=[128,128].json"
+    )
+    assert config_file_name(FP8, "A/B", per_tensor=True) == "E=256,N=256,device_name=A_B,dtype=fp8_w8a8.json"
+    local = MoEShape(64, 8, 2048, 1024, num_local_experts=16)
+    assert config_file_name(local, "x").startswith("E=16,")
+    assert config_file(MoEShape(3, 1, 8, 8), "nowhere") is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
+def test_config_list(dtype):
+    """At least 60 legal configs, none twice; every one within an SM's shared memory."""
+    rows = [tuple(c[key] for key in KEYS) for c in CONFIGS[dtype]]
+    assert len(rows) >= 60
+    assert rows == sorted(set(rows))
+    assert all(refusal(c, dtype) is None for c in CONFIGS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype", "message"),
+    [
+        ((128, 256, 64, 1, 8, 8), "bf16", "shared memory"),
+        ((256, 256, 64, 1, 4, 2), "bf16", "registers"),
+        ((8, 64, 64, 1, 4, 3), "bf16", "BLOCK_SIZE_M=8 runs only in FP8"),
+        ((16, 64, 32, 1, 4, 3), "fp8", "BLOCK_SIZE_K=32"),
+        ((16, 64, 64, 0, 4, 3), "bf16", "GROUP_SIZE_M=0"),
+        ((16, 64, 64, 1, 3, 3), "bf16", "num_warps=3"),
+        ((16, 64, 64, 1, 4, 0), "bf16", "num_stages=0"),
+    ],
+)
+def test_illegal_configs(row, dtype, message):
+    """The legality function says what is wrong."""
+    assert message in refusal(config(*row), dtype)
+
+
+def test_grid(vllm):
+    """One config for both GEMMs: 2I / BN and H / BN CTAs for each M block."""
+    grid = VllmFusedMoE(SHAPE).grid(config(16, 64, 128, 1, 4, 3), SHAPE)
+    assert (grid.block_m, grid.launches, grid.ctas_per_block) == (16, (32, 32), 64)
+    assert 1 <= grid.ctas_per_sm <= 16
+    deep = VllmFusedMoE(FP8)
+    assert deep.grid(config(16, 128, 256, 1, 4, 3), FP8) == deep.grid(config(16, 128, 128, 1, 4, 3), FP8)
+
+
+def test_per_tensor_reference():
+    """Scales [E] spread over their expert; close to the same layer by block with constant scales."""
+    pytest.importorskip("triton")
+    shape = MoEShape(4, 2, 256, 128, "fp8")
+    kernel = VllmFusedMoE.__new__(VllmFusedMoE)
+    kernel.shape, kernel.per_tensor = shape, True
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(7)]).int()
+    inputs = kernel.inputs(shape, ids)
+    assert inputs["w13_scale"].shape == (4,)
+    blocks = {
+        name: inputs[name][:, None, None].expand(-1, rows, columns)
+        for name, rows, columns in (("w13_scale", 2, 2), ("w2_scale", 2, 1))
+    }
+    by_block = kernel._layer.reference(shape, inputs | blocks)
+    by_tensor = kernel.reference(shape, inputs)
+    assert (by_tensor - by_block).norm() < 0.06 * by_block.norm()
