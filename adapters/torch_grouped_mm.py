@@ -65,8 +65,8 @@ class TorchGroupedMM:
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
         """Tiles of torch's persistent kernel: one CTA an SM walks them, expert by expert."""
-        up, down = -(-2 * shape.intermediate_size // TILE_N), -(-shape.hidden_size // TILE_N)
-        return CtaGrid(TILE_M, up + down, launches=(up, down), ctas_per_sm=1, persistent=True)
+        launches: Any = (-(-2 * shape.intermediate_size // TILE_N), -(-shape.hidden_size // TILE_N))
+        return CtaGrid(TILE_M, sum(launches), launches=launches, ctas_per_sm=1, persistent=True)
 
     def launch(
         self,

@@ -22,11 +22,11 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from rampwrap.bench import Bench, Inputs
 from rampwrap.device import Device
 from rampwrap.errors import FitError, InputError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.kernel import Config, Kernel, MoEShape
-from rampwrap.profiler import Bench, Inputs
 from rampwrap.routing import Workload
 from rampwrap.timer import Timer
 from rampwrap.timings import Timings
@@ -297,7 +297,7 @@ def profile_active(
     out: str | os.PathLike[str] | None = None,
     timer: Timer | None = None,
     inputs: Inputs | None = None,
-    rounds: int = 3,
+    rounds: int = 4,
     device: Device | None = None,
     quiet: bool = False,
     seed: int = 0,

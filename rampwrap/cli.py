@@ -1,4 +1,4 @@
-"""The command line: ``rampwrap profile | fit | show | explain | compare | replay``.
+"""The command line: ``rampwrap profile | fit | show | explain | compare | replay | regions``.
 
 Exit codes: 0 done, 1 a one-sentence error, 2 wrong usage, 130 interrupted.
 """
@@ -14,9 +14,10 @@ from typing import Any
 import attrs
 import numpy as np
 
-from rampwrap import catalog, compare, report
+from rampwrap import catalog, compare, regions, report
 from rampwrap._version import __version__
 from rampwrap.cost import MODELS
+from rampwrap.device import find_device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.fitting import make_plan
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _profile(a: argparse.Namespace) -> dict[str, Any]:
+    from rampwrap.active import profile_active
     from rampwrap.profiler import plan_profile, profile
 
     shape = _shape(a)
@@ -65,8 +67,17 @@ def _profile(a: argparse.Namespace) -> dict[str, Any]:
     if a.dry_run:
         projected = plan_profile(kernel, shape, workloads, rounds=a.rounds)
         return {**attrs.asdict(projected), "out": out, "text": str(projected)}
-    timings = profile(kernel, shape, workloads, out=out, rounds=a.rounds, budget_s=a.budget, quiet=a.quiet, seed=a.seed)
+    if a.budget:
+        # Held-out rows need every config, or there is no oracle to judge by: a budget pays for the train rows alone.
+        seen = [workload for workload in workloads if workload.split == "train"]
+        timings = profile_active(
+            kernel, shape, seen, out=out, rounds=a.rounds, budget_s=a.budget, quiet=a.quiet, seed=a.seed
+        )
+    else:
+        timings = profile(kernel, shape, workloads, out=out, rounds=a.rounds, quiet=a.quiet, seed=a.seed)
     text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs\nnext: rampwrap fit {out}"
+    if gave_up := timings.notes.get("active", {}).get("gave_up"):
+        text = f"{gave_up}\n{text}"
     return {"out": out, "workloads": len(timings.us), "configs": len(timings.configs), **timings.notes, "text": text}
 
 
@@ -166,6 +177,12 @@ def _replay(a: argparse.Namespace) -> dict[str, Any]:
     return _reported(compare.replay(timings, a.train, a.eval, models, extra), a)
 
 
+def _regions(a: argparse.Namespace) -> dict[str, Any]:
+    one = a.model or any((a.num_experts, a.top_k, a.hidden_size, a.intermediate_size))
+    shapes = {a.model or _shape_name(_shape(a)): _shape(a)} if one else SHAPES
+    return regions.run(shapes, find_device(a.device), a.batch_size, a.plot)
+
+
 def _reported(comparison: compare.Comparison, a: argparse.Namespace) -> dict[str, Any]:
     if a.csv:
         report.save_text(report.csv_text(comparison), a.csv)
@@ -247,8 +264,19 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--seed", type=int, default=0)
 
+    def layer(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", help=", ".join(SHAPES))
+        sub.add_argument("--num-experts", "-E", type=_positive)
+        sub.add_argument("--top-k", type=_positive)
+        sub.add_argument("--hidden-size", "-K", type=_positive)
+        sub.add_argument("--intermediate-size", "-N", type=_positive)
+        sub.add_argument("--dtype", default="bf16")
+        sub.add_argument("--tp-size", type=_positive, default=1)
+
     def measuring(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--rounds", type=_positive, default=3, help="interleaved rounds of measurement")
+        sub.add_argument(
+            "--rounds", type=_positive, default=4, help="interleaved rounds of measurement; the first only sorts out"
+        )
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
     def reporting(sub: argparse.ArgumentParser) -> None:
@@ -266,13 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kernel", default="triton_fused_moe", help=f"{', '.join(catalog.KERNELS)} or package.module:factory"
     )
-    p.add_argument("--model", help=", ".join(SHAPES))
-    p.add_argument("--num-experts", "-E", type=_positive)
-    p.add_argument("--top-k", type=_positive)
-    p.add_argument("--hidden-size", "-K", type=_positive)
-    p.add_argument("--intermediate-size", "-N", type=_positive)
-    p.add_argument("--dtype", default="bf16")
-    p.add_argument("--tp-size", type=_positive, default=1)
+    layer(p)
     workloads(p, TRAIN_TOKENS, TRAIN_ROUTINGS)
     p.add_argument(
         "--eval-batch-size", type=_positive, nargs="*", default=EVAL_TOKENS, metavar="M", help="held-out token counts"
@@ -315,4 +337,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--eval", default="eval", help="the split to judge")
     p.add_argument("--model", default="default", choices=sorted(MODELS))
     reporting(p)
+
+    p = command("regions", _regions, "where swizzle, split-K and wide tiles help, from hardware constants alone")
+    layer(p)
+    p.add_argument("--device", default="h200", help="a known GPU")
+    p.add_argument("--batch-size", type=_positive, nargs="+", default=[8, 256, 4096], metavar="M", help="token counts")
+    p.add_argument("--plot", metavar="FILE", help="draw the regions (needs matplotlib)")
     return parser

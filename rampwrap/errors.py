@@ -8,6 +8,7 @@
     +-- PlanError (ValueError)       a plan file that cannot be read
     |   +-- PlanMismatchError         a sound plan for another GPU, dtype, shape or kernel version
     +-- CaptureError (RuntimeError)  something that must not happen under CUDA graph capture
+    +-- DeviceFault (RuntimeError)   the GPU context is lost
 
 A message is one sentence that names the offending value and the fix.
 """
@@ -43,3 +44,7 @@ class PlanMismatchError(PlanError):
 
 class CaptureError(RampwrapError, RuntimeError):
     """A host-side choice, allocation or timing was asked for under CUDA graph capture."""
+
+
+class DeviceFault(RampwrapError, RuntimeError):  # noqa: N818
+    """The GPU context is lost (illegal address, device assert); only a new process can use the GPU again."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rampwrap.device import Device
-from rampwrap.errors import InputError, RampwrapError
+from rampwrap.errors import InputError
 from rampwrap.grid import FloatArray
 from rampwrap.kernel import MoEShape
 
@@ -24,10 +24,6 @@ COLD = 4
 
 # Launches in one graph; more would make captures slow for calls of which a graph this long is precise enough.
 MAX_REPEATS = 200
-
-
-class DeviceFault(RampwrapError, RuntimeError):  # noqa: N818
-    """The GPU context is lost (illegal address, device assert); only a new process can use the GPU again."""
 
 
 @attrs.frozen

@@ -15,7 +15,8 @@ from rampwrap.errors import FitError, InputError
 from rampwrap.grid import FloatArray
 from rampwrap.journal import read_journal
 from rampwrap.kernel import Config, MoEShape
-from rampwrap.profiler import journal_path, profile
+from rampwrap.bench import journal_path
+from rampwrap.profiler import profile
 from rampwrap.routing import Routing, workload_grid
 from rampwrap.sim import SimKernel
 from rampwrap.timings import Timings

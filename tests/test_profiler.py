@@ -19,10 +19,12 @@ from rampwrap.device import find_device
 from rampwrap.errors import ConfigError, InputError, TableError
 from rampwrap.journal import read_journal
 from rampwrap.kernel import Config, MoEShape
-from rampwrap.profiler import Bench, journal_path, plan_profile, profile
+from rampwrap.bench import Bench, journal_path
+from rampwrap.profiler import plan_profile, profile
 from rampwrap.routing import Routing, expert_counts, workload_grid
 from rampwrap.sim import SIM_CONFIGS, SimKernel
-from rampwrap.timer import DeviceFault, Measurement, ReturnTimer, default_timer, roofline_us
+from rampwrap.errors import DeviceFault
+from rampwrap.timer import Measurement, ReturnTimer, default_timer, roofline_us
 from rampwrap.timings import Timings
 
 SHAPE = MoEShape(16, 2, 512, 256)
