@@ -100,15 +100,15 @@ def explore(
     search = _Search(counts, num_configs, measure, clock, budget_s)
     total = len(counts) * num_configs
     cells = min(total, max(int(share * total), SEEDS * num_configs + MIN_CELLS * len(counts)))
-    cells -= search.seed()
-    cells = search.affordable(cells)
+    planned = cells - search.seed()
     statics = int(uniform.sum())  # set aside for stage 3's second half
-    cells -= search.eliminate(max(int(cells * ELIMINATION), len(counts)))
+    planned -= search.eliminate(max(int(search.affordable(planned) * ELIMINATION), len(counts)))
     for left in range(FITS, 0, -1):
-        cells -= search.follow(predict, max(0, cells - statics) // left)
-    cells -= search.cover(uniform, max(cells, 0))
-    search.follow(predict, cells)
-    return search.result()
+        # What a cell costs is known better with each round, so what the time left can pay for is asked anew.
+        planned -= search.follow(predict, max(0, search.affordable(planned) - statics) // left)
+    planned -= search.cover(uniform, max(search.affordable(planned), 0))
+    planned -= search.follow(predict, search.affordable(planned))
+    return search.result(planned)
 
 
 class _Search:
@@ -127,9 +127,9 @@ class _Search:
         self._measure, self._clock = measure, clock
         self._start = clock()
         self._budget = budget_s
-        self._planned = 0
-        self._late = False
         self._seconds_per_cell = 0.0
+        self._late = False
+        self._since: tuple[float, int] | None = None  # when the seeds were done, and how many cells they were
         self._slots = counts.sum(axis=1)
         sizes = np.stack([self._slots, np.count_nonzero(counts, axis=1), counts.max(axis=1)], axis=1)
         place = np.log2(np.maximum(sizes, 1))
@@ -146,21 +146,20 @@ class _Search:
             # A config that the first workload had no time for is not begun on the second.
             wanted = configs if number == 0 else [c for c in configs if self._asked[self._order[0], c]]
             got = self._ask(row, wanted, 0.5 if number else 0.4)
-            self._seconds_per_cell = (self._clock() - start) / max(got, 1)
+            # The second seed has the most tokens: its cells take twice as long as the average one, or more.
+            self._seconds_per_cell = 0.5 * (self._clock() - start) / max(got, 1)
             added += got
         return added
 
     def affordable(self, cells: int) -> int:
-        """At most `cells`, fewer where the time left is too short for them; what it cuts off counts as given up."""
+        """At most `cells`, fewer where the time left is too short for them at the pace since the seeds."""
         if self._budget is None:
-            return cells
-        left = self._start + self._budget - self._clock()
-        # Cells of the second seed, which has the most tokens, take at least twice as long as the average one.
-        possible = int(left / max(0.5 * self._seconds_per_cell, 1e-9))
-        if possible < cells:
-            self._late = True
-            self._planned += cells - max(possible, 0)
-        return max(0, min(cells, possible))
+            return max(0, cells)
+        now, asked = self._clock(), int(self._asked.sum())
+        self._since = self._since or (now, asked)
+        start, before = self._since
+        pace = (now - start) / (asked - before) if asked > before else self._seconds_per_cell
+        return max(0, min(cells, int((self._start + self._budget - now) / max(pace, 1e-9))))
 
     def eliminate(self, cells: int) -> int:
         """Spends `cells` evenly over the workloads, on the configs that their neighbours speak for."""
@@ -203,22 +202,27 @@ class _Search:
             added += self._ask(row, sorted(leaders)[: cells - added])
         return added
 
-    def result(self) -> Exploration:
-        """What is known."""
+    def result(self, left: int) -> Exploration:
+        """What is known, with `left` planned cells that were not measured."""
         us = self.us.copy()
         us[:, self._dead()] = np.nan
-        return Exploration(us, int(np.isfinite(us).sum()), self._gave_up())
+        return Exploration(us, int(np.isfinite(us).sum()), self._gave_up(left))
 
-    def _gave_up(self) -> str | None:
+    def _gave_up(self, left: int) -> str | None:
         """What the clock cut off."""
-        if not self._late:
+        # Without a clock, fewer cells than planned only means that there was nothing more to measure.
+        if self._budget is None or not (self._late or self._short(left)):
             return None
         configs = int((~self._asked.any(axis=0)).sum())
         rows = int((~self._asked.any(axis=1)).sum())
         return (
-            f"{self._budget:g} s allowed {int(self._asked.sum())} of {int(self._asked.sum()) + self._planned} planned cells; "
+            f"{self._budget:g} s allowed {int(self._asked.sum())} of {int(self._asked.sum()) + max(left, 0)} planned cells; "
             f"{configs} of {self.us.shape[1]} configs and {rows} of {len(self.us)} workloads were never measured."
         )
+
+    def _short(self, left: int) -> bool:
+        """Whether cells are left that time, not the lack of candidates, kept from being measured."""
+        return left > 0 and self.affordable(left) < left
 
     def _ask(self, row: int, configs: Sequence[int], until: float = 1.0) -> int:
         """Measures those configs that were not yet, in chunks, until that share of the budget is over."""
@@ -227,7 +231,6 @@ class _Search:
         for first in range(0, len(todo), step):
             if self._budget is not None and self._clock() - self._start >= until * self._budget:
                 self._late = True
-                self._planned += len(todo) - first
                 return first
             chunk = todo[first : first + step]
             self.us[row, chunk] = self._measure(row, chunk)

@@ -76,7 +76,7 @@ def _profile(a: argparse.Namespace) -> dict[str, Any]:
     else:
         timings = profile(kernel, shape, workloads, out=out, rounds=a.rounds, quiet=a.quiet, seed=a.seed)
     text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs\nnext: rampwrap fit {out}"
-    if gave_up := timings.notes.get("active", {}).get("gave_up"):
+    if gave_up := timings.notes.get("gave_up"):
         text = f"{gave_up}\n{text}"
     return {"out": out, "workloads": len(timings.us), "configs": len(timings.configs), **timings.notes, "text": text}
 

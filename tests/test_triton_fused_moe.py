@@ -233,7 +233,7 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernels.triton import align, configs, fused_moe, quantise
+from rampwrap.kernels.triton import align, configs, fused_moe, gemm, quantise
 
 INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "block_m", "capacity"}
 
@@ -258,21 +258,21 @@ def report(name, built, **more):
         wgmma="wgmma.mma_async" in ptx, mma="mma.sync" in ptx, converts=ptx.count("cvt.rn.f16x2.e4m3x2"),
         wide="cp.async.cg.shared.global" in ptx, local=len(re.findall(r"(?:ld|st)\.local", ptx)), **more)))
 
-for row, dtype in json.loads(sys.argv[1]):
+for row, dtype, persistent in json.loads(sys.argv[1]):
     config = dict(zip(configs.KEYS, row))
     fp8 = dtype == "fp8"
     act, quant = ("fp8e4nv" if fp8 else "bf16"), fp8 and configs.quantises_h(config)
     tuning = fused_moe.tuning_arguments(config)
     options = {key: tuning.pop(key) for key in ("num_warps", "num_stages")}
-    constants = dict(tuning, TOP_K=8, HIDDEN=2048, INTERMEDIATE=768)
+    constants = dict(tuning, TOP_K=8, HIDDEN=2048, INTERMEDIATE=768, SPLIT_K=1, PERSISTENT=persistent)
     blocks = dict(sorted_token_ids_ptr="i32", expert_ids_ptr="i32", num_tokens_post_padded_ptr="i32", w_ptr=act)
     if fp8:
         blocks |= dict(x_scale_ptr="fp32", w_scale_ptr="fp32")
     shared = configs.shared_bytes(config, dtype)
     up = blocks | dict(x_ptr=act, h_ptr=act if quant else "bf16", h_scale_ptr="fp32" if quant else None)
-    report("up", build(fused_moe.up_kernel, up, constants, **options), formula=shared, row=row, dtype=dtype)
+    report("up", build(gemm.up_kernel, up, constants, **options), formula=shared, row=row, dtype=dtype)
     down = blocks | dict(h_ptr=act, y_ptr="bf16", topk_weights_ptr="fp32", h_scale_ptr="fp32" if fp8 else None)
-    report("down", build(fused_moe.down_kernel, down, constants, **options), formula=shared, row=row, dtype=dtype)
+    report("down", build(gemm.down_kernel, down, constants, **options), formula=shared, row=row, dtype=dtype)
 
 ids = dict(topk_ids_ptr="i32", sorted_token_ids_ptr="i32", expert_ids_ptr="i32", num_tokens_post_padded_ptr="i32",
            expert_counts_ptr="i32", chunk_counts_ptr="i32", chunk_offsets_ptr="i32")
@@ -281,7 +281,7 @@ report("count", build(align.count_chunks_kernel, ids, dict(CHUNK=512, BINS=512))
 report("scan", build(align.scan_chunks_kernel, ids, dict(BINS=512, OWN=32, ROWS=8)))
 report("place", build(align.place_chunks_kernel, ids, dict(CHUNK=512, BINS=512, COLUMNS=8), num_warps=8))
 report("quantise", build(quantise.quantise_rows_kernel, dict(q_ptr="fp8e4nv", scale_ptr="fp32", x_ptr="bf16"), dict(COLUMNS=2048, GROUPS=8)))
-report("sum", build(fused_moe.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids_ptr="i32"), dict(TOP_K=8, HIDDEN=2048, BLOCK_H=1024)))
+report("sum", build(gemm.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids_ptr="i32"), dict(TOP_K=8, HIDDEN=2048, SPLIT_K=1, SPLIT_OF=0, BLOCK_H=1024)))
 """
 
 
@@ -301,7 +301,7 @@ def test_compiles_for_hopper(tmp_path):
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(rows)],
+        [sys.executable, "-c", COMPILE, json.dumps([(*row, way) for row in rows for way in (False, True)])],
         env=environment,
         capture_output=True,
         text=True,
@@ -310,7 +310,7 @@ def test_compiles_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 2 * len(rows) + 6
+    assert len(reports) == 4 * len(rows) + 6
     for built in reports:
         # n_spills is only known once a GPU has loaded the kernel.
         assert not built["spills"] and built["local"] == 0, built
