@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Where the machine has torch already (a GPU box), it is used; elsewhere the CPU build of this release is enough.
 SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; print('--system-site-packages')" 2>/dev/null)
-TORCH := $(if $(SYSTEM_TORCH),,torch==2.13.0)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test setup lint types unit wheel clean
 
@@ -12,8 +12,8 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[triton,plot,dev]"
+	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0)
+	$(PIP) -e ".[triton,plot,dev]"
 	touch $@
 
 demo: setup

@@ -16,7 +16,7 @@ import numpy as np
 
 from rampwrap import catalog, compare, regions, report
 from rampwrap._version import __version__
-from rampwrap.cost import MODELS
+from rampwrap.cost import MODELS, fit
 from rampwrap.device import find_device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
@@ -174,6 +174,9 @@ def _replay(a: argparse.Namespace) -> dict[str, Any]:
     timings = Timings.load(a.table)
     extra = {f"static {pathlib.Path(path).stem}": read_static(path, timings.configs) for path in a.static_file}
     models = tuple(dict.fromkeys(("ramp4", a.model)))
+    if a.plot_fit:
+        model = fit(timings.take(timings.rows(a.train)), a.model)
+        report.model_picture(model, timings.take(timings.rows(a.eval)), a.plot_fit)
     return _reported(compare.replay(timings, a.train, a.eval, models, extra), a)
 
 
@@ -335,6 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("table", metavar="TABLE.npz")
     p.add_argument("--train", default="train", help="the split to fit")
     p.add_argument("--eval", default="eval", help="the split to judge")
+    p.add_argument("--plot-fit", metavar="FILE", help="draw predicted against measured time (needs matplotlib)")
     p.add_argument("--model", default="default", choices=sorted(MODELS))
     reporting(p)
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from rampwrap.compare import ORACLE, Comparison
+from rampwrap.cost import CostModel
 from rampwrap.errors import InputError
 from rampwrap.kernel import format_config
-from rampwrap.timings import replacing
+from rampwrap.timings import Timings, replacing
 
 
 def text(comparison: Comparison) -> str:
@@ -92,6 +93,31 @@ def pyplot() -> Any:
     from matplotlib import pyplot as plt
 
     return plt
+
+
+def model_picture(model: CostModel, timings: Timings, path: str | os.PathLike[str]) -> None:
+    """Predicted against measured time, a dot a cell; the configs near the best of their workload stand out."""
+    plt = pyplot()
+    predicted, us = model.predict(timings.counts), timings.us
+    seen = ~np.isnan(us) & np.isfinite(predicted)
+    near = seen & (us < 1.1 * np.nanmin(us, axis=1, keepdims=True))
+    off = predicted[near] / us[near] - 1.0
+    figure, axes = plt.subplots(figsize=(6, 5.5), layout="constrained")
+    axes.scatter(us[seen & ~near], predicted[seen & ~near], s=3, color="0.8", label="other configs")
+    axes.scatter(us[near], predicted[near], s=4, color="C0", label="within 10 % of the best")
+    ends = [us[seen].min(), us[seen].max()]
+    axes.plot(ends, ends, color="0.3", lw=0.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("measured us")
+    axes.set_ylabel("predicted us")
+    axes.set_title(
+        f"{model.name}, {timings.kernel}, held out: {np.abs(off).mean():.1%} mean error near the best", fontsize=10
+    )
+    axes.legend(frameon=False)
+    with replacing(path) as stream:
+        figure.savefig(stream, dpi=130, format=os.fspath(path).rsplit(".", 1)[-1])
+    plt.close(figure)
 
 
 def picture(comparison: Comparison, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rampwrap import compare, report
+from rampwrap.cost import fit
 from rampwrap.errors import InputError, TableError
 from rampwrap.policy import Oracle, Pinned, Static
 from rampwrap.static import StaticTable
@@ -87,4 +88,7 @@ def test_reports_hold_the_same_figures(sim_timings: Timings, tmp_path: pathlib.P
     ours = [float(row["us"]) for row in rows if row["policy"] == "default"]
     assert np.mean(ours) == pytest.approx(result.summary("default").mean_us, abs=0.01)
     report.picture(result, tmp_path / "ab.png")
+    held_out = sim_timings.take(sim_timings.rows("eval"))
+    report.model_picture(fit(sim_timings, rows=sim_timings.rows("train")), held_out, tmp_path / "fit.svg")
+    assert b"<svg" in (tmp_path / "fit.svg").read_bytes()
     assert (tmp_path / "ab.png").read_bytes().startswith(b"\x89PNG")
