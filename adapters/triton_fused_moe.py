@@ -1,5 +1,6 @@
 """rampwrap's own Triton fused MoE (`rampwrap.kernels.triton`) as a wrapped kernel."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, MoEShape, check_configs, format_config
 from rampwrap.kernels.triton import configs as tuning
 from rampwrap.kernels.triton.align import TokenBlocks
-from rampwrap.kernels.triton.fused_moe import fused_moe
+from rampwrap.kernels.triton.fused_moe import fused_moe, fused_moe_candidates
+from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.quantise import FP8_MAX, GROUP, MIN_ABS
+from rampwrap.kernels.triton.warm import warm
 from rampwrap.kernels.triton.workspace import TORCH_DTYPES, Workspace, workspace
 
 FP8 = torch.float8_e4m3fn
@@ -48,23 +51,47 @@ class TritonFusedMoE:
             for name in ("hidden_size", "intermediate_size"):
                 if getattr(shape, name) % GROUP:
                     return f"{name}={getattr(shape, name)} is no multiple of the {GROUP}-wide scale blocks; pad it or use bf16."
-        return tuning.refusal(config, shape.dtype)
+        reason = tuning.refusal(config, shape.dtype)
+        split_k = config.get("split_k", 1)
+        if reason is None and split_k > 1 and shape.intermediate_size < split_k * config["block_k"]:
+            return f"split_k={split_k} leaves parts of intermediate_size={shape.intermediate_size} empty; use fewer."
+        return reason
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
-        """CTAs per M block: 2I / block_n of the gate+up GEMM and H / block_n of the down GEMM."""
+        """CTAs per M block: 2I / block_n of the gate+up GEMM and split_k * H / block_n of the down GEMM.
+
+        Batches of more than `configs.SPLIT_MAX_SLOTS` slots run unsplit, which the grid of a config cannot say.
+        """
         block_n = config["block_n"]
         up = -(-shape.intermediate_size // (block_n // 2))
-        down = -(-shape.hidden_size // block_n)
+        split_k = config.get("split_k", 1)
+        down = -(-shape.hidden_size // block_n) * split_k
         return CtaGrid(
             block_m=config["block_m"],
             ctas_per_block=up + down,
             launches=(up, down),
             ctas_per_sm=tuning.ctas_per_sm(config, shape.dtype),
+            split_k=split_k,
         )
 
     def workspace(self, num_tokens: int, device: torch.device | str = "cuda") -> Workspace:
         """Memory for `launch(..., workspace=...)` with any config and up to `num_tokens` tokens."""
         return workspace(self.shape, num_tokens, device)
+
+    def precompile(self, configs: Sequence[Config], *, topk_ids: torch.Tensor, **_: Any) -> list[str | None]:
+        """Compiles configs in parallel processes, for launches with arguments like these.
+
+        Returns:
+            For each config None, or why it failed. Nothing is compiled, or fails, where there is no GPU.
+        """
+        if INTERPRETED.value or not topk_ids.is_cuda or len(configs) < 2:
+            return [None] * len(configs)
+        return warm(self.shape, configs, ids_dtype=topk_ids.dtype)
+
+    def most_ctas(self, config: Config, device: torch.device) -> int:
+        """CTAs of a config that run at a time: the grid of a persistent launch."""
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        return num_sms * tuning.ctas_per_sm(config, self.shape.dtype)
 
     def launch(
         self,
@@ -82,6 +109,7 @@ class TritonFusedMoE:
         out: torch.Tensor | None = None,
         workspace: Workspace | None = None,
         blocks: TokenBlocks | None = None,
+        persistent: bool = False,
     ) -> torch.Tensor:
         """Runs the layer and returns [T, H].
 
@@ -98,26 +126,15 @@ class TritonFusedMoE:
             out: [T, H], written and returned; allocated where absent.
             workspace: scratch memory from `workspace`; allocated where absent.
             blocks: an alignment of `topk_ids` for the config's block_m; made where absent.
+            persistent: no more CTAs than run at a time, each of which goes on to further tiles; same bits.
 
         Raises:
             ConfigError: the config cannot run this shape.
             InputError: a tensor has the wrong shape, dtype or layout.
         """
-        if tuple(config.values()) not in self._legal:
-            reason = self.supports(config, self.shape)
-            if reason is not None:
-                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
-            config = {key: config[key] for key in tuning.KEYS}
+        self._check_config(config)
         self._check(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out)
-        if blocks is not None and (blocks.block_m, blocks.num_slots) != (config["block_m"], topk_ids.numel()):
-            raise InputError(
-                f"The blocks hold {blocks.num_slots} slots at block_m={blocks.block_m}; "
-                f"align this batch of {topk_ids.numel()} slots at block_m={config['block_m']}."
-            )
-        if workspace is not None and workspace.num_slots < topk_ids.numel():
-            raise InputError(
-                f"The workspace holds {workspace.num_slots} slots, this batch has {topk_ids.numel()}; allocate a larger one."
-            )
+        self._check_memory(topk_ids, [config], [] if blocks is None else [blocks], workspace)
         return fused_moe(
             config,
             hidden_states,
@@ -131,7 +148,85 @@ class TritonFusedMoE:
             out=out,
             workspace=workspace,
             blocks=blocks,
+            most_ctas=self.most_ctas(config, topk_ids.device) if persistent else None,
         )
+
+    def launch_candidates(
+        self,
+        configs: Sequence[Config],
+        blocks: Sequence[TokenBlocks],
+        choice: torch.Tensor,
+        /,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: Workspace | None = None,
+        persistent: bool = True,
+        streams: Sequence[Any] = (),
+    ) -> torch.Tensor:
+        """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
+
+        Args:
+            configs: candidates.
+            blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
+            choice: int32 [1], its place.
+            persistent: grids of the CTAs that run at a time, so that a candidate without rows costs about 1 us.
+            streams: for the candidates after the first, to run beside it; none runs them one after the other.
+
+        The other arguments, and what is raised, are those of `launch`.
+        """
+        for config in configs:
+            self._check_config(config)
+        self._check(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out)
+        self._check_memory(topk_ids, configs, blocks, workspace)
+        return fused_moe_candidates(
+            configs,
+            blocks,
+            choice,
+            hidden_states,
+            w13,
+            w2,
+            topk_weights,
+            topk_ids,
+            w13_scale=w13_scale,
+            w2_scale=w2_scale,
+            expert_map=expert_map,
+            out=out,
+            workspace=workspace,
+            most_ctas=[self.most_ctas(config, topk_ids.device) for config in configs] if persistent else (),
+            streams=streams,
+        )
+
+    def _check_config(self, config: Config) -> None:
+        if tuple(config.values()) not in self._legal:
+            reason = self.supports(config, self.shape)
+            if reason is not None:
+                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+
+    def _check_memory(
+        self,
+        topk_ids: torch.Tensor,
+        configs: Sequence[Config],
+        blocks: Sequence[TokenBlocks],
+        workspace: Workspace | None,
+    ) -> None:
+        for config, its in zip(configs, blocks, strict=False):
+            if (its.block_m, its.num_slots) != (config["block_m"], topk_ids.numel()):
+                raise InputError(
+                    f"The blocks hold {its.num_slots} slots at block_m={its.block_m}; "
+                    f"align this batch of {topk_ids.numel()} slots at block_m={config['block_m']}."
+                )
+        if workspace is not None and workspace.num_slots < topk_ids.numel():
+            raise InputError(
+                f"The workspace holds {workspace.num_slots} slots, this batch has {topk_ids.numel()}; allocate a larger one."
+            )
 
     def _check(
         self,

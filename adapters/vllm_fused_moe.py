@@ -68,10 +68,8 @@ def refusal(config: Config, dtype: str) -> str | None:
             return f"{key}={config[key]} is not supported; use one of {', '.join(map(str, allowed))}."
     if config["GROUP_SIZE_M"] < 1:
         return f"GROUP_SIZE_M={config['GROUP_SIZE_M']} is not supported; use 1 or more."
-    if config["BLOCK_SIZE_M"] < 16 and not swaps_ab(config, dtype):
-        return f"BLOCK_SIZE_M={config['BLOCK_SIZE_M']} runs only in FP8 with BLOCK_SIZE_N of 64 or more; use 16."
-    if dtype == "fp8" and config["BLOCK_SIZE_K"] < 64:
-        return f"BLOCK_SIZE_K={config['BLOCK_SIZE_K']} is too shallow for FP8; use 64 or more."
+    if config["BLOCK_SIZE_M"] < 16 and dtype != "fp8":
+        return f"BLOCK_SIZE_M={config['BLOCK_SIZE_M']} is known to run in FP8 only, not in {dtype}; use 16."
     ours = _as_ours(config, dtype)
     if sm90.accumulators(ours, "bf16") > MAX_ACCUMULATORS:
         return f"A {ours['block_m']}x{ours['block_n']} tile does not fit the registers of {ours['num_warps']} warps; use more warps or a smaller tile."

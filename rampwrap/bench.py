@@ -138,11 +138,26 @@ class Bench:
         todo = self.missing(row, configs)
         if todo:
             start = time.monotonic()
-            cells = self._time(row, todo)
+            cells = self._revisit(row, todo) if self.timer.drifts else self._time(row, todo)
             self._journal.append(self.keys[row], cells, time.monotonic() - start)
         known = self._journal.cells.rows.get(self.keys[row], {})
         nan = (np.nan, np.nan)
         return np.array([(nan if config in self.reasons else known.get(config, nan))[0] for config in configs])
+
+    def _revisit(self, row: int, todo: Sequence[int]) -> dict[int, tuple[float, float]]:
+        """Times configs of a workload on the scale of its earlier visits.
+
+        Compute-bound cells came out 2-4 % faster in a short visit than in a long one, at clocks not yet brought down:
+        the best config known so far is timed again, and its ratio to then is taken out of the others.
+        """
+        known = self._journal.cells.rows.get(self.keys[row], {})
+        if not known:
+            return self._time(row, todo)
+        best = min(known, key=lambda config: known[config][0])
+        cells = self._time(row, [best, *todo])
+        again = cells.pop(best, known[best])[0]
+        scale = known[best][0] / again
+        return {config: (us * scale, spread) for config, (us, spread) in cells.items()}
 
     def timings(self, rows: Sequence[int] | None = None, *, notes: dict[str, Any] | None = None) -> Timings:
         """The table of these workloads, all by default.

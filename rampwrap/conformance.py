@@ -14,6 +14,7 @@ Optional members of a kernel that it knows, besides those of `rampwrap.kernel.Ke
 """
 
 import contextlib
+import importlib.util
 import inspect
 import json
 import math
@@ -35,7 +36,6 @@ from rampwrap.routing import Routing, Workload
 
 Direct = Callable[[Config, dict[str, Any]], Any]
 "``direct(config, inputs)``: the kernel itself, called as its own users call it."
-
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 2e-2}
 CHECKS = ("configs", "refusals", "numerics", "same bits", "grid", "graph")
 
@@ -71,20 +71,18 @@ def check(
 
     Args:
         kernel: made for `shape`, with `inputs`; small shapes are enough, and needed in Triton's interpreter.
-        shape: the layer; ``kernel.shape`` by default.
-        device: where; the GPU if there is one.
+        shape, device: the layer and where it runs; ``kernel.shape`` and the GPU, if there is one, by default.
         configs: which ones to launch; 4 of the list by default (24 on a GPU).
-        num_tokens: batch sizes, each with uniform, skewed, one-hot-expert and mostly-empty routing.
+        seed, num_tokens: of the random data, and batch sizes, each with uniform, skewed, one-hot-expert and mostly-empty routing.
         direct: launches the kernel without the adapter; its results must have the same bits.
-        seed: of routing and data.
 
     Raises:
         AssertionError: the kernel does not conform; a sentence names the config, the routing and what was found.
     """
-    made = shape or getattr(kernel, "shape", None)
-    _ensure(made is not None, f"kernel {kernel.name!r} has no shape; pass shape=MoEShape(...).")
+    made: Any = shape or getattr(kernel, "shape", None)
+    _ensure(made, f"kernel {kernel.name!r} has no shape; pass shape=MoEShape(...).")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    suite = _Suite(kernel, made, where, seed, tuple(num_tokens))  # type: ignore[arg-type]
+    suite = _Suite(kernel, made, where, seed, tuple(num_tokens))
     some = tuple(configs) if configs is not None else suite.spread(24 if where.type == "cuda" else 4)
     suite.configs(some)
     suite.refusals(some)
@@ -110,26 +108,28 @@ def _explained(what: str) -> Iterator[None]:
         raise AssertionError(f"{what} {type(error).__name__}: {error}") from error
 
 
+@attrs.define(slots=False)
 class _Suite:
-    def __init__(
-        self, kernel: Kernel, shape: MoEShape, device: torch.device, seed: int, batches: Sequence[int]
-    ) -> None:
-        self.kernel, self.shape, self.device, self.seed, self.batches = kernel, shape, device, seed, batches
-        self.passed: dict[str, str] = {}
-        self.skipped: dict[str, str] = {}
-        self.worst = math.nan
-        self.exact = getattr(kernel, "nondeterministic", None)
-        self.simulated = getattr(kernel, "device", None) == SIMULATED
-        self.tolerance = float(getattr(kernel, "tolerance", TOLERANCE[shape.dtype]))
-        self._made: Any = getattr(kernel, "inputs", None)
-        _ensure(self._made, f"kernel {kernel.name!r} has no inputs(shape, topk_ids, seed=0); give it one.")
+    kernel: Kernel
+    shape: MoEShape
+    device: torch.device
+    seed: int
+    batches: Sequence[int]
+    passed: dict[str, str] = attrs.field(factory=dict)
+    skipped: dict[str, str] = attrs.field(factory=dict)
+    worst: float = math.nan
+
+    def __attrs_post_init__(self) -> None:
+        self.exact = getattr(self.kernel, "nondeterministic", None)
+        self.simulated = getattr(self.kernel, "device", None) == SIMULATED
+        self.tolerance = float(getattr(self.kernel, "tolerance", TOLERANCE[self.shape.dtype]))
+        self._made: Any = getattr(self.kernel, "inputs", None)
+        _ensure(self._made, f"kernel {self.kernel.name!r} has no inputs(shape, topk_ids, seed=0); give it one.")
 
     def spread(self, count: int) -> tuple[Config, ...]:
         """Configs that can run, evenly over the list."""
         usable = [config for config in self.kernel.configs if refusal(self.kernel, config, self.shape) is None]
-        _ensure(
-            usable, f"kernel {self.kernel.name!r} refuses every config for {self.shape}; give a shape that it runs."
-        )
+        _ensure(usable, f"kernel {self.kernel.name!r} refuses every config for {self.shape}; give another shape.")
         picks = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int))
         return tuple(usable[index] for index in picks)
 
@@ -139,17 +139,14 @@ class _Suite:
         for tokens in self.batches:
             for name in ("uniform", "zipf:1.2", "hot:1"):
                 workload = Workload(tokens, Routing.parse(name), seed=self.seed)
-                yield (
-                    workload.label,
-                    torch.from_numpy(workload.topk_ids(shape.num_experts, shape.top_k)).to(self.device),
-                )
+                drawn = workload.topk_ids(shape.num_experts, shape.top_k)
+                yield workload.label, torch.from_numpy(drawn).to(self.device)
             rng = np.random.default_rng(self.seed)
             few = rng.choice(shape.num_experts, shape.top_k, replace=False).astype(np.int32)
             yield f"M={tokens} few", torch.from_numpy(np.tile(few, (tokens, 1))).to(self.device)
 
     def inputs(self, topk_ids: torch.Tensor) -> dict[str, Any]:
-        made: dict[str, Any] = self._made(self.shape, topk_ids, seed=self.seed)
-        return made
+        return dict(self._made(self.shape, topk_ids, seed=self.seed))
 
     def launch(self, config: Config, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None) -> Any:
         """A launch on memory that holds NaN, its result taken over before the next one."""
@@ -179,9 +176,7 @@ class _Suite:
             with _explained(f"grid of {format_config(config)} raises"):
                 grid = self.kernel.grid(config, self.shape)
                 same = grid == self.kernel.grid(json.loads(json.dumps(dict(config))), self.shape)
-            _ensure(
-                isinstance(grid, CtaGrid) and same, f"grid of {format_config(config)} is no stable CtaGrid: {grid}."
-            )
+            _ensure(isinstance(grid, CtaGrid) and same, f"grid of {format_config(config)} is not stable: {grid}.")
         self.passed["configs"] = f"{len(every)} configs with their grids"
 
     def refusals(self, some: Sequence[Config]) -> None:
@@ -189,8 +184,7 @@ class _Suite:
         if not hasattr(self.kernel, "supports"):
             self.skipped["refusals"] = "the kernel has no supports(config, shape)"
             return
-        inputs = self.inputs(next(self.routings())[1])
-        spoilt = [{}, {"unknown": 1}]
+        inputs, spoilt = self.inputs(next(self.routings())[1]), [{}, {"unknown": 1}]
         for key, value in some[0].items():
             spoilt.append({k: v for k, v in some[0].items() if k != key})
             if isinstance(value, int) and not isinstance(value, bool):
@@ -207,8 +201,7 @@ class _Suite:
 
     def numerics(self, some: Sequence[Config]) -> None:
         """Every routing with every config against float64."""
-        reference = getattr(self.kernel, "reference", None)
-        if reference is None:
+        if (reference := getattr(self.kernel, "reference", None)) is None:
             self.skipped["numerics"] = "the kernel has no reference(shape, inputs)"
             return
         self.worst = 0.0
@@ -216,26 +209,19 @@ class _Suite:
             inputs = self.inputs(ids)
             expected = reference(self.shape, inputs)
             for config in some:
-                out = self.launch(config, inputs)
-                error = _error(out, expected)
+                error = _error(self.launch(config, inputs), expected)
                 self.worst = max(self.worst, error)
-                _ensure(
-                    error < self.tolerance,
-                    f"{format_config(config)} is off by {error:.3g} at {label}, more than {self.tolerance:g}; "
-                    "nan means that it reads memory nobody wrote.",
-                )
-        self.passed["numerics"] = (
-            f"{len(some)} configs on {4 * len(self.batches)} routings, worst error {self.worst:.2g}"
-        )
+                what = f"{format_config(config)} is off by {error:.3g} at {label}, more than {self.tolerance:g}"
+                _ensure(error < self.tolerance, f"{what}; nan means that it reads memory nobody wrote.")
+        routings = 4 * len(self.batches)
+        self.passed["numerics"] = f"{len(some)} configs on {routings} routings, worst error {self.worst:.2g}"
 
     def same_bits(self, some: Sequence[Config], direct: Direct | None) -> None:
         """Through a Dispatcher, twice, and called directly: the same result."""
-        dispatcher = Dispatcher(self.kernel, shape=self.shape)
-        label, ids = list(self.routings())[-3]
+        dispatcher, (label, ids) = Dispatcher(self.kernel, shape=self.shape), list(self.routings())[-3]
         inputs = self.inputs(ids)
         for config in some:
-            first = self.launch(config, inputs)
-            found = {"launched again": self.launch(config, inputs)}
+            first, found = self.launch(config, inputs), {"launched again": self.launch(config, inputs)}
             if any(config is mine or config == mine for mine in self.kernel.configs):
                 found["dispatched"] = self.launch(config, inputs, lambda c, **kw: dispatcher.pin(c)(**kw))
             if direct is not None:
@@ -248,36 +234,27 @@ class _Suite:
 
     def grid(self, some: Sequence[Config]) -> None:
         """CTAs of real launches are what the descriptor says, for some number of blocks that the batch allows."""
-        if self.simulated:
-            self.skipped["grid"] = "a simulated kernel launches nothing"
+        some = [config for config in some if not self.kernel.grid(config, self.shape).persistent]
+        if self.simulated or not some:
+            self.skipped["grid"] = "simulated" if self.simulated else "persistent grids: tiles are counted, not CTAs"
             return
-        checked = 0
-        for label, ids in self.routings():
+        for label, ids in (batch for batch in self.routings() if batch[0].endswith(("uniform", "few"))):
             inputs = self.inputs(ids)
             counts = np.bincount(ids.flatten().cpu().numpy(), minlength=self.shape.num_experts)
             for config in some:
                 grid = self.kernel.grid(config, self.shape)
-                if grid.persistent:
-                    continue
-                seen = self.recorded(config, inputs)
-                if seen is None:
-                    self.skipped["grid"] = (
-                        f"no GPU, no Triton interpreter, and the kernel has no last_grid ({self.device})"
-                    )
+                if (seen := self.recorded(config, inputs)) is None:
+                    self.skipped["grid"] = f"{self.device}: no last_grid, and no profiler or interpreter saw a launch"
                     return
+                least = int(num_blocks(counts, grid.block_m))
                 most = -(-ids.numel() // grid.block_m) + self.shape.num_local_experts
-                blocks = _blocks(grid, seen, hasattr(self.kernel, "launch_names") or hasattr(self.kernel, "last_grid"))
-                fit = [number for number in blocks if int(num_blocks(counts, grid.block_m)) <= number <= most]
-                _ensure(
-                    fit,
-                    f"{format_config(config)} at {label} launches {seen} CTAs, which {grid.launches} a block explains for no "
-                    f"number of blocks from {num_blocks(counts, grid.block_m)} to {most}; correct grid().",
+                named = hasattr(self.kernel, "launch_names") or hasattr(self.kernel, "last_grid")
+                what = (
+                    f"{format_config(config)} at {label} launches {seen} CTAs, which {grid.launches} a block explains"
                 )
-                checked += 1
-        if checked:
-            self.passed["grid"] = f"{checked} launches"
-        else:
-            self.skipped["grid"] = "its grids are persistent: the descriptor counts tiles, not launched CTAs"
+                fit = any(least <= number <= most for number in _blocks(grid, seen, named))
+                _ensure(fit, f"{what} for no number of blocks from {least} to {most}; correct grid().")
+        self.passed["grid"] = f"{len(some)} configs on {2 * len(self.batches)} routings"
 
     def recorded(self, config: Config, inputs: dict[str, Any]) -> list[int] | None:
         """CTAs of each launch of a layer that counts; None where nobody can tell."""
@@ -287,11 +264,12 @@ class _Suite:
         if self.device.type == "cuda":
             self.launch(config, inputs)  # compiled before it is recorded
             names = profiled_launches(lambda: self.kernel.launch(config, **inputs))
+        elif importlib.util.find_spec("triton") is None:
+            return None
         else:
             with interpreted_launches() as names:
                 self.kernel.launch(config, **inputs)
-        wanted = getattr(self.kernel, "launch_names", None)
-        if wanted is None:
+        if (wanted := getattr(self.kernel, "launch_names", None)) is None or not names:
             return [ctas for _, ctas in names] or None
         left = [(name, ctas) for name, ctas in names if any(part in name for part in wanted)]
         matches = len(left) == len(wanted) and all(part in name for part, (name, _) in zip(wanted, left, strict=True))
@@ -304,7 +282,7 @@ class _Suite:
         if capturable is not True or self.device.type != "cuda" or self.simulated:
             self.skipped["graph"] = str(capturable) if capturable is not True else f"no GPU ({self.device})"
             return
-        batches = [ids for _, ids in self.routings()][-4:]
+        batches = [ids for _, ids in self.routings()][-4:]  # all of one size
         inputs = self.inputs(batches[0].clone())
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -312,9 +290,9 @@ class _Suite:
             self.kernel.launch(config, **inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with _explained(f"{format_config(config)} cannot be captured; set `capturable` to the reason:"):
-            with torch.cuda.graph(graph):
-                out = self.kernel.launch(config, **inputs)
+        why = f"{format_config(config)} cannot be captured; set `capturable` to the reason:"
+        with _explained(why), torch.cuda.graph(graph):
+            out = self.kernel.launch(config, **inputs)
         for ids in batches:
             inputs["topk_ids"].copy_(ids)
             graph.replay()
@@ -324,8 +302,7 @@ class _Suite:
 
 
 def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    error = float((out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30))
-    return error if math.isfinite(error) else math.nan
+    return float((out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30))
 
 
 def _blocks(grid: CtaGrid, seen: Sequence[int], ordered: bool) -> set[int]:
@@ -341,12 +318,9 @@ def _blocks(grid: CtaGrid, seen: Sequence[int], ordered: bool) -> set[int]:
 @contextlib.contextmanager
 def interpreted_launches() -> Iterator[list[tuple[str, int]]]:
     """(name, CTAs) of every launch in Triton's interpreter while inside."""
+    from triton.runtime import interpreter
+
     seen: list[tuple[str, int]] = []
-    try:
-        from triton.runtime import interpreter
-    except ImportError:
-        yield seen
-        return
     run = interpreter.GridExecutor.__call__
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -371,6 +345,5 @@ def profiled_launches(call: Callable[[], Any]) -> list[tuple[str, int]]:
             torch.cuda.synchronize()
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    kernels = [event for event in events if event.get("cat") == "kernel"]
-    kernels.sort(key=lambda event: event["ts"])
+    kernels = sorted((event for event in events if event.get("cat") == "kernel"), key=lambda event: float(event["ts"]))
     return [(event["name"], math.prod(event["args"]["grid"])) for event in kernels]

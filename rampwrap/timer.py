@@ -57,6 +57,8 @@ class Timer(Protocol):
     """
 
     name: str
+    drifts: bool
+    "Whether times measured a while apart differ by more than the calls do, as a GPU's clocks make them."
 
     def rotations(self, active_bytes: int) -> int:
         """With how many different sets of experts a call should be given, if one set has `active_bytes` of weights."""
@@ -87,6 +89,7 @@ class ReturnTimer:
     """Takes what a call returns as its microseconds: for `SimKernel` and other kernels that know their time."""
 
     name = "returned"
+    drifts = False
 
     def rotations(self, active_bytes: int) -> int:
         """One: there is no cache to be fooled by."""
@@ -150,6 +153,7 @@ class GraphTimer:
     """
 
     name = "cuda-graph"
+    drifts = True
 
     def __init__(
         self, l2_bytes: int, weight_bytes: int, *, target_us: float = 400.0, replays: int = 3, warm_s: float = 1.0

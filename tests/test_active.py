@@ -10,12 +10,12 @@ import pytest
 
 from rampwrap import compare
 from rampwrap.active import MIN_CELLS, SEEDS, explore, profile_active, replay_active
+from rampwrap.bench import journal_path
 from rampwrap.cost import fit
 from rampwrap.errors import FitError, InputError
 from rampwrap.grid import FloatArray
 from rampwrap.journal import read_journal
 from rampwrap.kernel import Config, MoEShape
-from rampwrap.bench import journal_path
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, workload_grid
 from rampwrap.sim import SimKernel

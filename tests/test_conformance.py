@@ -1,6 +1,7 @@
 """The conformance suite: passes for what conforms, and names what does not in a sentence."""
 
 import os
+import pathlib
 
 import pytest
 
@@ -192,3 +193,15 @@ def test_torch_grouped_mm():
 
     report = check(TorchGroupedMM(MoEShape(8, 2, 128, 64)))
     assert "persistent" in report.skipped["grid"] and "numerics" in report.passed
+
+
+def test_readme_example(capsys):
+    """The guide's example is complete, under 40 lines, and conforms."""
+    path = pathlib.Path(__file__).parent.parent / "adapters" / "README.md"
+    if not path.exists():
+        pytest.skip("the wheel carries no guide")
+    code = path.read_text().split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+    exec(compile(code, "adapters/README.md", "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    assert "my_moe conforms:" in printed and "same bits: 2 configs" in printed and "block_m=16" in printed

@@ -23,7 +23,8 @@ from rampwrap.sim import NullKernel, SimKernel
 from rampwrap.timings import Timings
 
 pytestmark = pytest.mark.skipif(
-    native.score is None, reason="rampwrap._score is not built; 'pip install -e .' builds it where there is a C compiler"
+    native.score is None,
+    reason="rampwrap._score is not built; 'pip install -e .' builds it where there is a C compiler",
 )
 
 
@@ -81,7 +82,9 @@ def random_model(seed: int) -> Local:
     weights = rng.integers(-(2**20), 2**20, (configs, len(points))) >> int(rng.integers(0, 12))
     span = np.sort(rng.integers(0, 2 ** rng.integers(1, 20), (configs, 2)), axis=1)
     local = tuple((int(s), float(e)) for s, e in zip(np.unique(points[:, 0])[::7], rng.random(99) / 10, strict=False))
-    return Local(geometry, span, float(rng.random() / 10), local[: int(rng.integers(0, 9))], coef, weights, points, block_ms)
+    return Local(
+        geometry, span, float(rng.random() / 10), local[: int(rng.integers(0, 9))], coef, weights, points, block_ms
+    )
 
 
 def histograms(num_experts: int) -> st.SearchStrategy[IntArray]:
@@ -134,10 +137,35 @@ def test_fitted_plans_choose_and_predict_the_same_bits(data: st.DataObject) -> N
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 64, 257]), st.data())
 def test_any_model_chooses_and_predicts_the_same_bits(seed: int, num_experts: int, data: st.DataObject) -> None:
     model = random_model(seed)
+    # Some configs twice, so that there are ties.
+    model = model.take(np.random.default_rng(seed).integers(0, model.num_configs, model.num_configs))
     assert model._packed
     if model.num_configs > 1:
         fallback = data.draw(st.integers(0, model.num_configs - 1))
         assert_same(model, data.draw(histograms(num_experts)), fallback, data.draw(st.floats(0.0, 50.0)))
+
+
+@pytest.mark.parametrize(
+    ("slots", "chosen"), [(4, 2), (5, 0), (14, 0), (15, 0), (16, 2), (20, 2), (30, 2), (36, 0), (40, 0), (41, 2)]
+)
+def test_ties_and_edges(slots: int, chosen: int) -> None:
+    """Two configs at 100 us, measured on 10 .. 20 slots, and the static one at 103; the error is 0, 9 and 0 %."""
+    geometry = Geometry(10, np.full(3, 16), np.ones((3, 1), dtype=np.int64), np.ones(3, dtype=np.int64))
+    coef = np.outer([100 << 30, 100 << 30, 103 << 30], [1, 0, 0, 0, 0])
+    span, local = np.array([[10, 20], [10, 20], [0, 99]]), ((10, 0.0), (20, 0.09), (50, 0.0))
+    model = Local(
+        geometry,
+        span,
+        0.0,
+        local,
+        coef,
+        np.zeros((3, 1), dtype=np.int64),
+        np.ones((1, 3), dtype=np.int64),
+        np.array([16]),
+    )
+    counts = np.array([slots - 1, 0, 1])
+    assert native.choose(model._packed, counts, 0, 2, 0.0) == chosen
+    assert numpy_only(lambda: model.choose(counts, 2)) == chosen
 
 
 @settings(max_examples=150, deadline=None)
@@ -250,7 +278,14 @@ def test_no_bytes_make_it_read_outside_of_them(seed: int, noise: bytes) -> None:
 def test_wrong_arguments_raise_or_are_left_to_numpy() -> None:
     packed, ids = fitted(64, 0).model._packed, np.zeros((4, 8), dtype=np.int32)  # type: ignore[attr-defined]
     assert native.choose(packed, ids, 64, 0, 0.0) is not None
-    for array, experts, fallback in ((ids, 64, 24), (ids, 64, -1), (ids, -1, 0), (ids, 1 << 40, 0), (None, 64, 0), (ids, 0, 0)):
+    for array, experts, fallback in (
+        (ids, 64, 24),
+        (ids, 64, -1),
+        (ids, -1, 0),
+        (ids, 1 << 40, 0),
+        (None, 64, 0),
+        (ids, 0, 0),
+    ):
         assert native.choose(packed, array, experts, fallback, 0.0) is None
     for wrong in ((packed, ids, 64, 0), (packed, ids, "64", 0, 0.0), (packed, ids, 64, 0, "0")):
         with pytest.raises(TypeError):

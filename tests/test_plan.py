@@ -63,7 +63,7 @@ def test_a_damaged_plan_is_refused_by_name(sim_plan: Plan, tmp_path: pathlib.Pat
         case "coefficients":
             raw["model"]["coef"] = raw["model"]["coef"][:-1]
             path.write_text(json.dumps(raw))
-    with pytest.raises(PlanError, match="plan.json"):
+    with pytest.raises(PlanError, match=r"plan\.json"):
         Plan.load(path)
 
 

@@ -15,15 +15,14 @@ import attrs
 import numpy as np
 import pytest
 
+from rampwrap.bench import Bench, journal_path
 from rampwrap.device import find_device
-from rampwrap.errors import ConfigError, InputError, TableError
+from rampwrap.errors import ConfigError, DeviceFault, InputError, TableError
 from rampwrap.journal import read_journal
 from rampwrap.kernel import Config, MoEShape
-from rampwrap.bench import Bench, journal_path
 from rampwrap.profiler import plan_profile, profile
 from rampwrap.routing import Routing, expert_counts, workload_grid
 from rampwrap.sim import SIM_CONFIGS, SimKernel
-from rampwrap.errors import DeviceFault
 from rampwrap.timer import Measurement, ReturnTimer, default_timer, roofline_us
 from rampwrap.timings import Timings
 
@@ -412,3 +411,28 @@ class TestTimers:
     def test_default(self) -> None:
         """The simulated device needs no GPU."""
         assert isinstance(default_timer(SimKernel(SHAPE).device, SHAPE), ReturnTimer)
+
+
+class TestDrift:
+    """Times of one workload that were taken at different clocks."""
+
+    def test_a_later_visit_is_put_on_the_scale_of_the_first(self) -> None:
+        """The GPU got 10 % faster between two visits; the table does not show it."""
+
+        class Clocks(ReturnTimer):
+            drifts = True
+
+        class Faster(SimKernel):
+            pace = 1.0
+
+            def launch(self, config: Config, topk_ids: Any) -> float:
+                return super().launch(config, topk_ids) * self.pace
+
+        kernel = Faster(SHAPE, CONFIGS)
+        with Bench(kernel, SHAPE, WORKLOADS[:1], timer=Clocks(), quiet=True) as bench:
+            first = bench.measure(0, [0, 1, 2])
+            kernel.pace = 0.9
+            later = bench.measure(0, [3, 1])
+        true = [kernel.time_us(CONFIGS[config], bench.counts[0]) for config in (0, 1, 2, 3)]
+        np.testing.assert_allclose([*first, later[0]], true, rtol=1e-9)
+        assert later[1] == first[1]

@@ -96,7 +96,7 @@ def test_unknown_entries_and_keys_of_an_engines_file_are_left_out(tmp_path: path
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"64": 3}', '{"64": {"BLOCK_SIZE_M": 999}}', "{}"])
 def test_a_foreign_file_is_one_sentence(tmp_path: pathlib.Path, text: str) -> None:
     (tmp_path / "tuned.json").write_text(text)
-    with pytest.raises(InputError, match="tuned.json"):
+    with pytest.raises(InputError, match=r"tuned\.json"):
         read_static(tmp_path / "tuned.json", CONFIGS)
 
 

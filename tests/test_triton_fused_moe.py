@@ -46,6 +46,10 @@ def routing(shape, num_tokens, seed=0):
     return torch.stack(rows).to(DEVICE)
 
 
+def split(k, *row):
+    return {**config(*row), "split_k": k}
+
+
 def error(out, reference):
     return float((out.double() - reference).norm() / reference.norm())
 
@@ -70,6 +74,9 @@ LAYERS = [
     (FP8, config(16, 128, 128, 1, 4, 3, True)),
     (FP8, config(32, 256, 128, 8, 8, 3, False)),
     (FP8, config(16, 256, 128, 1, 8, 3, True)),
+    (BF16, split(2, 16, 64, 32, 1, 4, 3, False)),
+    (FP16_ODD, split(2, 16, 64, 32, 1, 4, 3, True)),
+    (FP8, split(2, 16, 64, 128, 1, 4, 3, True)),
 ]
 
 
@@ -198,10 +205,13 @@ def test_protocol():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
 def test_config_list(dtype):
-    """At least 130 legal configs, sorted, none twice."""
-    rows = [tuple(c[key] for key in tuning.KEYS) for c in tuning.CONFIGS[dtype]]
+    """At least 130 legal configs, sorted, none twice; a handful that split, after all others."""
+    plain = [c for c in tuning.CONFIGS[dtype] if "split_k" not in c]
+    rows = [tuple(c[key] for key in tuning.KEYS) for c in plain]
     assert len(rows) >= 130
     assert rows == sorted(set(rows))
+    split = tuning.CONFIGS[dtype][len(plain) :]
+    assert 1 <= len(split) <= 8 and all(c["split_k"] in (2, 4) for c in split)
     for c in tuning.CONFIGS[dtype]:
         assert tuning.refusal(c, dtype) is None
         assert tuning.shared_bytes(c, dtype) <= 227 * 1024
