@@ -16,6 +16,8 @@ and whether a compiler fuses multiply and add, cannot change a bit. What rounds 
 
 import abc
 import bisect
+import math
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import attrs
@@ -23,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from rampwrap import native
 from rampwrap.correction import distinct, fit_local, ratio_errors, span_of
 from rampwrap.errors import FitError, InputError
 from rampwrap.features import Geometry, Tables, pass_over, scaled
@@ -61,6 +64,11 @@ class CostModel(abc.ABC):
     span: IntArray
     error: float
     local_error: tuple[tuple[int, float], ...]
+
+    @cached_property
+    def _all_near(self) -> tuple[int, int]:
+        """The highest of the least and the lowest of the most slots of the configs."""
+        return int(self.span[:, 0].max()), int(self.span[:, 1].min())
 
     @property
     def num_configs(self) -> int:
@@ -116,12 +124,20 @@ class CostModel(abc.ABC):
         us = self._row(counts)
         static_us = us[fallback]
         slots = int(counts.sum())
-        us[(self.span[:, 0] > 2 * slots) | (slots > 2 * self.span[:, 1])] = np.inf
+        low, high = self._all_near
+        if not low <= 2 * slots <= 4 * high:
+            us[(self.span[:, 0] > 2 * slots) | (slots > 2 * self.span[:, 1])] = np.inf
         best = int(us.argmin())
         # A static config that could not be fitted has no predicted time, hence no gain over it can be shown.
-        if not np.isfinite(static_us) or not static_us - us[best] > self._margin(slots) * us[best] + choosing_us:
+        if not math.isfinite(static_us) or not static_us - us[best] > self._margin(slots) * us[best] + choosing_us:
             return fallback
         return best
+
+    def choose_ids(
+        self, topk_ids: npt.NDArray[Any], num_experts: int, fallback: int, choosing_us: float = 0.0
+    ) -> int | None:
+        """`choose` straight from expert ids, where `rampwrap.native` can; None: count them and `choose`."""
+        return None
 
     @abc.abstractmethod
     def _row(self, counts: IntArray) -> FloatArray: ...
@@ -195,9 +211,7 @@ class Ramp4(CostModel):
     def take(self, configs: tuple[int, ...] | IntArray) -> Self:
         """The same model for some of the configs, in this order."""
         index = _ints(configs)
-        return attrs.evolve(
-            self, geometry=self.geometry.take(index), span=self.span[index], coef=self.coef[index]
-        )
+        return attrs.evolve(self, geometry=self.geometry.take(index), span=self.span[index], coef=self.coef[index])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; a config that could not be fitted has nulls."""
@@ -249,13 +263,32 @@ class Local(CostModel):
     support: IntArray
     block_ms: IntArray
     _fast: Tables = attrs.field(init=False, repr=False)
+    _packed: bytes = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         coef = np.multiply(self.coef, COEF_UNIT, dtype=np.float64)
         weights = np.multiply(self.weights, WEIGHT_UNIT * WEIGHT_UNIT, dtype=np.float64)
-        object.__setattr__(self, "_fast", Tables.make(self.geometry, self.support, self.block_ms, coef, weights))
+        tables = Tables.make(self.geometry, self.support, self.block_ms, coef, weights)
+        margins = tuple((slots, self._margin(slots)) for slots, _ in self.local_error) or ((0, self._margin(0)),)
+        object.__setattr__(self, "_fast", tables)
+        object.__setattr__(self, "_packed", native.pack(tables, self.span, margins))
+
+    def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0) -> int:
+        """As `CostModel.choose`, in C where `rampwrap.native` can."""
+        index = native.choose(self._packed, counts, 0, fallback, choosing_us)
+        return super().choose(counts, fallback, choosing_us) if index is None else index
+
+    def choose_ids(
+        self, topk_ids: npt.NDArray[Any], num_experts: int, fallback: int, choosing_us: float = 0.0
+    ) -> int | None:
+        """`choose` straight from expert ids, where `rampwrap.native` can; None: count them and `choose`."""
+        return native.choose(self._packed, topk_ids, num_experts, fallback, choosing_us)
 
     def _row(self, counts: IntArray) -> FloatArray:
+        us = native.predict(self._packed, counts, self.num_configs)
+        return self._row_numpy(counts) if us is None else us
+
+    def _row_numpy(self, counts: IntArray) -> FloatArray:
         t = self._fast
         slots, active, heights = pass_over(counts, self.block_ms)
         blocks = heights[t.height_of]

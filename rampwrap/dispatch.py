@@ -15,7 +15,7 @@ from rampwrap.grid import IntArray
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, format_config
 from rampwrap.plan import Plan
 from rampwrap.policy import Choice, Policy, Static
-from rampwrap.routing import check_counts, expert_counts
+from rampwrap.routing import check_counts, expert_counts, to_numpy
 from rampwrap.static import default_table
 
 _NO_COUNTS: IntArray = np.zeros(0, dtype=np.int64)
@@ -72,6 +72,8 @@ class Dispatcher:
         "How often each config of `policy.configs` was launched."
         self._launch = kernel.launch
         self._pinned: Config | None = None
+        # Not of the Policy protocol: histogram and choice in one call, for policies that have it.
+        self._of_ids = getattr(self.policy, "index_of_ids", None)
         self._ids_position = self._find_topk_ids()
 
     def _accept(self, plan: Plan, device: Device, strict: bool) -> Policy:
@@ -114,8 +116,12 @@ class Dispatcher:
         if not self.policy.needs_counts:
             return self.policy.index(_NO_COUNTS, len(topk_ids))
         _refuse_capture(topk_ids)
-        counts = expert_counts(topk_ids, self.shape.num_experts, expert_map)
-        return self.policy.index(counts, len(topk_ids))
+        ids = to_numpy(topk_ids)
+        if expert_map is None and self._of_ids is not None:
+            index: int | None = self._of_ids(ids, self.shape.num_experts)
+            if index is not None:
+                return index
+        return self.policy.index(expert_counts(ids, self.shape.num_experts, expert_map), len(ids))
 
     def select(
         self,

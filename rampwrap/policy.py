@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 
 from rampwrap.cost import CostModel
 from rampwrap.errors import InputError
@@ -166,6 +167,16 @@ class WaveCost:
             return fallback
         return candidates[model.choose(expert_counts, candidates.index(fallback), self.choosing_us)]
 
+    def index_of_ids(self, topk_ids: npt.NDArray[Any], num_experts: int) -> int | None:
+        """`index` straight from expert ids, all experts local; None where they must be counted first."""
+        num_tokens = len(topk_ids)
+        if not num_tokens:
+            return None
+        fallback = self.static.index(num_tokens)
+        model, candidates = self._part(num_tokens)
+        chosen = model.choose_ids(topk_ids, num_experts, candidates.index(fallback), self.choosing_us)
+        return None if chosen is None else candidates[chosen]
+
     def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
         """The same choice, with predicted times, waves and the runner-up."""
         index, fallback = self.index(expert_counts, num_tokens), self.static.index(num_tokens)
@@ -212,6 +223,12 @@ class Renumbered:
     def index(self, expert_counts: IntArray, num_tokens: int) -> int:
         """As the other policy, in this numbering."""
         return self.where[self.inner.index(expert_counts, num_tokens)]
+
+    def index_of_ids(self, topk_ids: npt.NDArray[Any], num_experts: int) -> int | None:
+        """As the other policy, in this numbering; None where it cannot."""
+        of_ids = getattr(self.inner, "index_of_ids", None)
+        index = None if of_ids is None else of_ids(topk_ids, num_experts)
+        return None if index is None else self.where[index]
 
     def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
         """As the other policy, in this numbering."""

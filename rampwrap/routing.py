@@ -20,7 +20,7 @@ HOT_SHARE = 0.9
 def to_numpy(array: Any) -> npt.NDArray[Any]:
     """A numpy view of a numpy array, a list or a torch tensor; a CUDA tensor is copied, which waits for the GPU."""
     if hasattr(array, "detach"):
-        array = array.detach().cpu().numpy()
+        array = array.numpy(force=True)
     return np.asarray(array)
 
 
