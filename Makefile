@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml rampwrap/_score.c
 	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
 	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0)
 	$(PIP) -e ".[triton,plot,dev]"

@@ -266,6 +266,10 @@ class Local(CostModel):
     _packed: bytes = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        wanted = {"coef": (self.num_configs, 5), "weights": (self.num_configs, len(self.support))}
+        for name, shape in wanted.items():
+            if getattr(self, name).shape != shape:
+                raise FitError(f"{name} has shape {getattr(self, name).shape} instead of {shape}; fit the model anew.")
         coef = np.multiply(self.coef, COEF_UNIT, dtype=np.float64)
         weights = np.multiply(self.weights, WEIGHT_UNIT * WEIGHT_UNIT, dtype=np.float64)
         tables = Tables.make(self.geometry, self.support, self.block_ms, coef, weights)

@@ -363,7 +363,8 @@ class TestPoorTables:
             assert "profile" in str(error)
             return
         predicted = model.predict(counts)
-        assert np.all(predicted > 0) and not np.isnan(predicted).any()
+        # No tokens make no blocks: a trend without a start then predicts nothing at all.
+        assert np.all(predicted[counts.any(axis=1)] > 0) and np.all(predicted >= 0)
         assert np.isfinite(model.error) and model.error >= 0
         assert 0 <= model.choose(counts[0], 0) < configs
         json.dumps(model.to_dict(), allow_nan=False)

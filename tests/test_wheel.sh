@@ -10,16 +10,18 @@ trap 'rm -rf "$work"' EXIT
 site=$("$BIN/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 fresh=$("$work/venv/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
 mkdir "$work/deps"
+system=$("$BIN/python" -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)")
 for entry in "$site"/*; do
   case "$(basename "$entry")" in
     *rampwrap*) ;;                      # neither the editable install nor its import hook
     *) ln -s "$entry" "$work/deps/" ;;
   esac
 done
-echo "$work/deps" > "$fresh/deps.pth"
+# The system's packages come last, where the development environment borrows torch from there.
+printf '%s\n' "$work/deps" "$system" > "$fresh/deps.pth"
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$work"/dist/rampwrap-*.whl
 cp -r tests examples pyproject.toml "$work/"
 cd "$work"
 "$work/venv/bin/python" -c "import rampwrap; assert '$fresh' in rampwrap.__file__, rampwrap.__file__"
 "$work/venv/bin/python" -m rampwrap --version
-TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests -m "not gpu" -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging}"
+TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests -m "not gpu" -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging or native}"
