@@ -88,10 +88,10 @@ class TritonFusedMoE:
             return [None] * len(configs)
         return warm(self.shape, configs, ids_dtype=topk_ids.dtype)
 
-    def most_ctas(self, config: Config, device: torch.device) -> int:
-        """CTAs of a config that run at a time: the grid of a persistent launch."""
+    def most_ctas(self, config: Config, waves: int, device: torch.device) -> int | None:
+        """CTAs of some waves of a config: the largest grid of a launch with ``waves``; None for 0."""
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        return num_sms * tuning.ctas_per_sm(config, self.shape.dtype)
+        return num_sms * tuning.ctas_per_sm(config, self.shape.dtype) * waves or None
 
     def launch(
         self,
@@ -109,7 +109,7 @@ class TritonFusedMoE:
         out: torch.Tensor | None = None,
         workspace: Workspace | None = None,
         blocks: TokenBlocks | None = None,
-        persistent: bool = False,
+        waves: int = 0,
     ) -> torch.Tensor:
         """Runs the layer and returns [T, H].
 
@@ -126,7 +126,8 @@ class TritonFusedMoE:
             out: [T, H], written and returned; allocated where absent.
             workspace: scratch memory from `workspace`; allocated where absent.
             blocks: an alignment of `topk_ids` for the config's block_m; made where absent.
-            persistent: no more CTAs than run at a time, each of which goes on to further tiles; same bits.
+            waves: grids of at most so many waves of CTAs, each of which goes on to further tiles; same bits. 0 gives
+                every tile that the capacity allows for a CTA of its own.
 
         Raises:
             ConfigError: the config cannot run this shape.
@@ -148,7 +149,7 @@ class TritonFusedMoE:
             out=out,
             workspace=workspace,
             blocks=blocks,
-            most_ctas=self.most_ctas(config, topk_ids.device) if persistent else None,
+            most_ctas=self.most_ctas(config, waves, topk_ids.device),
         )
 
     def launch_candidates(
@@ -168,7 +169,7 @@ class TritonFusedMoE:
         expert_map: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         workspace: Workspace | None = None,
-        persistent: bool = True,
+        waves: int = 1,
         streams: Sequence[Any] = (),
     ) -> torch.Tensor:
         """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
@@ -177,7 +178,7 @@ class TritonFusedMoE:
             configs: candidates.
             blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
             choice: int32 [1], its place.
-            persistent: grids of the CTAs that run at a time, so that a candidate without rows costs about 1 us.
+            waves: as for `launch`; a candidate without rows costs about 1 us with grids of one wave.
             streams: for the candidates after the first, to run beside it; none runs them one after the other.
 
         The other arguments, and what is raised, are those of `launch`.
@@ -200,7 +201,7 @@ class TritonFusedMoE:
             expert_map=expert_map,
             out=out,
             workspace=workspace,
-            most_ctas=[self.most_ctas(config, topk_ids.device) for config in configs] if persistent else (),
+            most_ctas=[self.most_ctas(config, waves, topk_ids.device) for config in configs],
             streams=streams,
         )
 

@@ -8,6 +8,7 @@ cell after what all cells share is taken out, and what the best config of one lo
 """
 
 import argparse
+import functools
 import json
 
 import numpy as np
@@ -42,7 +43,7 @@ def main() -> None:
         kernel.precompile(wide, **inputs)  # type: ignore[attr-defined]
         for target_us in (400.0, 2000.0, 8000.0):
             timer = GraphTimer(device.l2_bytes, shape.weight_bytes, target_us=target_us)
-            ready = [timer.prepare([lambda config=config: kernel.launch(config, **inputs)]) for config in wide]
+            ready = [timer.prepare([functools.partial(kernel.launch, config, **inputs)]) for config in wide]
             runs = []
             for _ in range(REPEATS):
                 samples: dict[int, list[list[float]]] = {index: [] for index in range(len(wide))}

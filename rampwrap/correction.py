@@ -306,7 +306,5 @@ def ratio_errors(us: FloatArray, errors: FloatArray, slots: IntArray) -> tuple[f
     around = np.unique(slots[slots > 0])
     far = np.log2(np.maximum(slots, 1)) - np.log2(around)[:, None]
     # A token count twice as large still has half a say: 5 workloads alone are too few for a deviation.
-    local = tuple(
-        (int(center), deviation(weight)) for center, weight in zip(around, 1.0 / (1.0 + far**2), strict=True)
-    )
+    local = tuple((int(center), deviation(weight)) for center, weight in zip(around, 1.0 / (1.0 + far**2), strict=True))
     return deviation(np.ones(len(us))), local

@@ -9,13 +9,19 @@ A config is a dict of
     num_warps, num_stages
     swap_ab     multiply W X^T instead of X W^T: the weights become the 64-row operand of wgmma, so that
                 16 and 32 token rows run on wgmma too (mma.sync otherwise, which converts FP8 to fp16 first)
+    split_k     CTAs that share the depth of one tile of the down GEMM, each writing rows of its own for the sum
+                over top-k to add; only configs that split carry the key
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
+SPLITS = (1, 2, 4)
 MAX_BLOCK_M = 128
+# Rows of partial sums cost memory and traffic in proportion to the batch, while a larger batch fills the GPU
+# without them: above so many slots a config runs unsplit.
+SPLIT_MAX_SLOTS = 512
 
 # sm_90: shared memory one CTA may have, and what an SM has in all; each resident CTA costs 1 KB of the latter.
 MAX_SHARED = 227 * 1024
@@ -30,6 +36,16 @@ MAX_ACCUMULATORS = 128
 def element_size(dtype: str) -> int:
     """Bytes of one weight of a `MoEShape.dtype`."""
     return 1 if dtype == "fp8" else 2
+
+
+def splits(config: Mapping[str, Any], num_slots: int) -> int:
+    """Parts into which a config cuts the depth of the down GEMM of a batch of num_slots = tokens x top_k."""
+    return int(config.get("split_k", 1)) if num_slots <= SPLIT_MAX_SLOTS else 1
+
+
+def partial_rows(num_slots: int) -> int:
+    """Rows of the down GEMM that any config may write for a batch of up to num_slots = tokens x top_k."""
+    return max(num_slots, max(SPLITS) * min(num_slots, SPLIT_MAX_SLOTS))
 
 
 def uses_wgmma(config: Mapping[str, Any]) -> bool:
@@ -92,6 +108,8 @@ def refusal(config: Mapping[str, Any], dtype: str) -> str | None:
         return f"num_warps={warps} is not supported; use 4 or 8."
     if not 1 <= stages <= 8:
         return f"num_stages={stages} is not supported; use 1 to 8."
+    if config.get("split_k", 1) not in SPLITS:
+        return f"split_k={config['split_k']} is not supported; use {', '.join(map(str, SPLITS))}."
     if config["group_m"] < 1:
         return f"group_m={config['group_m']} is not supported; use 1 or more."
     if config["swap_ab"] and block_n < 16 * warps:
@@ -193,15 +211,34 @@ def _expand(families: Iterable[_Family], swap_ab: bool) -> Iterable[tuple[int | 
                     yield (*tile, group, warps, stages, swap_ab)
 
 
+# For 1 to 8 tokens, where a layer has fewer tiles of the down GEMM than an SM can keep in flight.
+_SPLIT_BF16 = (
+    (16, 64, 128, 1, 4, 4, False, 2),
+    (16, 64, 128, 1, 4, 4, False, 4),
+    (16, 64, 256, 1, 4, 3, False, 2),
+    (16, 128, 64, 1, 4, 5, False, 2),
+    (16, 128, 128, 1, 4, 3, False, 2),
+    (16, 128, 128, 1, 4, 3, False, 4),
+)
+_SPLIT_FP8 = (
+    (16, 64, 128, 1, 4, 5, True, 2),
+    (16, 64, 128, 1, 4, 5, True, 4),
+    (16, 128, 128, 1, 4, 5, True, 2),
+    (16, 128, 128, 1, 4, 5, True, 4),
+)
+
+
 def _configs(dtype: str) -> tuple[dict[str, Any], ...]:
     plain, swapped = (_FP8, _FP8_SWAPPED) if dtype == "fp8" else (_BF16, _BF16_SWAPPED)
     rows = sorted({*_expand(plain, False), *_expand(swapped, True)})
-    configs = (dict(zip(KEYS, row, strict=True)) for row in rows)
+    configs = [dict(zip(KEYS, row, strict=True)) for row in rows]
+    split = _SPLIT_FP8 if dtype == "fp8" else _SPLIT_BF16
+    configs += [dict(zip((*KEYS, "split_k"), row, strict=True)) for row in split]
     return tuple(config for config in configs if refusal(config, dtype) is None)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {dtype: _configs(dtype) for dtype in ("bf16", "fp16", "fp8")}
-"The configs of each dtype, sorted by their values in the order of `KEYS`."
+"The configs of each dtype, sorted by their values in the order of `KEYS`; those that split come last."
 
 
 def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str) -> dict[str, Any]:

@@ -36,10 +36,14 @@ def quantise_rows_kernel(
     q_ptr,
     scale_ptr,
     x_ptr,
+    unless_zero_ptr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """One row a CTA along axis 0, GROUPS groups of it along axis 1."""
+    if unless_zero_ptr is not None:  # noqa: SIM102  (only the outer one is known when it compiles)
+        if tl.load(unless_zero_ptr) == 0:
+            return
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -49,9 +53,14 @@ def quantise_rows_kernel(
     tl.store(scale_ptr + row * (COLUMNS // 128) + group, scale, mask=group < COLUMNS // 128)
 
 
-def quantise_rows(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
-    """Quantises x [rows, columns] into q (e4m3, same shape) and scale (float32 [rows, columns / 128])."""
+def quantise_rows(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, *, unless_zero: torch.Tensor | None = None
+) -> None:
+    """Quantises x [rows, columns] into q (e4m3, same shape) and scale (float32 [rows, columns / 128]).
+
+    Writes nothing where the integer in `unless_zero` (one element, on the device) is zero.
+    """
     rows, columns = x.shape
     groups = min(8, triton.next_power_of_2(columns // GROUP))
     grid = (rows, triton.cdiv(columns // GROUP, groups))
-    quantise_rows_kernel[grid](q, scale, x, COLUMNS=columns, GROUPS=groups, num_warps=min(4, groups))
+    quantise_rows_kernel[grid](q, scale, x, unless_zero, COLUMNS=columns, GROUPS=groups, num_warps=min(4, groups))

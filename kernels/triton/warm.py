@@ -17,6 +17,7 @@ def warm(
     configs: Sequence[Config],
     *,
     ids_dtype: torch.dtype = torch.int32,
+    persistent: bool = False,
     processes: int | None = None,
 ) -> list[str | None]:
     """Puts the compiled kernels of `configs` into Triton's disk cache, where later calls find them.
@@ -28,6 +29,7 @@ def warm(
         shape: the layer; kernels are compiled for its sizes.
         configs: what to compile.
         ids_dtype: type of the `topk_ids` that will come.
+        persistent: compile what candidates in a graph run too.
         processes: at most this many; the machine's cores where absent, at most 16.
 
     Returns:
@@ -39,7 +41,7 @@ def warm(
     context.set_forkserver_preload(["rampwrap.kernels.triton.warm"])
     parts = [list(configs[i::count]) for i in range(count)]
     with context.Pool(count) as pool:
-        found = pool.starmap(run_once, [(shape, part, ids_dtype) for part in parts])
+        found = pool.starmap(run_once, [(shape, part, ids_dtype, "cuda", persistent) for part in parts])
     reasons: list[str | None] = [None] * len(configs)
     for i, part in enumerate(found):
         reasons[i::count] = part
@@ -47,7 +49,7 @@ def warm(
 
 
 def run_once(
-    shape: MoEShape, configs: Sequence[Config], ids_dtype: torch.dtype, device: str = "cuda"
+    shape: MoEShape, configs: Sequence[Config], ids_dtype: torch.dtype, device: str = "cuda", persistent: bool = False
 ) -> list[str | None]:
     """Runs each config with and without alignment; for each None, or the first line of the error."""
     arguments = [_zeros(shape, num_tokens, ids_dtype, device) for num_tokens in _batches(shape)]
@@ -55,7 +57,14 @@ def run_once(
     for config in configs:
         try:
             for args, scales in arguments:
-                fused_moe(config, *args, w13_scale=scales.get("w13_scale"), w2_scale=scales.get("w2_scale"))
+                for most_ctas in (None, 1) if persistent else (None,):
+                    fused_moe(
+                        config,
+                        *args,
+                        w13_scale=scales.get("w13_scale"),
+                        w2_scale=scales.get("w2_scale"),
+                        most_ctas=most_ctas,
+                    )
             if device == "cuda":
                 torch.cuda.synchronize()
             reasons.append(None)

@@ -6,7 +6,7 @@ import torch
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.align import TokenBlocks, alignment_ints, blocks_in
-from rampwrap.kernels.triton.configs import MAX_BLOCK_M
+from rampwrap.kernels.triton.configs import MAX_BLOCK_M, partial_rows
 from rampwrap.kernels.triton.quantise import GROUP
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -24,7 +24,10 @@ class Workspace:
     h: torch.Tensor
     "[num_slots, I], SwiGLU output."
     y: torch.Tensor
-    "[num_slots, H], weighted rows before the sum over top-k."
+    """[partial_rows(num_slots), H], weighted rows before the sum over top-k, those of each split together.
+
+    Of the activations' type: unsplit rows are rounded to it anyway, and the parts' own rounding adds no more.
+    """
     alignment: torch.Tensor | None = None
     "int32, backs `TokenBlocks`; None lets each call allocate its own."
     x_fp8: torch.Tensor | None = None
@@ -49,7 +52,7 @@ def workspace(shape: MoEShape, num_tokens: int, device: torch.device | str = "cu
     """A workspace for batches of up to `num_tokens` tokens of a layer, with every config.
 
     Its size is `workspace_bytes(shape, num_tokens)`: per slot 2 (H + I) bytes and the alignment, for FP8 layers
-    the quantised copies on top.
+    the quantised copies on top, and rows of split configs for small batches (`configs.partial_rows`).
     """
     if num_tokens < 1:
         raise InputError(f"num_tokens is {num_tokens}; give the largest batch the workspace must hold, at least 1.")
@@ -88,7 +91,7 @@ def allocate(
     def empty(rows: int, columns: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=of, device=device)
 
-    h, y = empty(num_slots, intermediate), empty(num_slots, hidden)
+    h, y = empty(num_slots, intermediate), empty(partial_rows(num_slots), hidden)
     if not fp8:
         return Workspace(num_slots, h, y, alignment)
     return Workspace(

@@ -1,0 +1,219 @@
+"""`Selector` with the Triton kernel, on the GPU or in the interpreter; captures are in tests/gpu/test_select_gpu.py."""
+
+import gc
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+import attrs
+import numpy as np
+
+from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.cost import Local
+from rampwrap.device import Device
+from rampwrap.errors import InputError, PlanError
+from rampwrap.features import Geometry, pass_over
+from rampwrap.kernel import MoEShape
+from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.moe_op import compiled
+from rampwrap.plan import Plan
+from rampwrap.policy import Bucket
+from rampwrap.selector import Selector
+from rampwrap.sim import SimKernel
+from rampwrap.static import StaticTable
+
+if not INTERPRETED.value and not torch.cuda.is_available():
+    pytest.skip("Triton was imported before TRITON_INTERPRET=1 and there is no GPU", allow_module_level=True)
+
+DEVICE = "cpu" if INTERPRETED.value else "cuda"
+SHAPE = MoEShape(8, 2, 64, 32)
+KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
+ROWS = ((16, 64, 64, 1, 4, 3, False), (32, 64, 64, 1, 4, 3, False), (16, 64, 64, 1, 4, 3, True))
+SPLIT = {**dict(zip(KEYS, (16, 32, 128, 1, 4, 4, False), strict=True))}
+FREE = {mode: {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0} for mode in ("early-exit", "parallel", "switch")}
+
+
+class Small(TritonFusedMoE):
+    """With configs that suit a tiny layer."""
+
+    def __init__(self, shape: MoEShape = SHAPE) -> None:
+        super().__init__(shape)
+        self.configs = tuple(dict(zip(KEYS, row, strict=True)) for row in ROWS)
+
+
+def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1):
+    """A plan by which many active experts favour the first config and few favour the second or third."""
+    grids = tuple(kernel.grid(config, shape) for config in kernel.configs)
+    geometry = Geometry.of(grids, 132)
+    rng = np.random.default_rng(0)
+    rows = np.array([rng.multinomial(n, rng.dirichlet(np.full(shape.num_experts, 0.3))) for n in (8, 16, 40, 90, 200)])
+    slots, active, heights = pass_over(rows, np.unique(geometry.block_m))
+    support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
+    # start, per wave, per CTA, per active expert, per slot, microseconds
+    coef = np.array([[10.0, 0, 0, 1.0, 0], [6.0, 0, 0, 1.9, 0], [4.0, 0, 0, 2.5, 0]]) / 2.0**-30
+    model = Local(
+        geometry,
+        np.array([[1, 4096]] * 3),
+        0.004,
+        (),
+        coef.astype(np.int64),
+        np.zeros((3, len(support)), dtype=np.int64),
+        support,
+        np.unique(geometry.block_m),
+    )
+    return Plan(
+        kernel=kernel.name,
+        kernel_version=kernel.version,
+        device=device or Device.current(),
+        shape=shape,
+        configs=kernel.configs,
+        grids=grids,
+        static=StaticTable("uniform", (1,), (0,)),
+        model=model,
+        buckets=tuple(Bucket(8 * 2**i, (0, 1, 2)) for i in range(num_buckets)),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return Small()
+
+
+@pytest.fixture(scope="module")
+def plan(kernel):
+    return small_plan(kernel)
+
+
+def ids_with(active, num_tokens, seed=0):
+    """int32 [num_tokens, 2] over the first `active` experts."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(active)[:2] if active > 1 else [0, 0] for _ in range(num_tokens)]
+    return torch.tensor(np.array(rows), dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("mode", ["early-exit", "auto"])
+def test_same_bits_as_the_chosen_config(kernel, plan, mode):
+    """Each routing runs the config that the host policy names, and gives its bits; all candidates get their turn."""
+    selector = Selector(kernel, plan, max_tokens=16, mode=mode, costs={"early-exit": FREE["early-exit"]})
+    policy, seen = plan.policy(), set()
+    for active in (1, 2, 4, 6, 8):
+        inputs = kernel.inputs(SHAPE, ids_with(active, 12))
+        counts = np.bincount(inputs["topk_ids"].cpu().numpy().ravel(), minlength=8)
+        index = policy.index(counts, 12)
+        want = kernel.launch(plan.configs[index], **inputs)
+        assert torch.equal(selector(**inputs), want)
+        assert torch.equal(
+            selector(*[inputs[n] for n in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")]), want
+        )
+        seen.add(index)
+    assert seen == {0, 1, 2}
+    counted = selector.counts()[12]
+    assert sum(counted.values()) == 10 and all(counted.values())
+    text = selector.explain()
+    assert "12 tokens, early-exit: 3 candidates" in text and "(static)" in text
+
+
+def test_small_batches_add_nothing(kernel, plan):
+    """One token has no routing to choose by: the static config is launched alone."""
+    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    inputs = kernel.inputs(SHAPE, ids_with(8, 1))
+    assert torch.equal(selector(**inputs), kernel.launch(plan.configs[0], **inputs))
+    assert selector.bucket(1).candidates is None and selector.counts() == {}
+    empty = kernel.inputs(SHAPE, ids_with(8, 1)[:0])
+    assert selector(**empty).shape == (0, SHAPE.hidden_size)
+
+
+def test_dear_choosing_switches_itself_off(kernel, plan):
+    """Where choosing costs more than it gains, nothing is added."""
+    dear = {"early-exit": {1: 0.0, 2: 50.0, 3: 50.0}}
+    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=dear)
+    assert len(selector.bucket(12).configs) == 1
+    assert "gain more than choosing costs" in selector.bucket(12).shortlist.why
+
+
+def test_eager_and_lagged(kernel, plan):
+    """Eager follows the host policy at once; lagged one step later, static before."""
+    eager = Selector(kernel, plan, max_tokens=16, mode="eager")
+    lagged = Selector(kernel, plan, max_tokens=16, mode="lagged")
+    skewed, even = kernel.inputs(SHAPE, ids_with(2, 12)), kernel.inputs(SHAPE, ids_with(8, 12))
+    for inputs in (skewed, skewed, even, even):
+        eager(**inputs)
+        lagged(**inputs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    assert eager._dispatcher.launch_counts == [2, 0, 2]
+    assert lagged._dispatcher.launch_counts == [2, 0, 2]
+    assert lagged._main._lagged[12].latest().sum() == 24
+
+
+def test_lanes_have_memory_of_their_own(kernel, plan):
+    """Two lanes share counters, not memory; what is held is stated."""
+    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    assert selector.memory_bytes == 0
+    inputs = kernel.inputs(SHAPE, ids_with(4, 12))
+    first, second = selector.lane(), selector.lane()
+    assert torch.equal(first(**inputs), second(**inputs))
+    assert first.memory_bytes == second.memory_bytes > 0
+    assert selector.memory_bytes == 2 * first.memory_bytes
+    assert sum(selector.counts()[12].values()) == 2
+
+
+def test_another_device(kernel):
+    """A plan for another GPU: one warning, the static config alone."""
+    other = small_plan(kernel, device=attrs.evolve(Device.current(), name="another"))
+    with pytest.warns(RuntimeWarning, match="serves static configs"):
+        selector = Selector(kernel, other, max_tokens=16)
+    inputs = kernel.inputs(SHAPE, ids_with(2, 12))
+    assert torch.equal(selector(**inputs), kernel.launch(other.configs[0], **inputs))
+    assert selector.counts() == {}
+
+
+def test_refusals(kernel, plan, sim_plan):
+    """Poisoned plans, unknown modes, kernels without candidates, batches beyond the memory."""
+    poisoned = attrs.evolve(plan, model=attrs.evolve(plan.model, error=float("nan")))
+    with pytest.raises(PlanError, match="poisoned"):
+        Selector(kernel, poisoned, max_tokens=16)
+    with pytest.raises(InputError, match="mode 'fast' is unknown"):
+        Selector(kernel, plan, max_tokens=16, mode="fast")
+    simulated = SimKernel(sim_plan.shape)
+    with pytest.raises(InputError, match="has no launch_candidates"):
+        Selector(simulated, sim_plan, max_tokens=16, mode="early-exit")
+    if DEVICE == "cpu":
+        with pytest.raises(InputError, match="'switch' needs a GPU"):
+            Selector(kernel, plan, max_tokens=16, mode="switch")
+    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit")
+    with pytest.raises(InputError, match="max_tokens=16"):
+        selector(**kernel.inputs(SHAPE, ids_with(4, 17)))
+
+
+def test_operator(kernel, plan):
+    """The custom op passes torch's own checks, traces into one graph and gives the selector's bits."""
+    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    layer = compiled(selector)
+    names = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")
+    inputs = kernel.inputs(SHAPE, ids_with(4, 12))
+    args = [inputs[name] for name in names]
+    want = selector(**inputs)
+    assert torch.equal(layer(*args), want)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.compile(lambda *args: layer(*args) + 1, fullgraph=True, backend=backend)
+    assert torch.equal(whole(*args), want + 1) and len(graphs) == 1
+
+
+def test_operator_needs_its_selector(kernel, plan):
+    """A selector that is gone is named in the error."""
+    layer = compiled(Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE))
+    gc.collect()
+    inputs = kernel.inputs(SHAPE, ids_with(4, 12))
+    with pytest.raises(InputError, match="keep the Selector alive"):
+        layer(**inputs)
