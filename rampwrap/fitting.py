@@ -11,6 +11,7 @@ from rampwrap import compare
 from rampwrap._version import __version__
 from rampwrap.cost import fit
 from rampwrap.plan import Plan
+from rampwrap.policy import Policy, Static
 from rampwrap.shortlist import make_buckets
 from rampwrap.static import read_static, tuned_averaged, tuned_uniform
 from rampwrap.timings import Timings
@@ -53,7 +54,12 @@ def make_plan(
         "profiled_configs": len(timings.configs),
     }
     if "eval" in timings.split and train != "eval":
-        judged = compare.replay(timings, train, "eval", (model,)).summary(model)
+        # Judged is what is shipped: the shortlists, against the table that serves without them.
+        policies: dict[str, Policy] = {
+            compare.STATIC_UNIFORM: Static(timings.configs, table),
+            model: compare.routing_aware(fitted, cost_model, table, buckets, choosing_us),
+        }
+        judged = compare.evaluate(timings.take(timings.rows("eval")), policies).summary(model)
         provenance["held_out"] = {
             key: round(value, 5) for key, value in attrs.asdict(judged).items() if isinstance(value, float)
         }
@@ -70,5 +76,6 @@ def make_plan(
         static=table.renumber(where),
         model=cost_model.take(tuple(used)),
         buckets=tuple(attrs.evolve(b, shortlist=tuple(where[i] for i in b.shortlist)) for b in buckets),
+        choosing_us=choosing_us,
         provenance=provenance,
     )

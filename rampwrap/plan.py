@@ -29,6 +29,7 @@ class Plan:
         static: the baseline that serves whenever the model's gain is within its error.
         model: fitted coefficients of those configs.
         buckets: candidates by token count; the nearest bucket serves.
+        choosing_us: cost of choosing, which a predicted gain must exceed besides the model's error.
         provenance: how the plan came about: table, date, versions, held-out figures.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     static: StaticTable
     model: CostModel
     buckets: tuple[Bucket, ...]
+    choosing_us: float = 0.0
     provenance: dict[str, Any] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -57,11 +59,10 @@ class Plan:
                 f"{self.model.num_configs}; make it anew with 'rampwrap fit'."
             )
 
-    def policy(self, choosing_us: float = 0.0) -> WaveCost:
-        """The routing-aware policy this plan stands for."""
-        return WaveCost(
-            self.configs, self.model, self.static, self.grids, self.device.num_sms, self.buckets, choosing_us
-        )
+    def policy(self, choosing_us: float | None = None) -> WaveCost:
+        """The routing-aware policy this plan stands for; `choosing_us` in place of the plan's own, where given."""
+        cost = self.choosing_us if choosing_us is None else choosing_us
+        return WaveCost(self.configs, self.model, self.static, self.grids, self.device.num_sms, self.buckets, cost)
 
     def static_policy(self) -> Static:
         """The plan's static baseline alone: what serves where the plan itself is refused."""
@@ -122,6 +123,7 @@ class Plan:
                 "source": self.static.source,
                 "config": dict(zip(map(str, self.static.token_counts), self.static.indices, strict=True)),
             },
+            "choosing_us": self.choosing_us,
             "buckets": [bucket.to_dict() for bucket in self.buckets],
             "model": self.model.to_dict(),
         }
@@ -164,6 +166,7 @@ class Plan:
                 static=StaticTable(raw["static"]["source"], tuple(table), tuple(table.values())),
                 model=model_from_dict(raw["model"]),
                 buckets=tuple(Bucket.from_dict(bucket) for bucket in raw["buckets"]),
+                choosing_us=float(raw.get("choosing_us", 0.0)),
                 provenance=raw.get("provenance", {}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

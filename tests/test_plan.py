@@ -26,6 +26,13 @@ def test_a_loaded_plan_chooses_alike_for_every_workload(
     assert loaded.to_json() == sim_plan.to_json()
 
 
+def test_the_cost_of_choosing_travels_with_the_plan(sim_timings: Timings, tmp_path: pathlib.Path) -> None:
+    make_plan(sim_timings, choosing_us=1e6).save(tmp_path / "plan.json")
+    dear = Plan.load(tmp_path / "plan.json").policy()
+    for counts, tokens in zip(sim_timings.counts, sim_timings.num_tokens, strict=True):
+        assert dear.index(counts, int(tokens)) == dear.static.index(int(tokens))
+
+
 def test_a_plan_holds_only_configs_that_may_run(sim_plan: Plan, sim_timings: Timings) -> None:
     used = {*sim_plan.static.indices, *(i for bucket in sim_plan.buckets for i in bucket.shortlist)}
     assert used == set(range(len(sim_plan.configs)))
