@@ -24,19 +24,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from rampwrap import conditional
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.errors import RampwrapError
-from rampwrap.ingraph import pack
+from rampwrap.ingraph import pack, shortlist
 from rampwrap.kernel import format_config
 from rampwrap.kernels.triton.align import align_tokens, allocate_blocks
 from rampwrap.kernels.triton.select import Candidates, align_and_select, allocate_selected
-from rampwrap.kernels.triton.warm import warm
+from rampwrap.kernels.triton.warm import warm, warm_merged
 from rampwrap.plan import Plan
 from rampwrap.routing import Routing
 from rampwrap.selector import COSTS, IN_GRAPH, Selector
 
 LAYERS = 8
+# What matters most comes first, as time may run out.
+CONTROL_TOKENS = (64, 512, 8, 256, 128, 2, 32)
+REPLAY_TOKENS = (64, 128, 32, 256, 512, 16, 8, 4, 2, 1)
 ROUTINGS = ("lognormal:1.0", "dirichlet:0.1", "dirichlet:0.3", "zipf:1.2")
 Graph = torch.cuda.CUDAGraph
 
@@ -175,45 +176,45 @@ class Layers:
         tables = Candidates.on(pack(model, 1e9), "cuda")
         blocks = allocate_selected(self.tokens, shape.top_k, shape.num_experts, tables.packed.block_ms, "cuda")
         streams = [torch.cuda.Stream() for _ in configs[1:]] if mode == "parallel" else []  # type: ignore[no-untyped-call]
-        pools: list[Any] = []
 
         def launch(**given: Any) -> Any:
             align_and_select(given["topk_ids"], tables, 0, shape.num_experts, selected=blocks)
-            if mode != "switch":
-                more: dict[str, Any] = {"workspace": memory, "waves": waves, "streams": streams}
-                return self.kernel.launch_candidates(configs, blocks.blocks, blocks.choice, **given, **more)
-
-            def body(place: int) -> Callable[[], Any]:
-                its = blocks.blocks[place]
-                return lambda: self.kernel.launch(configs[place], **given, workspace=memory, blocks=its)
-
-            if torch.cuda.is_current_stream_capturing():
-                return conditional.switch(blocks.choice, [body(place) for place in range(len(configs))], pools)
-            conditional.prepare(torch.cuda.current_device())
-            return [body(place)() for place in range(len(configs))]
+            more: dict[str, Any] = {"workspace": memory, "waves": waves, "streams": streams, "merged": mode == "merged"}
+            return self.kernel.launch_candidates(configs, blocks.blocks, blocks.choice, **given, **more)
 
         graph = self.graph(launch)
-        self.kept.append((tables, blocks, streams, pools))  # what the graph points into
+        self.kept.append((tables, blocks, streams))  # what the graph points into
         return graph
+
+
+def control_order(plan: Plan, tokens: int) -> list[int]:
+    """The static config and three more, those of the plan's bucket first."""
+    best = plan.static.index(tokens)
+    bucket = min(plan.buckets, key=lambda b: abs(b.num_tokens - tokens))
+    others = [i for i in (*bucket.shortlist, *range(len(plan.configs))) if i != best]
+    return [best, *dict.fromkeys(others)][:4]
+
+
+def precompile(plan: Plan) -> list[str]:
+    """Compiles in parallel what the parts below launch, as far as it is known before; reasons of failures."""
+    free = dict.fromkeys(range(1, 5), 0.0)
+    lists = {tuple(control_order(plan, tokens)[:count]) for tokens in CONTROL_TOKENS for count in (2, 3, 4)}
+    lists |= {shortlist(plan, tokens, free).candidates for tokens in REPLAY_TOKENS}
+    groups = [[plan.configs[i] for i in some] for some in sorted(lists) if len(some) > 1]
+    failed = [*warm(plan.shape, plan.configs, persistent=True), *warm_merged(plan.shape, groups)]
+    return [reason for reason in failed if reason]
 
 
 def bench_control(kernel: TritonFusedMoE, plan: Plan, rounds: int, deadline: float) -> list[dict[str, Any]]:
     """What candidates cost where the choice is always the same config."""
     found: list[dict[str, Any]] = []
-    modes = [(mode, waves) for mode in ("early-exit", "parallel") for waves in (1, 4, 0)]
-    try:
-        conditional.require()
-        modes.append(("switch", 0))
-    except RampwrapError as error:
-        print(error)
+    modes = [(mode, waves) for mode in ("early-exit", "merged", "parallel") for waves in (1, 4)]
     rng = np.random.default_rng(1)
-    for tokens in (2, 8, 64, 512, 16, 256, 32, 128, 4, 1):
-        if time.monotonic() > deadline:
+    for tokens in CONTROL_TOKENS:
+        if found and time.monotonic() > deadline:
             break
-        best = plan.static.index(tokens)
-        bucket = min(plan.buckets, key=lambda b: abs(b.num_tokens - tokens))
-        others = [i for i in (*bucket.shortlist, *range(len(plan.configs))) if i != best]
-        order = [best, *dict.fromkeys(others)][:4]
+        order = control_order(plan, tokens)
+        best = order[0]
         layers = Layers(kernel, tokens)
         layers.route(Routing.parse("lognormal:1.0").sample(tokens, kernel.shape.num_experts, kernel.shape.top_k, rng))
         graphs = {"single": layers.single(plan.configs[best])}
@@ -243,9 +244,8 @@ def measured_costs(control: Sequence[dict[str, Any]]) -> dict[str, dict[int, flo
     """`rampwrap.selector.COSTS` as measured: the median over token counts of what candidates cost."""
     costs: dict[str, dict[int, float]] = {}
     for mode in IN_GRAPH:
-        suffix = "" if mode == "switch" else " tight1"
         for count in (2, 3, 4):
-            name = f"{count} {mode}{suffix}"
+            name = f"{count} {mode} tight1"
             added = [row["us"][name] - row["us"]["single"] for row in control if name in row["us"]]
             if added:
                 costs.setdefault(mode, {1: 0.0})[count] = round(max(0.0, statistics.median(added)), 2)
@@ -263,8 +263,8 @@ def bench_replay(
     """Routing that changes at every replay, against each single config."""
     found: list[dict[str, Any]] = []
     shape, rng = kernel.shape, np.random.default_rng(2)
-    for tokens in (64, 128, 32, 256, 512, 16, 8, 4, 2, 1):
-        if time.monotonic() > deadline:
+    for tokens in REPLAY_TOKENS:
+        if found and time.monotonic() > deadline:
             print(f"out of time before {tokens} tokens")
             continue
         layers = Layers(kernel, tokens)
@@ -367,7 +367,7 @@ def main() -> None:
     parts = args.only.split(",")
     plan = Plan.load(args.plan)
     kernel = TritonFusedMoE(plan.shape)
-    failed = [reason for reason in warm(plan.shape, plan.configs, persistent=True) if reason]
+    failed = precompile(plan)
     print(f"{len(plan.configs)} configs compiled in {time.monotonic() - start:.0f} s", *failed, sep="\n", flush=True)
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),

@@ -5,12 +5,16 @@ from the plan the one to four configs that are worth choosing from, the cost of 
 nothing is added to the graph. Modes:
 
     early-exit  one launch aligns and selects, all candidates are launched, those not chosen find no rows and leave
-    parallel    the same with the candidates on branches of the graph, so that their launches overlap
-    switch      one launch selects, a conditional SWITCH node of the graph runs one candidate; any kernel
+    merged      the same with all candidates inside one launch of each GEMM, which needs the registers and shared
+                memory of the largest; nothing is launched in vain
+    parallel    early-exit with the candidates on branches of the graph, so that their launches overlap
     lagged      the host chooses by the histogram of the step before, copied back without waiting; any kernel, but
                 a graph would freeze the choice, so for eager and piecewise execution
     eager       the host reads the histogram and chooses, and waits for it; any kernel
-    auto        whichever of early-exit, parallel and switch is expected to be fastest, by the costs on this machine
+    auto        whichever of the three that live in a graph is expected to be fastest, by `costs`
+
+The bits of a choice are tested against the host's; `COSTS` are estimates until `benchmarks/in_graph.py` has measured them
+on the machine at hand, so this module is not yet part of the public interface.
 """
 
 import inspect
@@ -22,24 +26,23 @@ import attrs
 import numpy as np
 import torch
 
-from rampwrap import conditional
 from rampwrap.device import Device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import CaptureError, InputError
-from rampwrap.grid import IntArray
 from rampwrap.ingraph import MAX_CANDIDATES, Packed, Shortlist, pack, shortlist
 from rampwrap.kernel import Config, Kernel, MoEShape, format_config
+from rampwrap.lagged import Lagged
 from rampwrap.plan import Plan
 from rampwrap.policy import WaveCost
 
-MODES = ("auto", "early-exit", "parallel", "switch", "lagged", "eager")
-IN_GRAPH = ("early-exit", "parallel", "switch")
+MODES = ("auto", "early-exit", "merged", "parallel", "lagged", "eager")
+IN_GRAPH = ("early-exit", "merged", "parallel")
 
-# Microseconds that so many candidates cost over one config in a graph; `benchmarks/in_graph.py` measures them.
+# Microseconds that so many candidates cost over one config in a graph, estimated from launch counts.
 COSTS: Mapping[str, Mapping[int, float]] = {
     "early-exit": {1: 0.0, 2: 3.5, 3: 5.5, 4: 7.5},
+    "merged": {1: 0.0, 2: 1.8, 3: 2.2, 4: 2.6},
     "parallel": {1: 0.0, 2: 3.0, 3: 3.4, 4: 3.8},
-    "switch": {1: 0.0, 2: 10.5, 3: 10.5, 4: 10.5},
 }
 
 
@@ -59,7 +62,7 @@ class Selector:
     """A kernel whose config is chosen on the GPU.
 
     Args:
-        kernel: as for `Dispatcher`; early-exit and parallel need a member ``launch_candidates``.
+        kernel: as for `Dispatcher`; early-exit, merged and parallel need a member ``launch_candidates``.
         plan: a `Plan` or the path of one, with the model ``default``.
         max_tokens: the largest batch; memory is `Selector.memory_bytes`.
         mode: one of `MODES`.
@@ -96,17 +99,10 @@ class Selector:
         self._where = torch.device(where or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._max_candidates = max_candidates
         several = hasattr(kernel, "launch_candidates")
-        if mode in ("early-exit", "parallel") and not several:
-            raise InputError(
-                f"kernel {kernel.name!r} has no launch_candidates, which mode {mode!r} needs; use switch or lagged."
-            )
-        self._costs = {
-            name: table for name, table in costs.items() if mode in ("auto", name) and (several or name == "switch")
-        }
-        if mode == "switch" or (mode == "auto" and not several):
-            conditional.require()
-        elif mode == "auto":
-            self._costs.pop("switch", None)
+        if mode in IN_GRAPH and not several:
+            raise InputError(f"kernel {kernel.name!r} has no launch_candidates, which mode {mode!r} needs; use lagged.")
+        usable = costs if mode == "auto" else {mode: costs.get(mode) or COSTS.get(mode, {})}
+        self._costs = dict(usable) if several else {}
         self._buckets: dict[int, Bucket] = {}
         self._takes = set(inspect.signature(kernel.launch).parameters)
         self._lanes: list[Lane] = []
@@ -216,10 +212,8 @@ class Lane:
         self._memory: torch.Tensor | None = None
         self._workspace: Any = None
         self._streams: list[Any] = []
-        self._pools: list[Any] = []
         self._warmed: set[tuple[Any, ...]] = set()
         self._lagged: dict[int, Lagged] = {}
-        self._run: set[int] = set()
 
     @property
     def memory_bytes(self) -> int:
@@ -263,40 +257,10 @@ class Lane:
             expert_map=kwargs.get("expert_map"),
             selected=selected,
         )
-        if bucket.mode == "switch":
-            return self._switch(bucket, selected, kwargs)
         streams = self._branches(len(bucket.configs) - 1) if bucket.mode == "parallel" else ()
         launch = getattr(selector.kernel, "launch_candidates")  # noqa: B009  (an optional member)
-        return launch(bucket.configs, selected.blocks, selected.choice, **kwargs, streams=streams)
-
-    def _switch(self, bucket: Bucket, selected: Any, kwargs: dict[str, Any]) -> Any:
-        selector = self._selector
-        takes_out = "out" in selector._takes
-        if kwargs.get("out") is None:
-            # The bodies are captured one after the other, so they need one output that all of them write.
-            kwargs["out"] = torch.empty_like(kwargs["hidden_states"])
-        out = kwargs["out"]
-
-        def body(place: int) -> Callable[[], Any]:
-            more = {"blocks": selected.blocks[place]} if "blocks" in selector._takes else {}
-            given = kwargs if takes_out else {name: value for name, value in kwargs.items() if name != "out"}
-
-            def run() -> Any:
-                made = selector.kernel.launch(bucket.configs[place], **given, **more)
-                return out if takes_out else out.copy_(made)
-
-            return run
-
-        if _capturing():
-            return conditional.switch(
-                selected.choice, [body(place) for place in range(len(bucket.configs))], self._pools
-            )
-        conditional.prepare(selected.choice.device.index)
-        if bucket.shortlist.num_tokens not in self._run:
-            self._run.add(bucket.shortlist.num_tokens)
-            for place in range(len(bucket.configs)):
-                body(place)()  # compiles what the capture will hold
-        return body(int(selected.choice))()
+        more = {"streams": streams, "merged": bucket.mode == "merged"}
+        return launch(bucket.configs, selected.blocks, selected.choice, **kwargs, **more)
 
     def _check_warm(self, bucket: Bucket, kwargs: Mapping[str, Any]) -> None:
         """Compiling under capture would fail, or worse, be captured."""
@@ -358,42 +322,6 @@ class Lane:
         out = selector.kernel.launch(policy.configs[index], **kwargs)
         state.read(topk_ids, kwargs.get("expert_map"))
         return out
-
-
-class Lagged:
-    """The last histogram of a batch size that has reached the host, without the host ever waiting for it."""
-
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
-        self._counts: IntArray | None = None
-        self._host: torch.Tensor | None = None
-        self._done: Any = None
-
-    def read(self, topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> None:
-        """Starts the copy of a histogram; left out while one is still under way."""
-        if self._done is not None:
-            return
-        ids = topk_ids.reshape(-1).long()
-        if expert_map is not None:
-            ids = expert_map.long().gather(0, ids.clamp(0, expert_map.numel() - 1))
-        inside = (ids >= 0) & (ids < self._num_experts)
-        bins = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=topk_ids.device)
-        bins.scatter_add_(0, torch.where(inside, ids, self._num_experts), torch.ones_like(ids))
-        if not topk_ids.is_cuda:
-            self._counts = bins[: self._num_experts].numpy()
-            return
-        if self._host is None:
-            self._host = torch.empty(self._num_experts + 1, dtype=torch.int64, pin_memory=True)
-        self._host.copy_(bins, non_blocking=True)
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._done.record()
-
-    def latest(self) -> IntArray | None:
-        """int64 [num_local_experts]; None before the first has arrived."""
-        if self._done is not None and self._done.query():
-            assert self._host is not None
-            self._counts, self._done = self._host[: self._num_experts].numpy().copy(), None
-        return self._counts
 
 
 def _capturing() -> bool:

@@ -18,8 +18,11 @@ from rampwrap.cost import Local
 from rampwrap.device import Device
 from rampwrap.errors import InputError, PlanError
 from rampwrap.features import Geometry, pass_over
+from rampwrap.ingraph import pack
 from rampwrap.kernel import MoEShape
+from rampwrap.kernels.triton.configs import splits
 from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.select import Candidates, align_and_select
 from rampwrap.moe_op import compiled
 from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
@@ -34,8 +37,7 @@ DEVICE = "cpu" if INTERPRETED.value else "cuda"
 SHAPE = MoEShape(8, 2, 64, 32)
 KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
 ROWS = ((16, 64, 64, 1, 4, 3, False), (32, 64, 64, 1, 4, 3, False), (16, 64, 64, 1, 4, 3, True))
-SPLIT = {**dict(zip(KEYS, (16, 32, 128, 1, 4, 4, False), strict=True))}
-FREE = {mode: {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0} for mode in ("early-exit", "parallel", "switch")}
+FREE = {mode: {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0} for mode in ("early-exit", "merged", "parallel")}
 
 
 class Small(TritonFusedMoE):
@@ -96,10 +98,12 @@ def ids_with(active, num_tokens, seed=0):
     return torch.tensor(np.array(rows), dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("mode", ["early-exit", "auto"])
+@pytest.mark.parametrize("mode", ["early-exit", "merged", "auto"])
 def test_same_bits_as_the_chosen_config(kernel, plan, mode):
     """Each routing runs the config that the host policy names, and gives its bits; all candidates get their turn."""
-    selector = Selector(kernel, plan, max_tokens=16, mode=mode, costs={"early-exit": FREE["early-exit"]})
+    selector = Selector(
+        kernel, plan, max_tokens=16, mode=mode, costs={name: FREE[name] for name in ("early-exit", "merged")}
+    )
     policy, seen = plan.policy(), set()
     for active in (1, 2, 4, 6, 8):
         inputs = kernel.inputs(SHAPE, ids_with(active, 12))
@@ -115,7 +119,30 @@ def test_same_bits_as_the_chosen_config(kernel, plan, mode):
     counted = selector.counts()[12]
     assert sum(counted.values()) == 10 and all(counted.values())
     text = selector.explain()
-    assert "12 tokens, early-exit: 3 candidates" in text and "(static)" in text
+    assert f"12 tokens, {mode.replace('auto', 'early-exit')}: 3 candidates" in text and "(static)" in text
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_split_candidates(merged, chosen):
+    """Candidates that split K differently share one sum, and each gives the bits of its own launch."""
+    shape = MoEShape(8, 2, 64, 128)
+    kernel = TritonFusedMoE(shape)
+    row = dict(zip(KEYS, (16, 64, 32, 1, 4, 3, False), strict=True))
+    configs = [row, {**row, "split_k": 4}, {**row, "num_warps": 8, "block_n": 128, "split_k": 2}]
+    inputs = kernel.inputs(shape, ids_with(6, 9))
+    geometry = Geometry.of(tuple(kernel.grid(config, shape) for config in configs), 132)
+    nothing = np.zeros((3, 5), dtype=np.int64)
+    support = np.array([[18, 6, 8]])
+    model = Local(geometry, np.array([[1, 99]] * 3), 0.01, (), nothing, nothing[:, :1], support, np.array([16]))
+    blocks = align_and_select(inputs["topk_ids"], Candidates.on(pack(model), DEVICE), chosen, 8)
+    scratch = kernel.workspace(9, DEVICE)
+    scratch.y.fill_(float("nan"))
+    out = kernel.launch_candidates(configs, blocks.blocks, blocks.choice, **inputs, workspace=scratch, merged=merged)
+    want = kernel.launch(configs[chosen], **inputs)
+    assert int(blocks.choice) == chosen and torch.equal(out, want)
+    assert (splits(configs[1], 513), splits(configs[1], 512)) == (1, 4)
+    assert kernel.grid(configs[1], shape).split_k == 4 and kernel.grid(configs[1], shape).launches == (4, 4)
 
 
 def test_small_batches_add_nothing(kernel, plan):
@@ -183,9 +210,6 @@ def test_refusals(kernel, plan, sim_plan):
     simulated = SimKernel(sim_plan.shape)
     with pytest.raises(InputError, match="has no launch_candidates"):
         Selector(simulated, sim_plan, max_tokens=16, mode="early-exit")
-    if DEVICE == "cpu":
-        with pytest.raises(InputError, match="'switch' needs a GPU"):
-            Selector(kernel, plan, max_tokens=16, mode="switch")
     selector = Selector(kernel, plan, max_tokens=16, mode="early-exit")
     with pytest.raises(InputError, match="max_tokens=16"):
         selector(**kernel.inputs(SHAPE, ids_with(4, 17)))

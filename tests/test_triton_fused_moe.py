@@ -20,7 +20,7 @@ from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.kernels.triton import configs as tuning
 from rampwrap.kernels.triton.align import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.kernels.triton.warm import run_once
+from rampwrap.kernels.triton.warm import run_merged, run_once
 from rampwrap.kernels.triton.workspace import workspace_bytes
 
 needs_kernels = pytest.mark.skipif(
@@ -187,6 +187,8 @@ def test_warming_runs_both_ways(shape):
     """What the warming processes run: each config with and without alignment; a failure is told, not raised."""
     rows = [next(row for known, row in LAYERS if known.dtype == shape.dtype)]
     assert run_once(shape, rows, torch.int32, DEVICE) == [None]
+    assert run_once(shape, rows, torch.int32, DEVICE, True) == [None]
+    assert run_merged(shape, [rows * 2], torch.int32, DEVICE) == [None]
     assert "KeyError" in str(run_once(shape, [{"block_m": 16}], torch.int32, DEVICE)[0])
 
 

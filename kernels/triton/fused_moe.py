@@ -16,9 +16,9 @@ import torch
 
 import triton
 from rampwrap.grid import max_blocks
-from rampwrap.kernels.triton.align import TokenBlocks, align_tokens
+from rampwrap.kernels.triton.align import ALIGNED, TokenBlocks, align_tokens
 from rampwrap.kernels.triton.configs import quantises_h, splits
-from rampwrap.kernels.triton.gemm import down_kernel, sum_kernel, up_kernel
+from rampwrap.kernels.triton.gemm import down_kernel, down_merged_kernel, sum_kernel, up_kernel, up_merged_kernel
 from rampwrap.kernels.triton.quantise import quantise_rows
 from rampwrap.kernels.triton.workspace import Workspace, allocate
 
@@ -158,6 +158,46 @@ class _Layer:
             **tuning,
         )
 
+    def merged_gemms(
+        self, configs: Sequence[Mapping[str, Any]], blocks: Sequence[TokenBlocks], limits: Sequence[int | None]
+    ) -> None:
+        """Up and down of all candidates in one launch each, or one for each number of warps; not for FP8."""
+        num_slots, local = self.num_slots, self.w2.shape[0]
+        _, hidden, intermediate = self.w2.shape
+        for warps in sorted({config["num_warps"] for config in configs}):
+            places = [place for place, config in enumerate(configs) if config["num_warps"] == warps]
+            rows = tuple(
+                (
+                    place,
+                    *(configs[place][key] for key in ("block_m", "block_n", "block_k", "group_m")),
+                    splits(configs[place], num_slots),
+                    *(configs[place][key] for key in ("swap_ab", "num_stages")),
+                )
+                for place in places
+            )
+            most = [max_blocks(num_slots, local, row[1]) * triton.cdiv(2 * intermediate, row[2]) for row in rows]
+            downs = [max_blocks(num_slots, local, row[1]) * triton.cdiv(hidden, row[2]) * row[5] for row in rows]
+            # Registers and shared memory are those of the largest, so what runs at a time is that of the smallest.
+            limit = min(limits[place] or max(most + downs) for place in places)
+            first = blocks[places[0]]
+            # The candidates' rows stand ALIGNED values apart, the first of all candidates at the front.
+            routing = (first.sorted_token_ids, first.expert_ids, blocks[0].num_tokens_post_padded, num_slots)
+            common = {
+                "HIDDEN": hidden,
+                "INTERMEDIATE": intermediate,
+                "STRIDE": ALIGNED,
+                "CONFIGS": rows,
+                "num_warps": warps,
+                "num_stages": max(row[7] for row in rows),
+            }
+            h = self.workspace.h[:num_slots]
+            up_merged_kernel[(min(limit, max(most)),)](
+                h, self.x, self.w13, *routing, TOP_K=self.topk_ids.shape[1], **common
+            )
+            down_merged_kernel[(min(limit, max(downs)),)](
+                self.workspace.y, h, self.w2, self.topk_weights, *routing, **common
+            )
+
     def sum(self, all_splits: Sequence[int], choice: torch.Tensor | None = None) -> torch.Tensor:
         """Sums the rows of the config that ran: the only one, or candidate `choice` (int32 [1]) of several."""
         hidden = self.w2.shape[1]
@@ -243,6 +283,7 @@ def fused_moe_candidates(
     workspace: Workspace | None = None,
     most_ctas: Sequence[int | None] = (),
     streams: Sequence[Any] = (),
+    merged: bool = False,
 ) -> torch.Tensor:
     """One MoE layer by the one of several configs that was chosen on the GPU; arguments not named are `fused_moe`'s.
 
@@ -252,11 +293,16 @@ def fused_moe_candidates(
         most_ctas: for each config; absent means grids sized from capacity.
         streams: CUDA streams for the configs after the first, so that those without rows cost no time of their own:
             in a graph they become branches. Absent, all run one after the other.
+        merged: one launch of each GEMM for all candidates, which then share registers and shared memory of the
+            largest: nothing idle is launched. FP8 layers are launched one by one all the same.
     """
     layer = _Layer.make(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
     if layer.num_slots == 0:
         return layer.out
     limits = most_ctas or [None] * len(configs)
+    if merged and layer.x_scale is None:
+        layer.merged_gemms(configs, blocks, limits)
+        return layer.sum([splits(config, layer.num_slots) for config in configs], choice)
     forked = [place for place in range(1, len(configs)) if place - 1 < len(streams)]
     ready = torch.cuda.Event() if forked else None  # type: ignore[no-untyped-call]
     if ready is not None:

@@ -2,13 +2,15 @@
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from rampwrap.kernel import Config, MoEShape
-from rampwrap.kernels.triton.fused_moe import DIRECT_FACTOR, fused_moe
+from rampwrap.kernels.triton.fused_moe import DIRECT_FACTOR, fused_moe, fused_moe_candidates
 from rampwrap.kernels.triton.quantise import GROUP
+from rampwrap.kernels.triton.select import allocate_selected
 from rampwrap.kernels.triton.workspace import TORCH_DTYPES
 
 
@@ -35,16 +37,67 @@ def warm(
     Returns:
         For each config None, or why it failed.
     """
-    count = min(processes or os.cpu_count() or 1, 16, max(1, len(configs)))
+    return _in_processes(run_once, shape, configs, processes, (ids_dtype, "cuda", persistent))
+
+
+def warm_merged(
+    shape: MoEShape,
+    candidates: Sequence[Sequence[Config]],
+    *,
+    ids_dtype: torch.dtype = torch.int32,
+    processes: int | None = None,
+) -> list[str | None]:
+    """`warm` for what mode merged of a `Selector` launches: each list of candidates is a kernel of its own."""
+    return _in_processes(run_merged, shape, candidates, processes, (ids_dtype, "cuda"))
+
+
+def _in_processes(
+    run: Callable[..., list[str | None]],
+    shape: MoEShape,
+    items: Sequence[Any],
+    processes: int | None,
+    more: tuple[Any, ...],
+) -> list[str | None]:
+    count = min(processes or os.cpu_count() or 1, 16, max(1, len(items)))
     # Fork servers start from a process without a CUDA context and pay for importing torch once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rampwrap.kernels.triton.warm"])
-    parts = [list(configs[i::count]) for i in range(count)]
+    parts = [list(items[i::count]) for i in range(count)]
     with context.Pool(count) as pool:
-        found = pool.starmap(run_once, [(shape, part, ids_dtype, "cuda", persistent) for part in parts])
-    reasons: list[str | None] = [None] * len(configs)
+        found = pool.starmap(run, [(shape, part, *more) for part in parts])
+    reasons: list[str | None] = [None] * len(items)
     for i, part in enumerate(found):
         reasons[i::count] = part
+    return reasons
+
+
+def run_merged(
+    shape: MoEShape, candidates: Sequence[Sequence[Config]], ids_dtype: torch.dtype, device: str = "cuda"
+) -> list[str | None]:
+    """Launches each list merged, on blocks without rows; for each None, or the first line of the error."""
+    num_tokens = _batches(shape)[-1]
+    args, scales = _zeros(shape, num_tokens, ids_dtype, device)
+    reasons: list[str | None] = []
+    for configs in candidates:
+        heights = [config["block_m"] for config in configs]
+        selected = allocate_selected(num_tokens, shape.top_k, shape.num_local_experts, heights, device)
+        selected.post_padded.zero_()
+        selected.choice.zero_()
+        try:
+            fused_moe_candidates(
+                configs,
+                selected.blocks,
+                selected.choice,
+                *args,
+                w13_scale=scales.get("w13_scale"),
+                w2_scale=scales.get("w2_scale"),
+                merged=True,
+            )
+            if device == "cuda":
+                torch.cuda.synchronize()
+            reasons.append(None)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
     return reasons
 
 

@@ -11,9 +11,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from rampwrap import conditional
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.errors import CaptureError, InputError
+from rampwrap.errors import CaptureError
 from rampwrap.ingraph import pack
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -39,7 +38,7 @@ def load(name):
 select, small = load("test_select"), load("test_selector")
 SHAPE = MoEShape(64, 8, 512, 256)
 TOKENS = 48
-MODES = ["early-exit", "parallel", "switch"]
+MODES = ["early-exit", "merged", "parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +53,6 @@ def plan(kernel):
 
 @pytest.fixture(params=MODES)
 def mode(request):
-    if request.param == "switch":
-        try:
-            conditional.require()
-        except InputError as error:
-            pytest.skip(str(error))
     return request.param
 
 

@@ -1,0 +1,60 @@
+"""What the README shows and the examples do, run as a reader would."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from rampwrap import Plan
+from rampwrap.kernel import Config
+from rampwrap.routing import Routing, Workload
+from rampwrap.sim import SimKernel
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+class Layer(SimKernel):
+    """The simulated kernel with the arguments of a real one."""
+
+    def launch(self, config: Config, hidden_states: Any, w13: Any, w2: Any, topk_weights: Any, topk_ids: Any) -> float:  # type: ignore[override]
+        return super().launch(config, topk_ids)
+
+
+def test_the_three_lines_of_the_readme(sim_plan: Plan, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (ROOT / "README.md").exists():
+        pytest.skip("the README is not beside the tests")
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    lines = [line for line in block[1].splitlines() if line.strip()]
+    assert len(lines) == 3
+    monkeypatch.chdir(tmp_path)
+    sim_plan.save("olmoe.plan.json")
+    topk_ids = Workload(96, Routing.parse("hot:2")).topk_ids(64, 8)
+    scope: dict[str, Any] = dict.fromkeys(("hidden_states", "w13", "w2", "topk_weights"))
+    scope |= {"kernel": Layer(sim_plan.shape), "topk_ids": topk_ids}
+    exec(block[1], scope)
+    assert scope["out"] > 0 and sum(scope["moe"].launch_counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("wrap_in_three_lines", "predicted"), ("demo", "A/B by tokens: static-uniform -> default")]
+)
+def test_examples_run(name: str, says: str, tmp_path: pathlib.Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the demo profiles for a minute")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert says in done.stdout
+    if name == "demo":
+        errors = [float(found) for found in re.findall(r"relative error ([\d.]+)", done.stdout)]
+        assert len(errors) == 3 and max(errors) < 0.01
+        assert (tmp_path / "build/demo/ab.png").exists()
