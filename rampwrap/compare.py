@@ -58,12 +58,21 @@ class Comparison:
     def us(self, policy: str) -> FloatArray:
         """Measured time of what the policy picked, float64 [workloads].
 
-        A cell that was never measured counts as the slowest of its workload: ignorance is no merit.
+        Where the pick did not run, the baseline's serves instead, as in a deployment; where that did not run
+        either, the config that is best on the whole among those that ran. `unmeasured` says how often.
         """
-        rows = np.arange(len(self.timings.us))
-        picked = self.timings.us[rows, self.picks[policy]]
-        worst: FloatArray = np.where(np.isnan(picked), np.nanmax(self.timings.us, axis=1), picked)
-        return worst
+        times, rows = self.timings.us, np.arange(len(self.timings.us))
+        picked, static = times[rows, self.picks[policy]], times[rows, self.picks[self.baseline]]
+        ran = ~np.isnan(times)
+        relative = np.where(ran, times / np.nanmin(times, axis=1, keepdims=True), 0.0).sum(axis=0)
+        whole = np.where(ran.any(axis=0), relative / np.maximum(ran.sum(axis=0), 1), np.inf)
+        serves = np.where(np.isnan(static), times[rows, np.where(ran, whole, np.inf).argmin(axis=1)], static)
+        out: FloatArray = np.where(np.isnan(picked), serves, picked)
+        return out
+
+    def unmeasured(self, policy: str) -> int:
+        """Workloads on which the policy picked a config that did not run."""
+        return int(np.isnan(self.timings.us[np.arange(len(self.timings.us)), self.picks[policy]]).sum())
 
     def spread(self, policy: str) -> FloatArray:
         """Relative spread of those measurements, float64 [workloads]; NaN where not recorded."""
@@ -106,6 +115,8 @@ class Comparison:
         policies: dict[str, Any] = {}
         for summary in self.summaries():
             policies[summary.policy] = attrs.asdict(summary, filter=lambda field, _: field.name != "policy")
+            if missing := self.unmeasured(summary.policy):
+                policies[summary.policy]["unmeasured_picks"] = missing
             if summary.policy in self.model_error:
                 policies[summary.policy]["mean_absolute_error"] = self.model_error[summary.policy]
         return {

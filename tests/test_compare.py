@@ -45,7 +45,8 @@ def test_figures_are_what_their_names_say(sim_timings: Timings) -> None:
     result = compare.evaluate(timings, {"a": first, "b": second, "oracle": Oracle(timings)}, "a")
     a, b = result.summary("a"), result.summary("b")
     assert a.mean_us == 10 and a.regret_max == pytest.approx(0.25)
-    # An unmeasured cell counts as the slowest of its row.
+    # Where a pick did not run, the baseline serves.
+    assert result.unmeasured("b") == 1 and result.to_dict()["policies"]["b"]["unmeasured_picks"] == 1
     assert result.us("b").tolist() == [8, 20, 10]
     assert b.captured_headroom == pytest.approx((30 - 38) / 2) and b.slower_than_static_share == pytest.approx(1 / 3)
     assert b.speedup == pytest.approx((10 / 8 * 10 / 20) ** (1 / 3))
