@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Where the machine has torch already (a GPU box), it is used; elsewhere the CPU build of this release is enough.
-SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; print('--system-site-packages')" 2>/dev/null)
+# A GPU machine's own torch is used; everywhere else the CPU build of this release is enough.
+SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; torch.cuda.init(); print('--system-site-packages')" 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test setup lint types unit wheel clean
@@ -22,14 +22,14 @@ demo: setup
 test: setup lint types unit wheel
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 types: setup
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 unit: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup

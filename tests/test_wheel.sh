@@ -24,4 +24,4 @@ cp -r tests examples pyproject.toml "$work/"
 cd "$work"
 "$work/venv/bin/python" -c "import rampwrap; assert '$fresh' in rampwrap.__file__, rampwrap.__file__"
 "$work/venv/bin/python" -m rampwrap --version
-TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests -m "not gpu" -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging or native}"
+OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests -m "not gpu" -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging or native}"
