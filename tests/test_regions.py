@@ -157,7 +157,7 @@ class TestVerdicts:
         assert not region.wide_n.helps and not region.swizzle.helps
 
     def test_olmoe_as_measured(self) -> None:
-        """vLLM's kernel on an H200 (shared table): a wide tile loses up to 512 tokens and wins from 1024 up."""
+        """vLLM's kernel on an H200 (an earlier table): a wide tile loses up to 512 tokens and wins from 1024 up."""
         helps = {tokens: regions(OLMOE, H200, tokens).wide_n.helps for tokens in (8, 64, 256, 512, 1024, 2048, 4096)}
         assert helps == {8: False, 64: False, 256: False, 512: False, 1024: True, 2048: True, 4096: True}
 
