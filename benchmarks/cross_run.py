@@ -15,19 +15,18 @@ import numpy as np
 from rampwrap import compare
 from rampwrap.cost import fit
 from rampwrap.policy import Static
-from rampwrap.static import tuned_averaged, tuned_uniform
+from rampwrap.static import static_table
 from rampwrap.timings import Timings
 
 
 def judge(fitted: Timings, judged: Timings) -> None:
     """Everything is learnt from `fitted`; only the judging times come from `judged`."""
     train, held_out = fitted.take(fitted.rows("train")), fitted.rows("eval")
-    everything = np.arange(len(train.us))
-    static = tuned_uniform(train, everything)
+    static = static_table(train, "uniform")
     model = fit(train)
     policies = {
         "static-uniform": Static(train.configs, static),
-        "static-averaged": Static(train.configs, tuned_averaged(train, everything)),
+        "static-averaged": Static(train.configs, static_table(train, "averaged")),
         "default": compare.routing_aware(train, model, static),
     }
     result = compare.evaluate(judged.take(held_out), policies)

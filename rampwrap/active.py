@@ -314,8 +314,19 @@ def profile_active(
     Raises:
         InputError, ConfigError, TableError, DeviceFault: as `profile`.
     """
-    options = {"configs": configs, "out": out, "timer": timer, "inputs": inputs, "rounds": rounds, "device": device}
-    with Bench(kernel, shape, workloads, quiet=quiet, seed=seed, **options) as bench:  # type: ignore[arg-type]
+    with Bench(
+        kernel,
+        shape,
+        workloads,
+        configs=configs,
+        out=out,
+        timer=timer,
+        inputs=inputs,
+        rounds=rounds,
+        device=device,
+        quiet=quiet,
+        seed=seed,
+    ) as bench:
         num_configs = len(bench.configs)
         bench.expect(max(int(share * len(bench.keys) * num_configs), SEEDS * num_configs + MIN_CELLS * len(bench.keys)))
         uniform = np.array([str(workload.routing) == "uniform" for workload in bench.workloads])

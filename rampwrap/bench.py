@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rampwrap._version import __version__
-from rampwrap.device import Device
+from rampwrap.device import Device, device_of
 from rampwrap.errors import ConfigError, DeviceFault, InputError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.journal import Header, Journal, row_keys, to_timings
@@ -309,12 +309,6 @@ def summarise(samples: Mapping[int, list[list[float]]]) -> dict[int, Measurement
 def journal_path(out: str | os.PathLike[str] | None) -> str | None:
     """Where the journal of a table lies: beside it."""
     return None if out is None else os.fspath(out) + JOURNAL_SUFFIX
-
-
-def device_of(kernel: Kernel) -> Device:
-    """The device a kernel says it runs on (a simulated one does), else torch's GPU."""
-    stated = getattr(kernel, "device", None)
-    return stated if isinstance(stated, Device) else Device.current()
 
 
 def refusals(kernel: Kernel, configs: Sequence[Config], shape: MoEShape) -> dict[int, str]:

@@ -16,12 +16,12 @@ import numpy as np
 
 from rampwrap import catalog, compare, regions, report
 from rampwrap._version import __version__
-from rampwrap.cost import MODELS, fit
+from rampwrap.cost import MODELS
 from rampwrap.device import find_device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.fitting import make_plan
-from rampwrap.kernel import SHAPES, MoEShape, Restricted, config_key, format_config
+from rampwrap.kernel import SHAPES, MoEShape, config_key, format_config, index_by_key
 from rampwrap.plan import Plan
 from rampwrap.policy import Oracle, Policy, Renumbered, Static
 from rampwrap.routing import Routing, Workload, check_counts, expert_counts, workload_grid
@@ -150,7 +150,7 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     # Every config that any policy may launch is timed on every workload, in interleaved rounds: the best of them
     # is the oracle, and policies that agree are judged by the same measurement.
     every = tuple(kernel.configs)
-    number = {config_key(config): index for index, config in enumerate(every)}
+    number = index_by_key(every)
     where = {index: number[config_key(config)] for index, config in enumerate(plan.configs)}
     tables = {compare.STATIC_UNIFORM: plan.static.renumber(where)}
     tables |= {f"static {pathlib.Path(path).stem}": read_static(path, every) for path in a.static_file}
@@ -162,7 +162,7 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     configs = tuple(every[index] for index in used)
     workloads = workload_grid(a.batch_size, _routings(a.routing), "eval", a.seed + 1)
     timings = profile(
-        Restricted(kernel, configs), plan.shape, workloads, out=a.out, rounds=a.rounds, quiet=a.quiet, seed=a.seed
+        kernel, plan.shape, workloads, configs=configs, out=a.out, rounds=a.rounds, quiet=a.quiet, seed=a.seed
     )
     policies: dict[str, Policy] = {name: Static(configs, table.renumber(place)) for name, table in tables.items()}
     policies["default"] = Renumbered(configs, routed, tuple(place[where[index]] for index in range(len(plan.configs))))
@@ -174,10 +174,10 @@ def _replay(a: argparse.Namespace) -> dict[str, Any]:
     timings = Timings.load(a.table)
     extra = {f"static {pathlib.Path(path).stem}": read_static(path, timings.configs) for path in a.static_file}
     models = tuple(dict.fromkeys(("ramp4", a.model)))
+    comparison = compare.replay(timings, a.train, a.eval, models, extra)
     if a.plot_fit:
-        model = fit(timings.take(timings.rows(a.train)), a.model)
-        report.model_picture(model, timings.take(timings.rows(a.eval)), a.plot_fit)
-    return _reported(compare.replay(timings, a.train, a.eval, models, extra), a)
+        report.model_picture(comparison.models[a.model], comparison.timings, a.plot_fit)
+    return _reported(comparison, a)
 
 
 def _regions(a: argparse.Namespace) -> dict[str, Any]:

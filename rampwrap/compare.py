@@ -11,7 +11,7 @@ from rampwrap.cost import CostModel, fit
 from rampwrap.errors import InputError, TableError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.policy import Bucket, Oracle, Policy, Static, WaveCost
-from rampwrap.static import StaticTable, tuned_averaged, tuned_uniform
+from rampwrap.static import StaticTable, static_table
 from rampwrap.timings import Timings
 
 STATIC_UNIFORM, STATIC_AVERAGED, ORACLE = "static-uniform", "static-averaged", "oracle"
@@ -45,14 +45,14 @@ class Comparison:
         timings: the workloads judged, and their measured times.
         picks: per policy, int64 [workloads]: index of the config it picked.
         baseline: the policy that speedups and headroom refer to.
-        model_error: per fitted policy, mean absolute relative error of its predictions over all cells.
+        models: the models behind the fitted policies, by policy.
         fit_seconds: wall-clock time of all fits.
     """
 
     timings: Timings
     picks: dict[str, IntArray]
     baseline: str = STATIC_UNIFORM
-    model_error: dict[str, float] = attrs.field(factory=dict)
+    models: dict[str, CostModel] = attrs.field(factory=dict)
     fit_seconds: float = 0.0
 
     def us(self, policy: str) -> FloatArray:
@@ -117,8 +117,9 @@ class Comparison:
             policies[summary.policy] = attrs.asdict(summary, filter=lambda field, _: field.name != "policy")
             if missing := self.unmeasured(summary.policy):
                 policies[summary.policy]["unmeasured_picks"] = missing
-            if summary.policy in self.model_error:
-                policies[summary.policy]["mean_absolute_error"] = self.model_error[summary.policy]
+            if summary.policy in self.models:
+                error = prediction_error(self.models[summary.policy], self.timings)
+                policies[summary.policy]["mean_absolute_error"] = error
         return {
             "policies": policies,
             "fit_seconds": self.fit_seconds,
@@ -181,26 +182,19 @@ def replay(
         TableError: a split is missing or empty.
         FitError: no model can be fitted to the train split.
     """
-    rows = timings.rows(train)
-    fitted, judged = timings.take(rows), timings.take(timings.rows(eval_split))
-    everything = np.arange(len(rows))
-    averaged = tuned_averaged(fitted, everything)
-    # A table without uniform rows still has a static baseline; its source says which.
-    uniform = tuned_uniform(fitted, everything) if fitted.is_uniform.any() else averaged
+    fitted, judged = timings.take(timings.rows(train)), timings.take(timings.rows(eval_split))
+    uniform = static_table(fitted, "uniform")
     policies: dict[str, Policy] = {
         STATIC_UNIFORM: Static(timings.configs, uniform),
-        STATIC_AVERAGED: Static(timings.configs, averaged),
+        STATIC_AVERAGED: Static(timings.configs, static_table(fitted, "averaged")),
     }
     policies |= {name: Static(timings.configs, table) for name, table in (extra or {}).items()}
-    errors: dict[str, float] = {}
     started = time.perf_counter()
-    for name in models:
-        model = fit(fitted, name)
-        policies[name] = routing_aware(fitted, model, uniform)
-        errors[name] = prediction_error(model, judged)
+    fits = {name: fit(fitted, name) for name in models}
     seconds = time.perf_counter() - started
+    policies |= {name: routing_aware(fitted, model, uniform) for name, model in fits.items()}
     policies[ORACLE] = Oracle(judged)
-    return attrs.evolve(evaluate(judged, policies), model_error=errors, fit_seconds=seconds)
+    return attrs.evolve(evaluate(judged, policies), models=fits, fit_seconds=seconds)
 
 
 def routing_aware(

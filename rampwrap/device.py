@@ -27,11 +27,6 @@ class Device:
         if self.num_sms < 1:
             raise InputError(f"device {self.name!r} has {self.num_sms} SMs; give at least 1.")
 
-    @property
-    def short_name(self) -> str:
-        """``nvidia-h200``: for file names and the command line."""
-        return "-".join(self.name.lower().replace("_", " ").split())
-
     def to_dict(self) -> dict[str, Any]:
         """JSON form without unknown values."""
         return {key: value for key, value in attrs.asdict(self).items() if value is not None}
@@ -78,6 +73,12 @@ DEVICES = {
     "nvidia-b200": Device("NVIDIA B200", 148, 132_644_864, 7200.0, 233_472, 1800.0, 3600.0),
 }
 SIMULATED = Device("simulated", 132, 62_914_560, 4300.0, 233_472, 790.0, 1580.0)
+
+
+def device_of(kernel: object) -> Device:
+    """The device a kernel says it runs on (a simulated one does), else torch's GPU."""
+    stated = getattr(kernel, "device", None)
+    return stated if isinstance(stated, Device) else Device.current()
 
 
 def find_device(name: str) -> Device:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rampwrap.device import Device
+from rampwrap.device import Device, device_of
 from rampwrap.errors import CaptureError, ConfigError, InputError, PlanMismatchError
 from rampwrap.grid import IntArray
-from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, format_config
+from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, format_config, index_by_key
 from rampwrap.plan import Plan
 from rampwrap.policy import Choice, Policy, Static
 from rampwrap.routing import check_counts, expert_counts, to_numpy
@@ -58,12 +58,12 @@ class Dispatcher:
             )
         self.shape: MoEShape = shape
         if isinstance(plan, Plan):
-            self.policy = self._accept(plan, device or getattr(kernel, "device", None) or Device.current(), strict)
+            self.policy = self._accept(plan, device or device_of(kernel), strict)
         else:
             self.policy = plan if plan is not None else Static(configs, default_table(kernel))
-        by_key = {config_key(config): config for config in configs}
+        self._by_key = index_by_key(configs)
         try:
-            self._configs = [by_key[config_key(config)] for config in self.policy.configs]
+            self._configs = [configs[self._by_key[config_key(config)]] for config in self.policy.configs]
         except KeyError as error:
             raise ConfigError(
                 f"kernel {kernel.name!r} lacks the policy's config {error}; fit the policy to this kernel."
@@ -83,7 +83,7 @@ class Dispatcher:
             if strict:
                 raise
             warnings.warn(f"rampwrap serves static configs: {error}", RuntimeWarning, stacklevel=4)
-            have = {config_key(config) for config in self.kernel.configs}
+            have = index_by_key(self.kernel.configs)
             if plan.kernel == self.kernel.name and all(config_key(config) in have for config in plan.configs):
                 return plan.static_policy()
             return Static(tuple(self.kernel.configs), default_table(self.kernel))
@@ -192,13 +192,12 @@ class Dispatcher:
                 )
             self._pinned = configs[config]
             return self
-        key = config_key(config)
-        found = next((mine for mine in configs if config_key(mine) == key), None)
+        found = self._by_key.get(config_key(config))
         if found is None:
             raise ConfigError(
                 f"kernel {self.kernel.name!r} has no config {format_config(config)}; pick one of kernel.configs."
             )
-        self._pinned = found
+        self._pinned = configs[found]
         return self
 
 

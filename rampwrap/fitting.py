@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import attrs
-import numpy as np
 
 from rampwrap import compare
 from rampwrap._version import __version__
@@ -13,7 +12,7 @@ from rampwrap.cost import fit
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static
 from rampwrap.shortlist import make_buckets
-from rampwrap.static import read_static, tuned_averaged, tuned_uniform
+from rampwrap.static import static_table
 from rampwrap.timings import Timings
 
 
@@ -37,13 +36,7 @@ def make_plan(
     """
     rows = timings.rows(train)
     fitted = timings.take(rows)
-    everything = np.arange(len(rows))
-    if static == "averaged" or (static == "uniform" and not fitted.is_uniform.any()):
-        table = tuned_averaged(fitted, everything)
-    elif static == "uniform":
-        table = tuned_uniform(fitted, everything)
-    else:
-        table = read_static(static, timings.configs)
+    table = static_table(fitted, static)
     cost_model = fit(fitted, model)
     buckets = make_buckets(cost_model, timings.shape, table, fitted.num_tokens)
     provenance: dict[str, Any] = {

@@ -110,33 +110,14 @@ class Kernel(Protocol):
         ...
 
 
-class Restricted:
-    """A kernel seen through some of its configs; everything else is the kernel's own."""
-
-    def __init__(self, kernel: Kernel, configs: Sequence[Config]) -> None:
-        self._kernel = kernel
-        self.configs = check_configs(configs, f"kernel {kernel.name!r}")
-
-    @property
-    def name(self) -> str:
-        """The kernel's."""
-        return self._kernel.name
-
-    def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
-        """The kernel's."""
-        return self._kernel.grid(config, shape)
-
-    def launch(self, config: Config, /, *args: Any, **kwargs: Any) -> Any:
-        """The kernel's."""
-        return self._kernel.launch(config, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernel, name)
-
-
 def config_key(config: Config) -> str:
     """A stable text form by which configs are compared and found in files."""
     return json.dumps(dict(config), sort_keys=True)
+
+
+def index_by_key(configs: Sequence[Config]) -> dict[str, int]:
+    """Where each config stands, by its `config_key`."""
+    return {config_key(config): index for index, config in enumerate(configs)}
 
 
 def format_config(config: Config) -> str:

@@ -17,8 +17,6 @@ except ImportError:
 
 LAYOUT = 1
 "Of the packed bytes, as in _score.c."
-HEADER = 8
-"Words before the arrays."
 _MOST_WEIGHT = 2.0**-8
 "Of all of a config's weights: they are multiples of 2**-40, so products with integers up to 2**20 add up exactly."
 _MAX_CTAS = 2.0**20

@@ -12,7 +12,7 @@ from rampwrap.cost import CostModel, model_from_dict
 from rampwrap.device import Device
 from rampwrap.errors import PlanError, PlanMismatchError, RampwrapError
 from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, kernel_version
+from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
 from rampwrap.policy import Bucket, Static, WaveCost
 from rampwrap.static import StaticTable
 from rampwrap.timings import replacing
@@ -92,7 +92,7 @@ class Plan:
                     f"the plan was made for {what} {planned} but this is {found}; make one with "
                     f"'{self.remedy(kernel, shape)}'."
                 )
-        have = {config_key(config) for config in kernel.configs}
+        have = index_by_key(kernel.configs)
         for config in self.configs:
             if config_key(config) not in have:
                 raise PlanMismatchError(

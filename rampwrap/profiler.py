@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from rampwrap.bench import Bench, Inputs, device_of, refusals
-from rampwrap.device import Device
+from rampwrap.bench import Bench, Inputs, refusals
+from rampwrap.device import Device, device_of
 from rampwrap.journal import row_keys
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs
 from rampwrap.routing import Workload
@@ -60,8 +60,19 @@ def profile(
         TableError: `out` or its journal cannot be written, or the journal is another profile's.
         DeviceFault: a config lost the GPU.
     """
-    options = {"configs": configs, "out": out, "timer": timer, "inputs": inputs, "rounds": rounds, "device": device}
-    with Bench(kernel, shape, workloads, quiet=quiet, seed=seed, **options) as bench:  # type: ignore[arg-type]
+    with Bench(
+        kernel,
+        shape,
+        workloads,
+        configs=configs,
+        out=out,
+        timer=timer,
+        inputs=inputs,
+        rounds=rounds,
+        device=device,
+        quiet=quiet,
+        seed=seed,
+    ) as bench:
         everything = range(len(bench.configs))
         bench.expect(sum(len(bench.missing(row, everything)) for row in range(len(bench.keys))))
         done: list[int] = []

@@ -33,8 +33,7 @@ from scipy import stats
 from rampwrap.device import Device
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
-from rampwrap.report import pyplot
-from rampwrap.timings import replacing
+from rampwrap.report import pyplot, save_figure
 
 # Constants of sm_80 to sm_100 that `Device` does not carry.
 LATENCY_US = 1.0  # HBM under load, and as much for the fill and the epilogue of a CTA
@@ -295,6 +294,4 @@ def picture(found: Mapping[str, Sequence[Region]], device: Device, path: str | o
     axes.set(xscale="log", yscale="log", xlabel="weights of an expert, up launch [MB]", ylabel="omega = CTAs / SMs")
     axes.set_title(f"{device.name}; green: wide N predicted to help, square: swizzle, hollow: held out", fontsize=9)
     axes.legend(frameon=False, fontsize=7)
-    with replacing(path) as stream:
-        figure.savefig(stream, dpi=130, format=os.fspath(path).rsplit(".", 1)[-1])
-    plt.close(figure)
+    save_figure(figure, path)

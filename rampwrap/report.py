@@ -30,11 +30,12 @@ def text(comparison: Comparison) -> str:
     lines.append(
         f"\nA/B by tokens: {comparison.baseline} -> {ours} (us, mean over routings; spread of one measurement)"
     )
-    static, spread = dict_by_tokens(comparison, comparison.baseline), comparison.spread(ours)
-    for tokens, us, speedup in comparison.by_tokens(ours):
+    spread = comparison.spread(ours)
+    pairs = zip(comparison.by_tokens(comparison.baseline), comparison.by_tokens(ours), strict=True)
+    for (tokens, static, _), (_, us, speedup) in pairs:
         here = spread[t.num_tokens == tokens]
         noise = f"+-{np.nanmean(here) / 2:.1%}" if not np.isnan(here).all() else ""
-        lines.append(f"{tokens:>8} {static[tokens]:>10.1f} -> {us:<10.1f} {speedup:6.3f}x {noise}")
+        lines.append(f"{tokens:>8} {static:>10.1f} -> {us:<10.1f} {speedup:6.3f}x {noise}")
     return "\n".join(lines)
 
 
@@ -42,11 +43,6 @@ def subject(comparison: Comparison) -> str:
     """The policy a reader came for: the last one that is neither a baseline nor the oracle."""
     candidates = [name for name in comparison.picks if name != ORACLE and not name.startswith("static")]
     return candidates[-1] if candidates else comparison.baseline
-
-
-def dict_by_tokens(comparison: Comparison, policy: str) -> dict[int, float]:
-    """Mean microseconds by token count."""
-    return {tokens: us for tokens, us, _ in comparison.by_tokens(policy)}
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -95,6 +91,13 @@ def pyplot() -> Any:
     return plt
 
 
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a matplotlib figure whole or not at all, as the type its name ends in, and closes it."""
+    with replacing(path) as stream:
+        figure.savefig(stream, dpi=130, format=os.fspath(path).rsplit(".", 1)[-1])
+    pyplot().close(figure)
+
+
 def model_picture(model: CostModel, timings: Timings, path: str | os.PathLike[str]) -> None:
     """Predicted against measured time, a dot a cell; the configs near the best of their workload stand out."""
     plt = pyplot()
@@ -115,9 +118,7 @@ def model_picture(model: CostModel, timings: Timings, path: str | os.PathLike[st
         f"{model.name}, {timings.kernel}, held out: {np.abs(off).mean():.1%} mean error near the best", fontsize=10
     )
     axes.legend(frameon=False)
-    with replacing(path) as stream:
-        figure.savefig(stream, dpi=130, format=os.fspath(path).rsplit(".", 1)[-1])
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def picture(comparison: Comparison, path: str | os.PathLike[str]) -> None:
@@ -139,6 +140,4 @@ def picture(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         f"{t.kernel}, {t.shape}, {t.device.name}: {s.speedup:.3f}x, captured {s.captured_headroom:.0%}", fontsize=10
     )
     axes.legend(frameon=False)
-    with replacing(path) as stream:
-        figure.savefig(stream, dpi=130, format=os.fspath(path).rsplit(".", 1)[-1])
-    plt.close(figure)
+    save_figure(figure, path)

@@ -29,7 +29,7 @@ import torch
 from rampwrap.device import Device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import CaptureError, InputError
-from rampwrap.ingraph import MAX_CANDIDATES, Packed, Shortlist, pack, shortlist
+from rampwrap.ingraph import MAX_CANDIDATES, Shortlist, pack, shortlist
 from rampwrap.kernel import Config, Kernel, MoEShape, format_config
 from rampwrap.lagged import Lagged
 from rampwrap.plan import Plan
@@ -53,7 +53,6 @@ class Bucket:
     shortlist: Shortlist
     mode: str
     configs: tuple[Config, ...]
-    packed: Packed | None
     candidates: Any
     "`kernels.triton.select.Candidates`; None where there is nothing to choose."
 
@@ -104,7 +103,8 @@ class Selector:
         usable = costs if mode == "auto" else {mode: costs.get(mode) or COSTS.get(mode, {})}
         self._costs = dict(usable) if several else {}
         self._buckets: dict[int, Bucket] = {}
-        self._takes = set(inspect.signature(kernel.launch).parameters)
+        self._parameters = tuple(inspect.signature(kernel.launch).parameters)[1:]  # the config stands first
+        self._warmed: set[tuple[Any, ...]] = set()
         self._lanes: list[Lane] = []
         # The whole plan once: a poisoned coefficient is refused before anything is captured.
         if self._routed and mode not in ("eager", "lagged"):
@@ -134,7 +134,7 @@ class Selector:
         if static is not None or self.mode in ("eager", "lagged") or num_tokens == 0:
             index = static if static is not None else self.plan.static.index(num_tokens)
             only = Shortlist(num_tokens, (index,), index, float("nan"), float("nan"))
-            return Bucket(only, self.mode, (policy.configs[index],), None, None)
+            return Bucket(only, self.mode, (policy.configs[index],), None)
         lists = {
             mode: shortlist(self.plan, num_tokens, costs, self._max_candidates) for mode, costs in self._costs.items()
         }
@@ -142,11 +142,11 @@ class Selector:
         best = lists[mode]
         configs = tuple(self.plan.configs[index] for index in best.candidates)
         if len(configs) == 1:
-            return Bucket(best, mode, configs, None, None)
+            return Bucket(best, mode, configs, None)
         from rampwrap.kernels.triton.select import Candidates
 
         packed = pack(self.plan.model.take(best.candidates), margin_steps=len(self.plan.model.local_error))
-        return Bucket(best, mode, configs, packed, Candidates.on(packed, self._where))
+        return Bucket(best, mode, configs, Candidates.on(packed, self._where))
 
     def lane(self) -> "Lane":
         """A caller of its own: for another CUDA stream, or for another layer in mode lagged.
@@ -212,7 +212,6 @@ class Lane:
         self._memory: torch.Tensor | None = None
         self._workspace: Any = None
         self._streams: list[Any] = []
-        self._warmed: set[tuple[Any, ...]] = set()
         self._lagged: dict[int, Lagged] = {}
 
     @property
@@ -224,8 +223,7 @@ class Lane:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `Selector.__call__`."""
         selector = self._selector
-        names = list(inspect.signature(selector.kernel.launch).parameters)[1:] if args else []
-        kwargs |= dict(zip(names, args, strict=False))
+        kwargs |= dict(zip(selector._parameters, args, strict=False))
         topk_ids = kwargs["topk_ids"]
         num_tokens = len(topk_ids)
         if selector.mode == "eager":
@@ -238,17 +236,14 @@ class Lane:
         if selector.mode == "lagged" and selector._routed:
             return self._launch_lagged(kwargs)
         self._check_warm(bucket, kwargs)
-        if "workspace" in selector._takes and kwargs.get("workspace") is None:
+        if "workspace" in selector._parameters and kwargs.get("workspace") is None:
             kwargs["workspace"] = self._scratch()
         if bucket.candidates is None or num_tokens == 0:
             return selector.kernel.launch(bucket.configs[0], **kwargs)
         from rampwrap.kernels.triton.select import align_and_select, selected_in
 
-        memory = self._blocks_memory(bucket.packed.block_ms if bucket.packed else ())
-        shape = selector.shape
-        selected = selected_in(
-            memory, num_tokens, shape.top_k, shape.num_local_experts, bucket.candidates.packed.block_ms
-        )
+        shape, heights = selector.shape, bucket.candidates.packed.block_ms
+        selected = selected_in(self._blocks_memory(), num_tokens, shape.top_k, shape.num_local_experts, heights)
         align_and_select(
             topk_ids,
             bucket.candidates,
@@ -266,15 +261,12 @@ class Lane:
         """Compiling under capture would fail, or worse, be captured."""
         key = (bucket.shortlist.num_tokens, *((n, v.dtype) for n, v in kwargs.items() if isinstance(v, torch.Tensor)))
         if not _capturing():
-            self._selector_warmed().add(key)
-        elif key not in self._selector_warmed():
+            self._selector._warmed.add(key)
+        elif key not in self._selector._warmed:
             raise CaptureError(
                 f"the kernels for {bucket.shortlist.num_tokens} tokens were not compiled before this capture; run one "
                 "eager step with tensors of the same types, or Selector.warm, first."
             )
-
-    def _selector_warmed(self) -> set[tuple[Any, ...]]:
-        return self._selector._main._warmed
 
     def _scratch(self) -> Any:
         if self._workspace is None:
@@ -284,7 +276,7 @@ class Lane:
             )
         return self._workspace
 
-    def _blocks_memory(self, block_ms: Iterable[int]) -> torch.Tensor:
+    def _blocks_memory(self) -> torch.Tensor:
         from rampwrap.kernels.triton.select import selection_ints
 
         shape, heights = self._selector.shape, sorted({grid.block_m for grid in self._selector.plan.grids})

@@ -12,7 +12,7 @@ import numpy as np
 
 from rampwrap.errors import ConfigError, InputError, TableError
 from rampwrap.grid import IntArray
-from rampwrap.kernel import Config, Kernel, config_key, format_config
+from rampwrap.kernel import Config, Kernel, config_key, format_config, index_by_key
 from rampwrap.timings import Timings
 
 # How vLLM and SGLang spell what other kernels call block_m, ...
@@ -119,12 +119,26 @@ def tuned_averaged(timings: Timings, rows: IntArray) -> StaticTable:
     return tuned(timings, rows, "averaged")
 
 
+def static_table(timings: Timings, source: str) -> StaticTable:
+    """The baseline that a user names, tuned on all workloads of a table.
+
+    Args:
+        timings: the workloads to tune on.
+        source: ``uniform`` (``averaged`` where the table has no uniform rows), ``averaged``, or the path of an
+            engine's tuned file.
+    """
+    rows = np.arange(len(timings.us))
+    if source == "uniform" and timings.is_uniform.any():
+        return tuned_uniform(timings, rows)
+    return tuned_averaged(timings, rows) if source in ("uniform", "averaged") else read_static(source, timings.configs)
+
+
 def default_table(kernel: Kernel) -> StaticTable:
     """What the kernel runs when nobody chooses: its `default_config(num_tokens)`, its first config where it has none."""
     default = getattr(kernel, "default_config", None)
     if default is None:
         return StaticTable("default", (1,), (0,))
-    where = {config_key(config): index for index, config in enumerate(kernel.configs)}
+    where = index_by_key(kernel.configs)
     tokens = tuple(2**power for power in range(17))
     try:
         return StaticTable("default", tokens, tuple(where[config_key(default(count))] for count in tokens))
@@ -155,7 +169,7 @@ def read_static(path: str | os.PathLike[str], configs: Sequence[Config]) -> Stat
             f"{os.fspath(path)} is not a tuned config file ({error}); give JSON of the form {{'64': {{...}}}}."
         ) from error
     names = {name for config in configs for name in _spelled(config)}
-    where = {config_key(_spelled(config)): index for index, config in enumerate(configs)}
+    where = index_by_key([_spelled(config) for config in configs])
     found = {
         tokens: where[key]
         for tokens, config in sorted(entries.items())
