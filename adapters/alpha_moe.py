@@ -12,6 +12,7 @@ the output rows to memory in bf16. Facts of its source that users meet:
 import importlib
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, MoEShape, check_configs, format_config
-from rampwrap.kernels.triton.align import align_tokens
+from rampwrap.kernels.triton.align import TokenBlocks, align_tokens
 from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
 from rampwrap.static import StaticTable, read_static
 
@@ -120,6 +121,8 @@ class AlphaMoE:
     name = "alpha_moe"
     weight_layout = "alpha_moe_interleaved8"
     capturable = True
+    graph_modes = ("early-exit",)
+    "How `launch_candidates` can run: a CTA past num_tokens_post_padded leaves before it reads anything else."
     nondeterministic = "output tiles are added in bf16 in no fixed order"
     launch_names = ("fused_moe_w8a8",)
     tolerance = 0.05
@@ -220,28 +223,82 @@ class AlphaMoE:
             ConfigError: the config cannot run this shape; nothing was launched.
             InputError: a tensor has the wrong shape, dtype or layout (the kernel itself would read garbage).
         """
-        if tuple(config.values()) not in self._legal or len(config) != len(KEYS):
-            raise ConfigError(f"The config {format_config(config)} cannot run: {self.supports(config, self.shape)}")
+        self._check_config(config)
         self._check(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, out)
-        tokens, experts = len(hidden_states), self.shape.num_local_experts
+        if not len(hidden_states):
+            return torch.zeros_like(hidden_states) if out is None else out
+        blocks = align_tokens(topk_ids, config["block_m"], self.shape.num_local_experts, expert_map=expert_map)
+        weights = (w13, w13_scale, w2, w2_scale)
+        return self._run([config], [blocks], hidden_states, weights, topk_weights, out, scaling_factor)
+
+    def launch_candidates(
+        self,
+        configs: Sequence[Config],
+        blocks: Sequence[TokenBlocks],
+        choice: torch.Tensor,
+        /,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        w13_scale: torch.Tensor,
+        w2_scale: torch.Tensor,
+        expert_map: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        scaling_factor: float = 1.0,
+    ) -> torch.Tensor:
+        """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
+
+        Args:
+            configs: candidates.
+            blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
+            choice: its place; not read, since the blocks say it.
+            expert_map: not read either.
+
+        The other arguments, and what is raised, are those of `launch`.
+        """
+        for config in configs:
+            self._check_config(config)
+        self._check(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, out)
+        if not len(hidden_states):
+            return torch.zeros_like(hidden_states) if out is None else out
+        weights = (w13, w13_scale, w2, w2_scale)
+        return self._run(configs, blocks, hidden_states, weights, topk_weights, out, scaling_factor)
+
+    def _run(
+        self,
+        configs: Sequence[Config],
+        blocks: Sequence[TokenBlocks],
+        hidden_states: torch.Tensor,
+        weights: tuple[torch.Tensor, ...],
+        topk_weights: torch.Tensor,
+        out: torch.Tensor | None,
+        scaling_factor: float,
+    ) -> torch.Tensor:
+        """Quantises and zeroes once, and launches each config on its blocks."""
+        tokens = len(hidden_states)
+        for config, its in zip(configs, blocks, strict=True):
+            if its.sorted_token_ids.numel() > MAX_GRID_Y * config["block_m"]:
+                raise InputError(
+                    f"{tokens} tokens make more than {MAX_GRID_Y} blocks of {config['block_m']}; split the batch or use a larger block_m."
+                )
         out = torch.zeros_like(hidden_states) if out is None else out.zero_()
-        if not tokens:
-            return out
         x = torch.empty_like(hidden_states, dtype=FP8)
         x_scale = hidden_states.new_empty(tokens, self.shape.hidden_size // GROUP, dtype=torch.float32)
         quantise_rows(hidden_states, x, x_scale)
-        blocks = align_tokens(topk_ids, config["block_m"], experts, expert_map=expert_map)
-        rows = blocks.sorted_token_ids.numel()
-        if rows > MAX_GRID_Y * config["block_m"]:
-            raise InputError(
-                f"{tokens} tokens make more than {MAX_GRID_Y} blocks of {config['block_m']}; split the batch or use a larger block_m."
+        for config, its in zip(configs, blocks, strict=True):
+            self._op(
+                *(x, x_scale, *weights),
+                *(its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded, topk_weights, out),
+                *(self.shape.top_k, *(config[key] for key in KEYS), scaling_factor),
             )
-        self._op(
-            *(x, x_scale, w13, w13_scale, w2, w2_scale),
-            *(blocks.sorted_token_ids, blocks.expert_ids, blocks.num_tokens_post_padded, topk_weights, out),
-            *(self.shape.top_k, *(config[key] for key in KEYS), scaling_factor),
-        )
         return out
+
+    def _check_config(self, config: Config) -> None:
+        if tuple(config.values()) not in self._legal or len(config) != len(KEYS):
+            raise ConfigError(f"The config {format_config(config)} cannot run: {self.supports(config, self.shape)}")
 
     def _check(
         self,

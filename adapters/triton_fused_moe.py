@@ -29,6 +29,8 @@ class TritonFusedMoE:
     name = "triton_fused_moe"
     # Changes with every change that moves timings: profiles of another version are refused.
     version = "1"
+    graph_modes = ("early-exit", "merged", "parallel")
+    "How `launch_candidates` can run."
 
     def __init__(self, shape: MoEShape) -> None:
         self.shape = shape
@@ -289,12 +291,17 @@ class TritonFusedMoE:
         device = topk_ids.device
         hidden_states = torch.randn(tokens, shape.hidden_size, generator=generator, device=device)
         logits = torch.randn(topk_ids.shape, generator=generator, device=device)
-        return {
+        made = {
             "hidden_states": hidden_states.to(TORCH_DTYPES[shape.dtype]),
             "topk_weights": logits.softmax(-1),
             "topk_ids": topk_ids,
             **self._weights[1],
         }
+        if shape.num_local_experts < shape.num_experts:
+            # The first experts are here, as in the histograms that a rank is profiled with.
+            here = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
+            made["expert_map"] = torch.where(here < shape.num_local_experts, here, -1)
+        return made
 
     def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
         """The layer in float64, expert by expert, in plain torch; FP8 with the same quantisation steps."""

@@ -15,12 +15,13 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
 import torch
 
+from rampwrap.adapters import vllm_candidates
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, MoEShape, check_configs, config_key, format_config
@@ -189,10 +190,13 @@ class VllmFusedMoE:
         self.name = "vllm_fused_moe_per_tensor" if per_tensor else "vllm_fused_moe"
         self.weight_layout = "vllm-per-tensor" if per_tensor else "vllm"
         # Activations with one scale a batch lose 3 % against the reference, which does not quantise them.
-        self.tolerance = 0.06 if per_tensor else {"bf16": 1e-2, "fp16": 2e-3, "fp8": 2e-2}[shape.dtype]
+        # In FP8 both x and the activations are quantised; the reference is not: 0.022 was measured on an H200.
+        self.tolerance = 0.06 if per_tensor else {"bf16": 1e-2, "fp16": 2e-3, "fp8": 3e-2}[shape.dtype]
         self._blocks = [GROUP, GROUP] if shape.dtype == "fp8" and not per_tensor else None
         self._device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
         _listen(self._package)
+        # How `launch_candidates` can run; another vLLM may have other inner parts.
+        self.graph_modes = ("early-exit",) if vllm_candidates.available(self._module) else ()
         pinned = self._pinned()
         listed = self._listed() if pinned is None else [pinned]
         usable = [config for config in listed if self.supports(config, shape) is None]
@@ -308,17 +312,10 @@ class VllmFusedMoE:
             ConfigError: the config cannot run this shape, or VLLM_BATCH_INVARIANT pins another.
             InputError: scales are missing.
         """
-        pinned = bool(self._envs.VLLM_BATCH_INVARIANT)
-        if pinned or tuple(config.values()) not in self._legal or len(config) != len(KEYS):
-            reason = self.supports(config, self.shape)
-            if reason is not None:
-                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+        pinned = self._check_config(config)
         if not len(hidden_states):
             return torch.empty_like(hidden_states)
-        if self.shape.dtype == "fp8" and quant_config is None:
-            if w13_scale is None or w2_scale is None:
-                raise InputError("FP8 weights come with scales; give w13_scale and w2_scale, or quant_config.")
-            quant_config = self._quant.fp8_w8a8_moe_quant_config(w13_scale, w2_scale, block_shape=self._blocks)
+        quant_config = self._quantised(quant_config, w13_scale, w2_scale)
         if expert_map is not None:
             options |= {"expert_map": expert_map, "global_num_experts": self.shape.num_experts}
         with _forcing(None if pinned else {key: config[key] for key in KEYS}):
@@ -326,6 +323,60 @@ class VllmFusedMoE:
                 hidden_states, w13, w2, topk_weights, topk_ids, quant_config=quant_config, **options
             )
         return out
+
+    def launch_candidates(
+        self,
+        configs: Sequence[Config],
+        blocks: Sequence[Any],
+        choice: torch.Tensor,
+        /,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+        quant_config: Any = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
+
+        Args:
+            configs: candidates.
+            blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
+            choice: its place; not read, since the blocks say it.
+            options: ``expert_map``, ``activation`` and ``apply_router_weight_on_input``.
+
+        The other arguments, and what is raised, are those of `launch`.
+        """
+        for config in configs:
+            self._check_config(config)
+        if not len(hidden_states):
+            return torch.empty_like(hidden_states)
+        quant_config = self._quantised(quant_config, w13_scale, w2_scale)
+        tensors = (hidden_states, w13, w2, topk_weights, topk_ids)
+        return vllm_candidates.launch_candidates(
+            self._module, configs, blocks, *tensors, quant_config=quant_config, **options
+        )
+
+    def _check_config(self, config: Config) -> bool:
+        """Raises for a config that cannot run; whether vLLM pins the only one that can."""
+        pinned = bool(self._envs.VLLM_BATCH_INVARIANT)
+        if pinned or tuple(config.values()) not in self._legal or len(config) != len(KEYS):
+            reason = self.supports(config, self.shape)
+            if reason is not None:
+                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+        return pinned
+
+    def _quantised(self, quant_config: Any, w13_scale: torch.Tensor | None, w2_scale: torch.Tensor | None) -> Any:
+        """vLLM's description of an FP8 layer, made of the scales where it was not given."""
+        if self.shape.dtype != "fp8" or quant_config is not None:
+            return quant_config
+        if w13_scale is None or w2_scale is None:
+            raise InputError("FP8 weights come with scales; give w13_scale and w2_scale, or quant_config.")
+        return self._quant.fp8_w8a8_moe_quant_config(w13_scale, w2_scale, block_shape=self._blocks)
 
     @functools.cached_property
     def _layer(self) -> Any:

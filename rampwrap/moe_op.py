@@ -62,7 +62,7 @@ def compiled(caller: Any) -> Callable[..., torch.Tensor]:
     """A function for use inside `torch.compile`, with the arguments of `moe` after the first.
 
     Args:
-        caller: a `Selector`, a `Lane` or a `Dispatcher`. Under ``mode="reduce-overhead"`` or any capture it must not
+        caller: a `Selector`, a `Layer` of one, a `Lane` or a `Dispatcher`. Under ``mode="reduce-overhead"`` or any capture it must not
             wait for the host: a `Selector` in one of its graph modes, after `Selector.warm` for each token count,
             since memory that it made during the first compiled call would belong to that call's graph. It is not
             kept alive by the function.

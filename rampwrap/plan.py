@@ -10,10 +10,12 @@ import attrs
 
 from rampwrap.cost import CostModel, model_from_dict
 from rampwrap.device import Device
+from rampwrap.drift import Profiled
 from rampwrap.errors import PlanError, PlanMismatchError, RampwrapError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
 from rampwrap.policy import Bucket, Static, WaveCost
+from rampwrap.shortlist import Shortlist
 from rampwrap.static import StaticTable
 from rampwrap.timings import replacing
 
@@ -30,6 +32,9 @@ class Plan:
         model: fitted coefficients of those configs.
         buckets: candidates by token count; the nearest bucket serves.
         choosing_us: cost of choosing, which a predicted gain must exceed besides the model's error.
+        in_graph: what batches choose from inside a CUDA graph, ascending by `first`; none where the plan was made by
+            a version that did not store it, or by a model that cannot choose there.
+        profiled: what the routing that was profiled looked like; none in plans that do not say.
         provenance: how the plan came about: table, date, versions, held-out figures.
     """
 
@@ -43,12 +48,15 @@ class Plan:
     model: CostModel
     buckets: tuple[Bucket, ...]
     choosing_us: float = 0.0
+    in_graph: tuple[Shortlist, ...] = ()
+    profiled: tuple[Profiled, ...] = ()
     provenance: dict[str, Any] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         check_configs(self.configs, "the plan")
         known = range(len(self.configs))
-        for index in (*self.static.indices, *(i for bucket in self.buckets for i in bucket.shortlist)):
+        named = [*self.static.indices, *(i for bucket in self.buckets for i in bucket.shortlist)]
+        for index in (*named, *(i for its in self.in_graph for i in its.candidates)):
             if index not in known:
                 raise PlanError(
                     f"the plan names config {index} but holds {len(self.configs)}; make it anew with 'rampwrap fit'."
@@ -102,11 +110,7 @@ class Plan:
 
     def remedy(self, kernel: Kernel, shape: MoEShape | None = None) -> str:
         """The command that makes a plan for this kernel and shape."""
-        s = shape or self.shape
-        return (
-            f"rampwrap profile --kernel {kernel.name} --num-experts {s.num_experts} --top-k {s.top_k} "
-            f"--hidden-size {s.hidden_size} --intermediate-size {s.intermediate_size} --dtype {s.dtype}"
-        )
+        return profile_command(kernel, shape or self.shape)
 
     def to_json(self) -> str:
         """The file's text: one number list a line, so that a diff shows which config changed."""
@@ -125,11 +129,15 @@ class Plan:
             },
             "choosing_us": self.choosing_us,
             "buckets": [bucket.to_dict() for bucket in self.buckets],
+            "in_graph": [its.to_dict() for its in self.in_graph],
+            "profiled": [its.to_dict() for its in self.profiled],
             "model": self.model.to_dict(),
         }
         text = json.dumps(raw, indent=1)
-        # Innermost lists and objects go on one line each.
-        return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text) + "\n"
+        # Innermost lists and objects go on one line each, and objects with one list in them: the shortlists.
+        for innermost in (r"[\[{][^\[\]{}]*[\]}]", r"\{[^\[\]{}]*\[[^\[\]{}]*\][^\[\]{}]*\}"):
+            text = re.sub(innermost, lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)
+        return text + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file whole or not at all."""
@@ -167,6 +175,8 @@ class Plan:
                 model=model_from_dict(raw["model"]),
                 buckets=tuple(Bucket.from_dict(bucket) for bucket in raw["buckets"]),
                 choosing_us=float(raw.get("choosing_us", 0.0)),
+                in_graph=tuple(Shortlist.from_dict(its) for its in raw.get("in_graph", ())),
+                profiled=tuple(Profiled.from_dict(its) for its in raw.get("profiled", ())),
                 provenance=raw.get("provenance", {}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -178,3 +188,11 @@ class Plan:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"a coefficient is {text}")
+
+
+def profile_command(kernel: Kernel, shape: MoEShape) -> str:
+    """The command that profiles a kernel for a shape, from which 'rampwrap fit' makes a plan."""
+    return (
+        f"rampwrap profile --kernel {kernel.name} --num-experts {shape.num_experts} --top-k {shape.top_k} "
+        f"--hidden-size {shape.hidden_size} --intermediate-size {shape.intermediate_size} --dtype {shape.dtype}"
+    )

@@ -1,8 +1,11 @@
-"""Shortlists: the few configs worth choosing from around each token count."""
+"""Shortlists: the few configs worth choosing from around each token count, on the host and inside a CUDA graph."""
 
+import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import attrs
 import numpy as np
 
 from rampwrap.cost import CostModel
@@ -92,3 +95,189 @@ def _shortlist(predicted: FloatArray, tokens: int, first: int, most: int, worth:
         best = np.minimum(best, relative[:, candidate])
     why = f"static is predicted {start - 1:.2%} above the best of all configs, this shortlist {best.mean() - 1:.2%}"
     return Bucket(tokens, tuple(sorted(shortlist)), why)
+
+
+MAX_IN_GRAPH = 4
+"Candidates of a shortlist inside a CUDA graph."
+REACH = 2
+"The static config serves below 1 / REACH of the least profiled token count and above REACH times the largest."
+FEW_SLOTS = 4
+"With this many experts a slot two tokens rarely share one: the routing moves nothing and kernels skip the alignment."
+
+# Microseconds that so many candidates cost over one config in a graph, estimated from launch counts.
+COSTS: Mapping[str, Mapping[int, float]] = {
+    "early-exit": {1: 0.0, 2: 3.5, 3: 5.5, 4: 7.5},
+    "merged": {1: 0.0, 2: 1.8, 3: 2.2, 4: 2.6},
+    "parallel": {1: 0.0, 2: 3.0, 3: 3.4, 4: 3.8},
+    "switch": {1: 0.0, 2: 12.0, 3: 12.0, 4: 12.0},
+}
+
+
+@attrs.frozen
+class Shortlist:
+    """What batches of some token counts choose from inside a CUDA graph.
+
+    Attributes:
+        first: the least token count that it serves, up to the next one's first.
+        num_tokens: of the plan's bucket that it belongs to.
+        candidates: indices of the plan's configs, ascending, the static one among them; one means nothing to choose.
+        static: index of the static config.
+        mode: the launch mode whose cost was counted.
+        expected_us: mean predicted time over drawn routings, the cost of choosing included; None without a prediction.
+        static_us: the same for the static config alone.
+        why: in one sentence.
+    """
+
+    first: int
+    num_tokens: int
+    candidates: tuple[int, ...]
+    static: int
+    mode: str
+    expected_us: float | None
+    static_us: float | None
+    why: str
+
+    @property
+    def fallback(self) -> int:
+        """Place of the static config among the candidates."""
+        return self.candidates.index(self.static)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**attrs.asdict(self), "candidates": list(self.candidates)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Shortlist":
+        """Reads `to_dict`'s form.
+
+        Raises:
+            ValueError: the static config is not among one to four candidates.
+        """
+        made = cls(**{**raw, "candidates": tuple(int(index) for index in raw["candidates"])})
+        if made.static not in made.candidates or len(made.candidates) > MAX_IN_GRAPH:
+            raise ValueError(
+                f"the shortlist {made.candidates} must have 1 to {MAX_IN_GRAPH} configs with {made.static}"
+            )
+        return made
+
+
+@attrs.frozen
+class Span:
+    """Token counts that share a bucket and a static config."""
+
+    first: int
+    last: int
+    num_tokens: int
+    "Of the bucket."
+    static: int
+    pool: tuple[int, ...]
+    "Configs besides the static one that may be taken; none where only static may serve."
+    reason: str
+    "Why the pool is empty."
+
+
+def token_spans(shape: MoEShape, static: StaticTable, buckets: Sequence[Bucket]) -> tuple[Span, ...]:
+    """All token counts from 0, cut wherever the bucket or the static config changes."""
+    if not buckets:
+        firsts = sorted({0, *(static.span(place)[0] for place in range(len(static.token_counts)))})
+        lasts = [*(first - 1 for first in firsts[1:]), 1 << 62]
+        return tuple(
+            Span(first, last, first, static.index(first), (), "the plan has no buckets")
+            for first, last in zip(firsts, lasts, strict=True)
+        )
+    tokens = tuple(bucket.num_tokens for bucket in buckets)
+    near = StaticTable("buckets", tokens, tuple(range(len(tokens))))
+    few = shape.num_experts // (FEW_SLOTS * shape.top_k)
+    low, high = -(-tokens[0] // REACH), tokens[-1] * REACH
+    edges = {0, low, high + 1, few + 1}
+    edges |= {near.span(place)[0] for place in range(len(tokens))}
+    edges |= {static.span(place)[0] for place in range(len(static.token_counts))}
+    spans = []
+    ordered = sorted(edges)
+    for first, last in zip(ordered, [*(edge - 1 for edge in ordered[1:]), 1 << 62], strict=True):
+        bucket, chosen = buckets[near.index(first)], static.index(first)
+        reason = ""
+        if first <= few:
+            reason = "so few slots rarely share an expert"
+        elif not low <= first <= high:
+            reason = f"{low} to {high} tokens are within reach of what was profiled"
+        # Every static config that serves inside the bucket is worth a look, not only the one of this span.
+        others = sorted(static.used(*near.span(near.index(first))).union(bucket.shortlist) - {chosen})
+        pool = () if reason else tuple(others)
+        spans.append(Span(first, last, bucket.num_tokens, chosen, pool, reason))
+    return tuple(spans)
+
+
+def in_graph(
+    model: CostModel,
+    shape: MoEShape,
+    span: Span,
+    costs: Mapping[str, Mapping[int, float]] = COSTS,
+    max_candidates: int = MAX_IN_GRAPH,
+) -> Shortlist:
+    """The one to four configs with the least expected time over drawn routings, the cost of choosing included.
+
+    Greedy from the static config; each list is judged by what its own guarded choice would run, so a candidate that
+    the guard never lets win adds cost and no gain.
+
+    Args:
+        model: of all configs that the span names.
+        shape: the layer, for drawing routings.
+        span: the token counts to serve.
+        costs: microseconds by mode and number of candidates; modes and numbers that are missing are not used.
+        max_candidates: at most `MAX_IN_GRAPH`.
+    """
+    static, modes = span.static, [mode for mode in costs if costs[mode]]
+    mode = modes[0] if modes else "none"
+    if not span.pool:
+        return Shortlist(span.first, span.num_tokens, (static,), static, mode, None, None, span.reason or "no others")
+    counts = draw(shape, sorted({span.first, min(span.last, span.num_tokens * 3 // 2)}))
+    predicted = model.predict(counts)
+    static_us = float(predicted[:, static].mean())
+    if not np.isfinite(static_us):
+        why = "the static config has no predicted time"
+        return Shortlist(span.first, span.num_tokens, (static,), static, mode, None, None, why)
+    best: tuple[tuple[int, ...], float, str] = ((static,), static_us, mode)
+    taken: tuple[int, ...] = (static,)
+    pool, steps = list(span.pool), []
+    while pool and len(taken) < min(max_candidates, MAX_IN_GRAPH):
+        found = [_reached(model, counts, predicted, tuple(sorted((*taken, extra))), static) for extra in pool]
+        place = int(np.argmin(found))
+        taken = tuple(sorted((*taken, pool.pop(place))))
+        steps.append((taken, found[place]))
+    for candidates, reached in steps:
+        for name in modes:
+            extra_us = costs[name].get(len(candidates))
+            if extra_us is not None and reached + extra_us < best[1]:
+                best = (candidates, reached + extra_us, name)
+    if len(best[0]) == 1:
+        most = max((1 - reached / static_us for _, reached in steps), default=0.0)
+        why = f"choosing costs more than the {most:.1%} that it is predicted to gain"
+    else:
+        gain, cost = static_us / best[1] - 1, costs[best[2]][len(best[0])]
+        why = (
+            f"{len(best[0])} candidates are predicted {gain:.1%} faster than static, {cost:.1f} us of choosing included"
+        )
+    us = round(best[1], 3), round(static_us, 3)
+    return Shortlist(span.first, span.num_tokens, best[0], static, best[2], *us, why)
+
+
+def all_in_graph(
+    model: CostModel, shape: MoEShape, static: StaticTable, buckets: Sequence[Bucket]
+) -> tuple[Shortlist, ...]:
+    """`in_graph` of every span, with the costs that are expected of any machine: what a plan's file holds."""
+    return tuple(in_graph(model, shape, span) for span in token_spans(shape, static, buckets))
+
+
+def serving(lists: Sequence[Shortlist], num_tokens: int) -> int:
+    """Which of some shortlists, ascending by `first`, serves a token count."""
+    return max(0, bisect.bisect_right(lists, num_tokens, key=lambda its: its.first) - 1)
+
+
+def _reached(
+    model: CostModel, counts: IntArray, predicted: FloatArray, candidates: tuple[int, ...], static: int
+) -> float:
+    """Mean predicted time of what the guarded choice among candidates would run."""
+    few, fallback = model.take(candidates), candidates.index(static)
+    chosen = [candidates[few.choose(row, fallback)] for row in counts]
+    return float(predicted[np.arange(len(counts)), chosen].mean())

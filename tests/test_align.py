@@ -41,10 +41,10 @@ def expected(ids, block_m, num_local, expert_map=None):
     return rows, experts, counts
 
 
-def check(ids, block_m, num_local, expert_map=None, blocks=None):
+def check(ids, block_m, num_local, expert_map=None, blocks=None, path=None):
     """Aligns and compares every defined value."""
     device_map = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32, device=DEVICE)
-    blocks = align.align_tokens(ids.to(DEVICE), block_m, num_local, expert_map=device_map, blocks=blocks)
+    blocks = align.align_tokens(ids.to(DEVICE), block_m, num_local, expert_map=device_map, blocks=blocks, path=path)
     rows, experts, counts = expected(ids, block_m, num_local, expert_map)
     post_padded = int(blocks.num_tokens_post_padded)
     assert post_padded == len(rows) == int(num_blocks(counts, block_m)) * block_m
@@ -57,14 +57,14 @@ def check(ids, block_m, num_local, expert_map=None, blocks=None):
     return blocks
 
 
-@pytest.fixture(params=["by_expert", "by_chunk"])
+@pytest.fixture(params=["expert", "chunks", "pieces", "scan"])
 def path(request, monkeypatch):
-    """Both paths, the second with chunks small enough to have several."""
-    if request.param == "by_chunk":
-        monkeypatch.setattr(align, "BY_EXPERT_MAX_SLOTS", 0)
-        monkeypatch.setattr(align, "CHUNK_SLOTS", 64)
-        monkeypatch.setattr(align, "SCAN_EXPERTS", 8)
-    return request.param
+    """All paths, with chunks small enough to have several; ``pieces`` has several in a chunk."""
+    monkeypatch.setattr(align, "CHUNK_SLOTS", 64)
+    monkeypatch.setattr(align, "SCAN_EXPERTS", 8)
+    monkeypatch.setattr(align, "PIECE", 32)
+    monkeypatch.setattr(align, "MAX_CHUNKS", 2 if request.param == "pieces" else 8)
+    return "chunks" if request.param == "pieces" else request.param
 
 
 @st.composite
@@ -90,7 +90,7 @@ def routings(draw):
 def test_keeps_the_contract(path, case):
     """Any ids, any number of experts: the defined values are exactly the stable order."""
     ids, num_experts, block_m = case
-    check(ids, block_m, num_experts)
+    check(ids, block_m, num_experts, path=path)
 
 
 @relaxed
@@ -102,7 +102,7 @@ def test_expert_map_drops_remote_experts(path, case, seed):
     here = rng.permutation(num_experts)[: max(1, num_experts // 2)]
     expert_map = np.full(num_experts, -1)
     expert_map[here] = rng.permutation(len(here))
-    check(ids, block_m, len(here), expert_map.tolist())
+    check(ids, block_m, len(here), expert_map.tolist(), path=path)
 
 
 def test_same_memory_again(path):
@@ -112,12 +112,12 @@ def test_same_memory_again(path):
     for _ in range(3):
         for tensor in (blocks.sorted_token_ids, blocks.num_tokens_post_padded, blocks.expert_counts, blocks.scratch):
             tensor.fill_(-12345)
-        check(torch.randint(0, 16, (30, 2), generator=generator), 16, 16, blocks=blocks)
+        check(torch.randint(0, 16, (30, 2), generator=generator), 16, 16, blocks=blocks, path=path)
 
 
 def test_no_slot_is_here(path):
     """A batch whose experts are all elsewhere makes no block."""
-    blocks = check(torch.zeros(5, 2, dtype=torch.int64), 16, 1, [-1, 0])
+    blocks = check(torch.zeros(5, 2, dtype=torch.int64), 16, 1, [-1, 0], path=path)
     assert int(blocks.num_tokens_post_padded) == 0
 
 
@@ -155,6 +155,8 @@ def test_bad_arguments():
     ids = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
     with pytest.raises(InputError, match="float32"):
         align.align_tokens(ids.float(), 16, 4)
+    with pytest.raises(InputError, match="path 'fast' is unknown"):
+        align.align_tokens(ids, 16, 4, path="fast")
     with pytest.raises(InputError, match="block_m=0"):
         align.align_tokens(ids, 0, 4)
     with pytest.raises(InputError, match="laid out for 6 slots"):

@@ -9,6 +9,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -18,9 +19,17 @@ pytest.importorskip("triton")
 
 from rampwrap.adapters import alpha_moe as adapter
 from rampwrap.adapters.alpha_moe import CONFIGS, KEYS, AlphaMoE, deinterleave, interleave, refusal, shared_bytes
+from rampwrap.cost import Local
+from rampwrap.device import Device
 from rampwrap.errors import ConfigError, InputError
+from rampwrap.features import Geometry, pass_over
 from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.kernels.triton.align import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.plan import Plan
+from rampwrap.policy import Bucket
+from rampwrap.selector import Selector
+from rampwrap.static import StaticTable
 
 SHAPE = MoEShape(4, 2, 256, 256, "fp8")
 needs_kernels = pytest.mark.skipif(not INTERPRETED.value, reason="needs Triton's interpreter")
@@ -80,6 +89,29 @@ def routing(num_tokens):
     return torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(num_tokens)]).int()
 
 
+def two_config_plan(kernel, configs):
+    """The first config for four experts with tokens, the second for two."""
+    grids = tuple(kernel.grid(c, SHAPE) for c in configs)
+    geometry = Geometry.of(grids, 132)
+    rows = np.array([[5, 5, 4, 4], [9, 9, 0, 0]])
+    slots, active, heights = pass_over(rows, np.unique(geometry.block_m))
+    support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
+    coef = (np.array([[10.0, 0, 0, 1.0, 0], [4.0, 0, 0, 3.0, 0]]) / 2.0**-30).astype(np.int64)
+    nothing = np.zeros((2, len(support)), dtype=np.int64)
+    model = Local(geometry, np.array([[1, 999]] * 2), 0.004, (), coef, nothing, support, np.unique(geometry.block_m))
+    return Plan(
+        kernel=kernel.name,
+        kernel_version=kernel.version,
+        device=Device.current(),
+        shape=SHAPE,
+        configs=configs,
+        grids=grids,
+        static=StaticTable("uniform", (1,), (0,)),
+        model=model,
+        buckets=(Bucket(8, (0, 1)),),
+    )
+
+
 @needs_kernels
 @pytest.mark.parametrize("row", [(8, 64, 4, 2), (24, 32, 8, 5)])
 def test_layer(alpha, row):
@@ -92,6 +124,41 @@ def test_layer(alpha, row):
     doubled = alpha.launch(config(*row), **inputs, scaling_factor=2.0)
     assert (doubled.double() - 2 * reference).norm() < 0.1 * reference.norm()
     assert calls[-1] == (*row, 2.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_candidates(alpha, chosen):
+    """All are launched, the blocks let one run: its bits, written over whatever the output held."""
+    configs = [config(8, 64, 4, 2), config(24, 32, 8, 5), config(16, 64, 4, 3)]
+    inputs = alpha.inputs(SHAPE, routing(5))
+    blocks = [align_tokens(inputs["topk_ids"], c["block_m"], 4) for c in configs]
+    for place, its in enumerate(blocks):
+        if place != chosen:
+            its.num_tokens_post_padded.zero_()
+    out = torch.full_like(inputs["hidden_states"], float("nan"))
+    calls.clear()
+    alpha.launch_candidates(configs, blocks, torch.tensor([chosen]), **inputs, out=out)
+    assert [call[0] for call in calls] == [8, 24, 16]
+    assert torch.equal(out, alpha.launch(configs[chosen], **inputs))
+    with pytest.raises(ConfigError, match="stages=9"):
+        alpha.launch_candidates([config(8, 64, 4, 9)], blocks[:1], torch.tensor([0]), **inputs)
+
+
+@needs_kernels
+def test_selected(alpha):
+    """Behind a Selector: the configs follow the routing, and only the chosen one has rows."""
+    configs = (config(8, 64, 4, 2), config(32, 32, 8, 5))
+    plan = two_config_plan(alpha, configs)
+    selector = Selector(alpha, plan, max_tokens=16, costs={"early-exit": {2: 0.0}, "merged": {2: 0.0}})
+    seen = set()
+    for ids in (routing(9), torch.tensor([[0, 1]] * 9, dtype=torch.int32)):
+        inputs = alpha.inputs(SHAPE, ids)
+        index = plan.policy().index(np.bincount(ids.numpy().ravel(), minlength=4), 9)
+        assert torch.equal(selector(**inputs), alpha.launch(configs[index], **inputs))
+        seen.add(index)
+    assert seen == {0, 1} and selector.bucket(9).mode == "early-exit"
+    assert sum(selector.counts()[8].values()) == 2
 
 
 @needs_kernels

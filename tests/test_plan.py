@@ -10,6 +10,7 @@ import pytest
 from rampwrap.errors import PlanError
 from rampwrap.fitting import make_plan
 from rampwrap.plan import Plan
+from rampwrap.shortlist import COSTS, in_graph, serving, token_spans
 from rampwrap.static import StaticTable
 from rampwrap.timings import Timings
 
@@ -39,6 +40,24 @@ def test_a_plan_holds_only_configs_that_may_run(sim_plan: Plan, sim_timings: Tim
     assert len(sim_plan.configs) < len(sim_timings.configs)
 
 
+def test_shortlists_for_graphs_travel_with_the_plan(sim_plan: Plan, tmp_path: pathlib.Path) -> None:
+    sim_plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").in_graph == sim_plan.in_graph
+    assert any(len(its.candidates) > 1 for its in sim_plan.in_graph) and all(its.why for its in sim_plan.in_graph)
+    # Each serves the token counts from its first on, with the static config of all of them.
+    for tokens in range(1, 9000, 7):
+        its = sim_plan.in_graph[serving(sim_plan.in_graph, tokens)]
+        assert its.static == sim_plan.static.index(tokens) and its.static in its.candidates
+        assert its.num_tokens == min((b.num_tokens for b in sim_plan.buckets), key=lambda n: (abs(n - tokens), n))
+
+
+def test_a_plan_of_an_older_version_loads(sim_plan: Plan, tmp_path: pathlib.Path) -> None:
+    raw = json.loads(sim_plan.to_json())
+    del raw["in_graph"]
+    (tmp_path / "plan.json").write_text(json.dumps(raw))
+    assert Plan.load(tmp_path / "plan.json").in_graph == ()
+
+
 def test_the_text_is_diffable(sim_plan: Plan) -> None:
     text = sim_plan.to_json()
     raw = json.loads(text)
@@ -48,7 +67,9 @@ def test_the_text_is_diffable(sim_plan: Plan) -> None:
     assert max(map(len, text.splitlines())) < 2000
 
 
-@pytest.mark.parametrize("damage", ["missing", "torn", "list", "schema", "nan", "index", "grids", "coefficients"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "torn", "list", "schema", "nan", "index", "grids", "coefficients", "graph"]
+)
 def test_a_damaged_plan_is_refused_by_name(sim_plan: Plan, tmp_path: pathlib.Path, damage: str) -> None:
     path = tmp_path / "plan.json"
     raw = json.loads(sim_plan.to_json())
@@ -67,6 +88,9 @@ def test_a_damaged_plan_is_refused_by_name(sim_plan: Plan, tmp_path: pathlib.Pat
             path.write_text(json.dumps(raw))
         case "grids":
             path.write_text(json.dumps(raw | {"grids": raw["grids"][:1]}))
+        case "graph":
+            raw["in_graph"][0]["static"] = 999
+            path.write_text(json.dumps(raw))
         case "coefficients":
             raw["model"]["coef"] = raw["model"]["coef"][:-1]
             path.write_text(json.dumps(raw))
@@ -88,3 +112,20 @@ def test_an_engines_file_may_be_the_baseline(sim_timings: Timings, tmp_path: pat
     (tmp_path / "tuned.json").write_text(json.dumps({"64": dict(sim_timings.configs[5])}))
     plan = make_plan(sim_timings, static=str(tmp_path / "tuned.json"))
     assert plan.configs[plan.static.index(64)] == sim_timings.configs[5]
+
+
+def test_a_shortlist_counts_the_cost_of_choosing(sim_plan: Plan) -> None:
+    """Free choosing takes candidates, dear choosing none; without slots to skew there is nothing to choose."""
+    model, shape = sim_plan.model, sim_plan.shape
+    spans = token_spans(shape, sim_plan.static, sim_plan.buckets)
+    span = next(span for span in spans if span.first <= 64 <= span.last)
+    free = in_graph(model, shape, span, {"merged": dict.fromkeys(range(1, 5), 0.0)})
+    assert 1 < len(free.candidates) <= 4 and free.mode == "merged" and "faster than static" in free.why
+    assert free.expected_us is not None and free.static_us is not None and free.expected_us < free.static_us
+    dear = in_graph(model, shape, span, {"merged": {1: 0.0, 2: 1e4, 3: 1e4, 4: 1e4}})
+    assert dear.candidates == (dear.static,) and "choosing costs more than" in dear.why
+    assert len(in_graph(model, shape, span, {"merged": {2: 0.0}}).candidates) == 2
+    cheapest = in_graph(model, shape, span, {**COSTS, "early-exit": {2: 0.01, 3: 0.02}})
+    assert cheapest.mode == "early-exit"
+    first = next(span for span in spans if span.first == 1)
+    assert in_graph(model, shape, first, {"merged": {2: 0.0}}).candidates == (first.static,)

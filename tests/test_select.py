@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rampwrap.cost import Local, Ramp4
 from rampwrap.errors import InputError, PlanError
 from rampwrap.features import Geometry, pass_over
-from rampwrap.ingraph import MAX_SLOTS, pack, shortlist
+from rampwrap.ingraph import MAX_SLOTS, TALLY, pack
 from rampwrap.kernels.triton import align
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.select import (
@@ -109,14 +109,29 @@ def test_random_models_leave_the_fallback():
     assert len(set(chosen)) == 4 and chosen.count(1) < 0.8 * len(chosen)
 
 
-@pytest.fixture(params=["by_expert", "by_chunk"])
+@pytest.fixture(params=["expert", "chunks", "pieces", "scan"])
 def path(request, monkeypatch):
-    """Both paths, the second with chunks small enough to have several."""
-    if request.param == "by_chunk":
-        monkeypatch.setattr(align, "BY_EXPERT_MAX_SLOTS", 0)
-        monkeypatch.setattr(align, "CHUNK_SLOTS", 64)
-        monkeypatch.setattr(align, "SCAN_EXPERTS", 8)
-    return request.param
+    """All paths, with chunks small enough to have several; ``pieces`` has several in a chunk."""
+    monkeypatch.setattr(align, "CHUNK_SLOTS", 64)
+    monkeypatch.setattr(align, "SCAN_EXPERTS", 8)
+    monkeypatch.setattr(align, "PIECE", 32)
+    monkeypatch.setattr(align, "MAX_CHUNKS", 2 if request.param == "pieces" else 8)
+    return "chunks" if request.param == "pieces" else request.param
+
+
+def check_tally(model, candidates, counts, choice, before):
+    """One launch was added: its place, predicted times, active experts, concentration, and whether it was outside."""
+    after, slots = candidates.tally.tolist(), int(counts.sum())
+    expected = [0.0] * TALLY
+    expected[choice] = 1.0
+    us = model.predict(counts)
+    if slots and np.isfinite(us[0]):
+        expected[4], expected[5] = us[0], us[choice]
+    expected[6] = np.count_nonzero(counts)
+    expected[7] = float((counts**2).sum()) / max(1, slots) ** 2
+    low, high = model.span[1:, 0] <= 2 * slots, slots <= 2 * model.span[1:, 1]
+    expected[8] = float(slots == 0 or not (low & high).any())
+    assert after == pytest.approx([a + b for a, b in zip(before, expected, strict=True)], rel=1e-12)
 
 
 @settings(parent=relaxed, max_examples=12)
@@ -141,9 +156,9 @@ def test_aligns_for_the_chosen(path, seed, num_candidates, mapped):
             rng.integers(-1, experts + 1, (num_tokens, top_k)) if rng.random() < 0.5 else np.zeros((num_tokens, top_k))
         )
         ids = torch.tensor(ids, dtype=torch.int32, device=DEVICE)
-        before = candidates.counters.tolist()
+        before = candidates.tally.tolist()
         selected = selected_in(memory, num_tokens, top_k, local, candidates.packed.block_ms)
-        align_and_select(ids, candidates, 0, local, expert_map=expert_map, selected=selected)
+        align_and_select(ids, candidates, 0, local, expert_map=expert_map, selected=selected, path=path)
         counts = selected.expert_counts.cpu().numpy().astype(np.int64)
         choice = int(selected.choice)
         assert choice == model.choose(counts, 0)
@@ -156,8 +171,7 @@ def test_aligns_for_the_chosen(path, seed, num_candidates, mapped):
         assert got.sorted_token_ids.tolist() == want.sorted_token_ids.tolist()
         blocks = rows // got.block_m
         assert got.expert_ids[:blocks].tolist() == want.expert_ids[:blocks].tolist()
-        before[choice] += 1
-        assert candidates.counters.tolist() == before
+        check_tally(model, candidates, counts, choice, before)
 
 
 def test_no_tokens_choose_the_fallback():
@@ -224,15 +238,3 @@ def test_bad_arguments():
         candidates.packed.check_slots(MAX_SLOTS + 1, 8)
     small = allocate_selected(4, 2, 8, candidates.packed.block_ms, DEVICE)
     assert align_and_select(ids, candidates, 0, 8, selected=small) is small
-
-
-def test_shortlist(sim_plan):
-    """Free choosing takes candidates, dear choosing none; without slots to skew there is nothing to choose."""
-    free = shortlist(sim_plan, 64, {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0})
-    assert 1 < len(free.candidates) <= 4 and free.static in free.candidates
-    assert free.expected_us < free.static_us and "faster than static" in free.why
-    assert free.candidates[free.fallback] == free.static == sim_plan.static.index(64)
-    dear = shortlist(sim_plan, 64, {1: 0.0, 2: 1e4, 3: 1e4, 4: 1e4})
-    assert dear.candidates == (dear.static,) and "choosing costs" in dear.why
-    assert len(shortlist(sim_plan, 64, {1: 0.0, 2: 0.0}).candidates) == 2
-    assert len(shortlist(sim_plan, 1, {1: 0.0, 2: 0.0}).candidates) == 1

@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 import attrs
 import numpy as np
 
+from rampwrap import conditional, lane
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.cost import Local
 from rampwrap.device import Device
-from rampwrap.errors import InputError, PlanError
+from rampwrap.errors import CaptureError, InputError, PlanError
 from rampwrap.features import Geometry, pass_over
 from rampwrap.ingraph import pack
 from rampwrap.kernel import MoEShape
@@ -27,8 +28,10 @@ from rampwrap.moe_op import compiled
 from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
 from rampwrap.selector import Selector
+from rampwrap.shortlist import Shortlist, all_in_graph, serving
 from rampwrap.sim import SimKernel
 from rampwrap.static import StaticTable
+from rampwrap.telemetry import Telemetry
 
 if not INTERPRETED.value and not torch.cuda.is_available():
     pytest.skip("Triton was imported before TRITON_INTERPRET=1 and there is no GPU", allow_module_level=True)
@@ -48,8 +51,14 @@ class Small(TritonFusedMoE):
         self.configs = tuple(dict(zip(KEYS, row, strict=True)) for row in ROWS)
 
 
-def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1):
-    """A plan by which many active experts favour the first config and few favour the second or third."""
+COEF = ((10.0, 1.0), (6.0, 1.9), (4.0, 2.5))
+
+
+def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1, coef=COEF):
+    """A plan by which many active experts favour the first config and few favour the second or third.
+
+    `coef` are microseconds of each config and, on top, of each active expert.
+    """
     grids = tuple(kernel.grid(config, shape) for config in kernel.configs)
     geometry = Geometry.of(grids, 132)
     rng = np.random.default_rng(0)
@@ -57,7 +66,7 @@ def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1):
     slots, active, heights = pass_over(rows, np.unique(geometry.block_m))
     support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
     # start, per wave, per CTA, per active expert, per slot, microseconds
-    coef = np.array([[10.0, 0, 0, 1.0, 0], [6.0, 0, 0, 1.9, 0], [4.0, 0, 0, 2.5, 0]]) / 2.0**-30
+    coef = np.array([[start, 0, 0, each, 0] for start, each in coef]) / 2.0**-30
     model = Local(
         geometry,
         np.array([[1, 4096]] * 3),
@@ -116,10 +125,10 @@ def test_same_bits_as_the_chosen_config(kernel, plan, mode):
         )
         seen.add(index)
     assert seen == {0, 1, 2}
-    counted = selector.counts()[12]
+    counted = selector.counts()[8]  # of the plan's only bucket
     assert sum(counted.values()) == 10 and all(counted.values())
     text = selector.explain()
-    assert f"12 tokens, {mode.replace('auto', 'early-exit')}: 3 candidates" in text and "(static)" in text
+    assert f"{mode.replace('auto', 'early-exit')}: 3 candidates" in text and "(static)" in text
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -160,7 +169,7 @@ def test_dear_choosing_switches_itself_off(kernel, plan):
     dear = {"early-exit": {1: 0.0, 2: 50.0, 3: 50.0}}
     selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=dear)
     assert len(selector.bucket(12).configs) == 1
-    assert "gain more than choosing costs" in selector.bucket(12).shortlist.why
+    assert "choosing costs more than" in selector.bucket(12).shortlist.why
 
 
 def test_eager_and_lagged(kernel, plan):
@@ -175,19 +184,144 @@ def test_eager_and_lagged(kernel, plan):
             torch.cuda.synchronize()
     assert eager._dispatcher.launch_counts == [2, 0, 2]
     assert lagged._dispatcher.launch_counts == [2, 0, 2]
-    assert lagged._main._lagged[12].latest().sum() == 24
+    layer = lagged.layer("")
+    assert layer._lagged[lagged.bucket(12).position].latest().sum() == 24
+    (row,) = lagged.telemetry()
+    assert (row.mode, row.counts, row.steps, row.on_device) == ("lagged", {0: 2, 2: 2}, 4, False)
+    assert eager.telemetry()[0].counts == {0: 2, 2: 2}
 
 
 def test_lanes_have_memory_of_their_own(kernel, plan):
     """Two lanes share counters, not memory; what is held is stated."""
     selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
-    assert selector.memory_bytes == 0
+    tallies = selector.memory_bytes
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
     first, second = selector.lane(), selector.lane()
     assert torch.equal(first(**inputs), second(**inputs))
     assert first.memory_bytes == second.memory_bytes > 0
-    assert selector.memory_bytes == 2 * first.memory_bytes
-    assert sum(selector.counts()[12].values()) == 2
+    assert selector.memory_bytes == 2 * first.memory_bytes + tallies
+    assert sum(selector.counts()[8].values()) == 2
+
+
+def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
+    """Each layer reports what it chose, what was predicted, and how its tokens were spread."""
+    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    first, second = selector.layer("model.0"), selector.layer("model.1")
+    assert selector.layer("model.0") is first and first._lane is second._lane
+    skewed, even = kernel.inputs(SHAPE, ids_with(2, 12)), kernel.inputs(SHAPE, ids_with(8, 12))
+    first(**skewed)
+    held = selector.memory_bytes
+    for inputs in (skewed, even):
+        assert torch.equal(second(**inputs), selector(**inputs))
+    assert selector.memory_bytes == held
+    rows = {row.layer: row for row in selector.telemetry()}
+    assert set(rows) == {"model.0", "model.1", ""}
+    counts = np.array([12, 12, 0, 0, 0, 0, 0, 0])
+    us, chosen = plan.model.predict(counts), plan.policy().index(counts, 12)
+    assert rows["model.0"] == Telemetry(
+        layer="model.0",
+        num_tokens=8,
+        mode="early-exit",
+        counts={index: int(index == chosen) for index in (0, 1, 2)},
+        steps=1,
+        static_us=us[0],
+        chosen_us=us[chosen],
+        active_experts=2,
+        concentration=0.5,
+        outside=0,
+        on_device=True,
+    )
+    assert rows["model.1"] == attrs.evolve(rows[""], layer="model.1") and rows[""].steps == 2
+    assert rows[""].chosen_us < rows[""].static_us
+
+
+def test_nowhere_profiled_is_counted_and_static(kernel, plan):
+    """No slot on this rank, and more slots than were profiled: the static config, counted as outside."""
+    narrow = attrs.evolve(plan, model=attrs.evolve(plan.model, span=np.array([[1, 4], [1, 4], [1, 4]])))
+    its = Shortlist(0, 8, (0, 1, 2), 0, "early-exit", None, None, "for the test")
+    selector = Selector(kernel, attrs.evolve(narrow, in_graph=(its,)), max_tokens=16)
+    inputs = kernel.inputs(SHAPE, ids_with(2, 12))
+    assert torch.equal(selector(**inputs), kernel.launch(plan.configs[0], **inputs))
+    (row,) = [row for row in selector.telemetry() if row.on_device]
+    assert (row.outside, row.steps, row.counts[0]) == (1, 1, 1)
+
+
+class FakeSwitch:
+    """Runs the chosen body at once, as a replay of the node would."""
+
+    added = 0
+
+    def __init__(self, device):
+        pass
+
+    def add(self, choice, bodies):
+        FakeSwitch.added += 1
+        bodies[int(choice)]()
+
+
+@pytest.mark.parametrize("kind", ["own blocks", "plain"])
+def test_switch(kernel, plan, monkeypatch, kind):
+    """Each candidate is a body: of our kernel behind the alignment that was made, of any other a launch of its own."""
+    if DEVICE == "cuda":
+        pytest.skip("the real node is in tests/gpu")
+    its = kernel if kind == "own blocks" else type("Any", (), {})()
+    if kind == "plain":
+        its.name, its.version, its.configs, its.shape = kernel.name, kernel.version, kernel.configs, SHAPE
+        its.grid = kernel.grid
+        its.launch = lambda config, /, hidden_states, w13, w2, topk_weights, topk_ids: kernel.launch(
+            config, hidden_states, w13, w2, topk_weights, topk_ids
+        )
+    with pytest.raises(InputError, match="needs a GPU"):
+        Selector(its, plan, max_tokens=16, mode="switch")
+    monkeypatch.setattr(conditional, "require", lambda: None)
+    monkeypatch.setattr(conditional, "Switch", FakeSwitch)
+    selector = Selector(its, plan, max_tokens=16, mode="switch", costs={"switch": FREE["merged"]})
+    for capturing in (False, True):
+        monkeypatch.setattr(lane, "capturing", lambda capturing=capturing: capturing)
+        before = FakeSwitch.added
+        for active in (2, 8):
+            inputs = kernel.inputs(SHAPE, ids_with(active, 12))
+            counts = np.bincount(inputs["topk_ids"].numpy().ravel(), minlength=8)
+            want = kernel.launch(plan.configs[plan.policy().index(counts, 12)], **inputs)
+            assert torch.equal(selector(**inputs), want)
+        assert FakeSwitch.added - before == 2 * capturing
+    assert selector.bucket(12).mode == "switch"
+    monkeypatch.setattr(lane, "capturing", lambda: True)
+    inputs = kernel.inputs(SHAPE, ids_with(2, 12))
+    with pytest.raises(CaptureError, match="no layer 'another' yet"):
+        selector.layer("another")
+    with pytest.raises(CaptureError, match="no"):
+        selector.lane()(**inputs)
+
+
+def test_any_token_count_is_looked_up(kernel):
+    """Hundreds of batch sizes share the plan's few buckets; the first and the last size beyond reach are static."""
+    many = small_plan(kernel, num_buckets=4)
+    selector = Selector(kernel, many, max_tokens=4096, mode="early-exit", costs=FREE)
+    buckets = [selector.bucket(tokens) for tokens in range(4097)]
+    assert len(set(map(id, buckets))) == len(selector._buckets) < 10
+    assert [b.candidates is None for b in (buckets[0], buckets[1], buckets[3], buckets[128], buckets[129])] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert [buckets[tokens].shortlist.num_tokens for tokens in (8, 12, 13, 64, 100)] == [8, 8, 16, 64, 64]
+    assert "within reach" in buckets[4096].shortlist.why and "so few slots" in buckets[1].shortlist.why
+
+
+def test_the_plan_brings_its_shortlists(kernel, plan):
+    """A stored shortlist serves as it is; with other costs it is made anew; an old plan has none."""
+    lists = all_in_graph(plan.model, plan.shape, plan.static, plan.buckets)
+    where = serving(lists, 12)
+    odd = attrs.evolve(lists[where], candidates=(0, 2), mode="merged", why="because the file says so")
+    stored = attrs.evolve(plan, in_graph=(*lists[:where], odd, *lists[where + 1 :]))
+    selector = Selector(kernel, stored, max_tokens=16)
+    assert selector.bucket(12).shortlist == odd and "because the file says so" in selector.explain()
+    assert Selector(kernel, stored, max_tokens=16, costs=FREE).bucket(12).shortlist.candidates == (0, 1, 2)
+    assert Selector(kernel, stored, max_tokens=16, mode="early-exit").bucket(12).mode in ("early-exit", "single")
+    assert Selector(kernel, plan, max_tokens=16).bucket(12).shortlist == lists[where]
 
 
 def test_another_device(kernel):
@@ -208,7 +342,7 @@ def test_refusals(kernel, plan, sim_plan):
     with pytest.raises(InputError, match="mode 'fast' is unknown"):
         Selector(kernel, plan, max_tokens=16, mode="fast")
     simulated = SimKernel(sim_plan.shape)
-    with pytest.raises(InputError, match="has no launch_candidates"):
+    with pytest.raises(InputError, match="it has no launch_candidates; use lagged"):
         Selector(simulated, sim_plan, max_tokens=16, mode="early-exit")
     selector = Selector(kernel, plan, max_tokens=16, mode="early-exit")
     with pytest.raises(InputError, match="max_tokens=16"):

@@ -1,5 +1,8 @@
 """The vLLM adapter against a stand-in for vLLM that records which config was in force; the real one is in tests/gpu."""
 
+# vLLM's own names of parameters.
+# ruff: noqa: N803
+
 import contextlib
 import importlib.machinery
 import json
@@ -213,6 +216,80 @@ def test_quantised_layers(vllm):
         VllmFusedMoE(SHAPE, per_tensor=True)
     with pytest.raises(ConfigError, match="hidden_size=2000"):
         VllmFusedMoE(MoEShape(8, 2, 2000, 256, "fp8"))
+
+
+def inner_parts(impl, launched):
+    """The functions that `fused_experts` is made of, on the CPU, with vLLM's own parameter names."""
+
+    def dispatch_fused_moe_kernel(
+        A, B, C, A_scale, B_scale, B_zp, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
+        mul_routed_weight, top_k, config, compute_type, use_fp8_w8a8, use_int8_w8a8, use_int8_w8a16, use_int4_w4a16,
+        per_channel_quant, block_shape=None, B_bias=None,
+    ):  # fmt: skip
+        block_m, flat = config["BLOCK_SIZE_M"], C.view(-1, C.shape[-1])
+        launched.append((block_m, mul_routed_weight, top_k, compute_type))
+        for block in range(int(num_tokens_post_padded) // block_m):
+            for slot in sorted_token_ids[block * block_m : (block + 1) * block_m].tolist():
+                if slot < len(flat):
+                    row = B[int(expert_ids[block])].float() @ A[slot // top_k].float()
+                    flat[slot] = row * topk_weights.view(-1)[slot] if mul_routed_weight else row
+
+    def apply_moe_activation(activation, output, input):
+        gate, up = input.float().chunk(2, dim=-1)
+        output.copy_(torch.nn.functional.silu(gate) * up)
+
+    none = dict.fromkeys(("w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale", "block_shape"))
+    none |= dict.fromkeys(("w1_bias", "w2_bias", "ocp_mx_scheme"))
+    flags = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_act_token_quant")
+    impl.dispatch_fused_moe_kernel, impl.apply_moe_activation = dispatch_fused_moe_kernel, apply_moe_activation
+    impl.FUSED_MOE_UNQUANTIZED_CONFIG = types.SimpleNamespace(**none, **dict.fromkeys(flags, False))
+    impl.MoEActivation = types.SimpleNamespace(SILU="silu")
+    impl._get_config_quant_dtype = lambda use_fp8_w8a8, use_int8_w8a8: None
+    impl.moe_kernel_quantize_input = lambda A, A_scale, quant_dtype, per_act_token_quant, block_shape: (A, None)
+    impl.mk = types.SimpleNamespace(
+        FusedMoEExpertsModular=types.SimpleNamespace(adjust_N_for_activation=lambda n, activation: n // 2)
+    )
+    impl.ops = types.SimpleNamespace(moe_sum=lambda rows, out: out.copy_(rows.sum(dim=1)))
+    impl.tl = types.SimpleNamespace(bfloat16="bf16", float16="fp16", float32="fp32")
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_candidates(vllm, chosen, expert_parallel):
+    """Both GEMMs are launched for each candidate, everything else once; the one with rows gives the layer."""
+    pytest.importorskip("triton")
+    from rampwrap.kernels.triton.align import align_tokens
+
+    assert VllmFusedMoE(SHAPE).graph_modes == ()
+    launched = []
+    inner_parts(vllm.impl, launched)
+    shape = MoEShape(8, 2, 64, 32, num_local_experts=4 if expert_parallel else 8)
+    kernel = VllmFusedMoE(shape)
+    assert kernel.graph_modes == ("early-exit",)
+    generator = torch.Generator().manual_seed(chosen)
+    ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(11)]).int()
+    inputs = kernel.inputs(shape, ids)
+    expert_map = None
+    if expert_parallel:
+        expert_map = torch.tensor([-1, 0, -1, 1, 2, -1, 3, -1], dtype=torch.int32)
+        inputs["expert_map"] = expert_map
+    configs = [config(16, 64, 64, 1, 4, 3), config(64, 64, 64, 1, 4, 3), config(32, 128, 64, 1, 4, 3)]
+    blocks = [align_tokens(ids, c["BLOCK_SIZE_M"], len(inputs["w13"]), expert_map=expert_map) for c in configs]
+    for place, its in enumerate(blocks):
+        if place != chosen:
+            its.num_tokens_post_padded.zero_()
+    out = kernel.launch_candidates(configs, blocks, torch.tensor([chosen]), **inputs)
+    reference = kernel.reference(shape, inputs)
+    assert (out.double() - reference).norm() < 0.02 * reference.norm()
+    assert launched == [(m, False, 2, "bf16") for m in (16, 64, 32)] + [(m, True, 1, "bf16") for m in (16, 64, 32)]
+    launched.clear()
+    assert kernel.launch_candidates(configs, blocks, torch.tensor([0]), *arguments(0, shape)).shape == (0, 4)
+    with pytest.raises(ConfigError, match="BLOCK_SIZE_M=24"):
+        kernel.launch_candidates([config(24, 64, 64, 1, 4, 3)], blocks, torch.tensor([0]), **inputs)
+    weight_only = types.SimpleNamespace(**{**vars(vllm.impl.FUSED_MOE_UNQUANTIZED_CONFIG), "use_int4_w4a16": True})
+    with pytest.raises(InputError, match="weight-only"):
+        kernel.launch_candidates(configs, blocks, torch.tensor([0]), **inputs, quant_config=weight_only)
+    assert not launched
 
 
 def test_expert_parallel_and_empty_batch(vllm):

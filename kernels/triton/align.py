@@ -6,12 +6,14 @@ The contract is the one every fused-MoE kernel here reads. With n = num_tokens *
 `num_tokens_post_padded` is the number of rows in blocks. Slots whose id is out of range, or on another
 rank by `expert_map`, take no row. Order inside an expert is the slot order: same ids, same result.
 
-Two paths, no atomics in either:
+Three paths with the same result, no atomics in any:
 
-* by expert, one launch: CTA e reads all ids, makes the whole histogram in registers, and places the slots
+* ``expert``, one launch: CTA e reads all ids, makes the whole histogram in registers, and places the slots
   of expert e. The CTAs exchange nothing, so there is no second launch to wait for (about 2 us each inside
   a CUDA graph); the price is that the ids are read once per expert, from L2.
-* by chunk, three launches: count each chunk, scan over chunks, place each chunk. Reads the ids twice.
+* ``chunks``, two launches: at most 128 CTAs count a chunk of slots each and fill the result with sentinels; then each
+  adds up the histograms before its own and places its chunk (`chunk_kernels`).
+* ``scan``, three launches: count each chunk, scan over chunks, place each chunk. To be compared with, not chosen.
 """
 
 import attrs
@@ -25,12 +27,18 @@ from rampwrap.kernels.triton.align_kernels import (
     place_chunks_kernel,
     scan_chunks_kernel,
 )
+from rampwrap.kernels.triton.chunk_kernels import count_and_fill_kernel, place_kernel
 
-# The one-launch path does num_slots * num_experts work and each CTA walks all slots one chunk after the other.
-# Both limits are estimates: 8 chunks of 4096 slots are about 7 us, as much as three launches cost.
-BY_EXPERT_MAX_SLOTS = 32_768
-BY_EXPERT_MAX_WORK = 1 << 22
-# Slots of one CTA in the three-launch path. Placing costs chunk^2 compares, 1024 a thread at 256 threads: about 2 us.
+PATHS = ("expert", "chunks", "scan")
+# The one-launch path does num_slots * num_experts work, and each CTA walks all slots one chunk after the other: one
+# chunk of 4096 is worth a launch (2 us), eight were measured to cost 34 us.
+BY_EXPERT_MAX_SLOTS = 4096
+BY_EXPERT_MAX_WORK = 1 << 19
+# Slots that are ranked by comparing all with all, in registers: 256 compares a thread, about 1 us.
+PIECE = 256
+# CTAs of the two-launch path at the most: each reads as many histograms, 128 KB of 128 for 256 experts.
+MAX_CHUNKS = 128
+# Slots of one CTA in the three-launch path.
 CHUNK_SLOTS = 512
 # Experts whose columns one CTA of the scan handles.
 SCAN_EXPERTS = 32
@@ -53,7 +61,7 @@ class TokenBlocks:
     num_tokens_post_padded: torch.Tensor
     expert_counts: torch.Tensor
     scratch: torch.Tensor
-    "Empty where one launch does it all."
+    "Histograms of chunks and local ids."
 
 
 def alignment_capacity(num_tokens: int, top_k: int, num_experts: int, block_m: int) -> int:
@@ -102,6 +110,7 @@ def align_tokens(
     *,
     expert_map: torch.Tensor | None = None,
     blocks: TokenBlocks | None = None,
+    path: str | None = None,
 ) -> TokenBlocks:
     """Cuts the slots of `topk_ids` into M blocks of `block_m` rows of one expert each.
 
@@ -111,6 +120,7 @@ def align_tokens(
         num_local_experts: experts whose weights are here. Without a map, ids at or above it take no row.
         expert_map: int32 [num_experts], local expert of each global one, -1 for experts elsewhere.
         blocks: memory from `allocate_blocks`, for a call that allocates nothing.
+        path: one of `PATHS`; the one that is expected to be fastest where absent.
 
     Returns:
         `blocks`, filled; its order inside an expert is the slot order.
@@ -138,8 +148,8 @@ def align_tokens(
     num_experts = num_local_experts if expert_map is None else expert_map.numel()
     capacity = blocks.sorted_token_ids.numel()
     bins = _bins(num_local_experts)
-    if _by_expert(num_slots, num_local_experts):
-        chunk = 256 if num_slots <= 256 else 1024 if num_slots <= 1024 else 4096
+    path = _path(num_slots, num_local_experts, path)
+    if path == "expert":
         align_by_expert_kernel[(num_local_experts,)](
             topk_ids,
             expert_map,
@@ -152,9 +162,38 @@ def align_tokens(
             num_local_experts,
             block_m,
             capacity,
-            CHUNK=chunk,
             BINS=bins,
-            num_warps=8 if chunk == 4096 else 4,
+            **_one_launch(num_slots),
+        )
+        return blocks
+    if path == "chunks":
+        num_chunks, pieces = _chunks(num_slots)
+        count_and_fill_kernel[(num_chunks,)](
+            topk_ids,
+            expert_map,
+            blocks.scratch,
+            blocks.sorted_token_ids,
+            pieces,
+            num_slots,
+            num_experts,
+            num_local_experts,
+            capacity,
+            PIECE=PIECE,
+            BINS=bins,
+        )
+        place_kernel[(num_chunks,)](
+            blocks.scratch,
+            blocks.sorted_token_ids,
+            blocks.expert_ids,
+            blocks.num_tokens_post_padded,
+            blocks.expert_counts,
+            num_chunks,
+            pieces,
+            num_slots,
+            num_local_experts,
+            block_m,
+            BINS=bins,
+            **_placing(bins),
         )
         return blocks
     num_chunks = triton.cdiv(num_slots, CHUNK_SLOTS)
@@ -196,16 +235,40 @@ def align_tokens(
     return blocks
 
 
-def _by_expert(num_slots: int, num_local_experts: int) -> bool:
-    return num_slots <= BY_EXPERT_MAX_SLOTS and num_slots * num_local_experts <= BY_EXPERT_MAX_WORK
+def _path(num_slots: int, num_local_experts: int, asked: str | None) -> str:
+    if asked is not None:
+        if asked not in PATHS:
+            raise InputError(f"path {asked!r} is unknown; use one of {', '.join(PATHS)}.")
+        return asked
+    small = num_slots <= BY_EXPERT_MAX_SLOTS and num_slots * num_local_experts <= BY_EXPERT_MAX_WORK
+    return "expert" if small else "chunks"
+
+
+def _one_launch(num_slots: int) -> dict[str, int]:
+    """Constants of the kernels of path ``expert``."""
+    chunk = min(4096, max(256, triton.next_power_of_2(num_slots)))
+    return {"CHUNK": chunk, "num_warps": 8 if chunk > 1024 else 4}
+
+
+def _chunks(num_slots: int) -> tuple[int, int]:
+    """CTAs of path ``chunks``, and pieces of `PIECE` slots that each places."""
+    pieces = triton.cdiv(num_slots, PIECE * MAX_CHUNKS)
+    return int(triton.cdiv(num_slots, PIECE * pieces)), int(pieces)
+
+
+def _placing(bins: int) -> dict[str, int]:
+    """Constants of the second launch of path ``chunks``: 16 sums a thread, 32 blocks at a time."""
+    return {"PIECE": PIECE, "ROWS": max(4, 4096 // bins), "IDS": 32, "TILE": min(64, PIECE), "num_warps": 8}
 
 
 def _bins(num_local_experts: int) -> int:
-    # One more than the experts, for the slots that take no row; Triton's histogram wants a power of two.
-    return max(32, 1 << num_local_experts.bit_length())
+    # Triton's histogram wants a power of two.
+    return max(32, int(triton.next_power_of_2(num_local_experts)))
 
 
 def _scratch_ints(num_slots: int, num_local_experts: int) -> int:
-    if _by_expert(num_slots, num_local_experts):
+    if not num_slots:
         return 0
-    return 2 * int(triton.cdiv(num_slots, CHUNK_SLOTS)) * _bins(num_local_experts)
+    bins, num_chunks = _bins(num_local_experts), _chunks(num_slots)[0]
+    padded = int(triton.cdiv(num_slots, PIECE)) * PIECE
+    return max(num_chunks * bins + padded, 2 * int(triton.cdiv(num_slots, CHUNK_SLOTS)) * bins)

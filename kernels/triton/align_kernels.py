@@ -10,6 +10,27 @@ they are: `expert_histogram`, then `place_expert` or `scan_own` with the chosen 
 
 import triton
 import triton.language as tl
+from rampwrap.kernels.triton.interpreter import INTERPRETED
+
+
+@triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def sum3(a, b, c):
+    """Sums of three vectors of one length, in one pass over the CTA instead of three."""
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    return tl.reduce((a, b, c), 0, _add3)
+
+
+@triton.jit
+def count_ids(ids, num_local_experts, BINS: tl.constexpr):
+    """Histogram of local ids, int32 [BINS]; those at `num_local_experts` are not counted."""
+    valid = ids < num_local_experts
+    return tl.histogram(tl.where(valid, ids, 0), BINS, mask=valid)
 
 
 @triton.jit
@@ -43,14 +64,13 @@ def expert_histogram(
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Slots of each local expert among slots [first_slot, end_slot), int32 [BINS]; BINS > num_local_experts."""
+    """Slots of each local expert among slots [first_slot, end_slot), int32 [BINS]; BINS >= num_local_experts."""
     counts = tl.zeros((BINS,), dtype=tl.int32)
     for start in range(first_slot, end_slot, CHUNK):
         offsets = start + tl.arange(0, CHUNK)
         ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, offsets, num_slots, num_experts, num_local_experts)
-        counts += tl.histogram(ids, BINS)
-    # The bin after the last expert collected the slots that take no row.
-    return tl.where(tl.arange(0, BINS) < num_local_experts, counts, 0)
+        counts += count_ids(ids, num_local_experts, BINS)
+    return counts
 
 
 @triton.jit
@@ -81,12 +101,16 @@ def place_expert(
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Writes the blocks of one expert, and this CTA's share of the sentinels after the last block."""
+    """Writes the blocks of one expert, and this CTA's share of the sentinels after the last block.
+
+    Without `expert_counts_ptr` somebody else writes the histogram and the number of rows.
+    """
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
-    post_padded = tl.sum(blocks, 0) * block_m
-    first_block = tl.sum(tl.where(bins < expert, blocks, 0), 0)
-    own_blocks = tl.sum(tl.where(bins == expert, blocks, 0), 0)
+    num_blocks, first_block, own_blocks = sum3(
+        blocks, tl.where(bins < expert, blocks, 0), tl.where(bins == expert, blocks, 0)
+    )
+    post_padded = num_blocks * block_m
     base = first_block * block_m
 
     placed = 0
@@ -101,9 +125,10 @@ def place_expert(
     fill(sorted_token_ids_ptr, base + placed, base + own_blocks * block_m, num_slots, 128, 128)
     fill(expert_ids_ptr, first_block, first_block + own_blocks, expert, 128, 128)
     fill(sorted_token_ids_ptr, post_padded + expert * 256, capacity, num_slots, num_programs * 256, 256)
-    if expert == 0:
-        tl.store(num_tokens_post_padded_ptr, post_padded)
-        tl.store(expert_counts_ptr + bins, counts, mask=bins < num_local_experts)
+    if expert_counts_ptr is not None:  # noqa: SIM102  (known when compiled)
+        if expert == 0:
+            tl.store(num_tokens_post_padded_ptr, post_padded)
+            tl.store(expert_counts_ptr + bins, counts, mask=bins < num_local_experts)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts", "block_m", "capacity"])

@@ -1,8 +1,8 @@
-"""Alignment and selection in one launch: expert ids -> the config that suits them, and the M blocks of its block_m.
+"""Alignment and selection together: expert ids -> the config that suits them, and the M blocks of its block_m.
 
-Alignment makes the whole histogram anyway, in every CTA; here each CTA also scores the candidates with it (a few
-hundred distances, about half a microsecond) and aligns for the one that `CostModel.choose` takes on the host, bit for
-bit. Nothing is exchanged between CTAs, no launch is added, nothing waits for the host.
+Alignment makes the whole histogram anyway, in every CTA; here each CTA also scores the candidates with it (`scoring`)
+and aligns for the one that `CostModel.choose` takes on the host, bit for bit. No launch is added, and nothing waits
+for the host.
 
 Each candidate gets a `num_tokens_post_padded` of its own: the rows of the chosen one, zero for the others. A kernel
 sized from capacity that reads it leaves at once for the others, so candidates can simply all be launched.
@@ -16,35 +16,41 @@ import torch
 
 import triton
 from rampwrap.errors import InputError
-from rampwrap.ingraph import Packed
+from rampwrap.ingraph import TALLY, Packed
 from rampwrap.kernels.triton import align
 from rampwrap.kernels.triton.align import ALIGNED, TokenBlocks
 from rampwrap.kernels.triton.align_kernels import count_chunks_kernel, place_chunks_kernel
-from rampwrap.kernels.triton.select_kernels import choose_kernel, select_by_expert_kernel, select_chunks_kernel
+from rampwrap.kernels.triton.chunk_kernels import count_and_fill_kernel
+from rampwrap.kernels.triton.select_kernels import (
+    choose_kernel,
+    select_and_place_kernel,
+    select_by_expert_kernel,
+    select_chunks_kernel,
+)
 
 
 @attrs.frozen(eq=False)
 class Candidates:
-    """A `Packed` bucket on a device, with how often each candidate was chosen there.
+    """A `Packed` bucket on a device, with a tally of what was chosen there.
 
     Attributes:
         packed: what the tensors hold.
         ints: int32, `Packed.ints`.
         reals: float64, `Packed.reals`.
-        counters: int32 [4], counted up by every launch.
+        tally: float64 [TALLY], `rampwrap.ingraph.TALLY`, of launches that are given no other.
     """
 
     packed: Packed
     ints: torch.Tensor
     reals: torch.Tensor
-    counters: torch.Tensor
+    tally: torch.Tensor
 
     @classmethod
     def on(cls, packed: Packed, device: torch.device | str) -> "Candidates":
-        """Copies a bucket to a device, counters at zero."""
+        """Copies a bucket to a device, tally at zero."""
         ints = torch.from_numpy(packed.ints).to(device)
         reals = torch.from_numpy(packed.reals).to(device)
-        return cls(packed, ints, reals, torch.zeros(ALIGNED, dtype=torch.int32, device=device))
+        return cls(packed, ints, reals, torch.zeros(TALLY, dtype=torch.float64, device=device))
 
 
 @attrs.frozen(eq=False)
@@ -76,8 +82,7 @@ def _sizes(num_tokens: int, top_k: int, num_experts: int, block_ms: Sequence[int
     rows = [align.alignment_capacity(num_tokens, top_k, num_experts, block_m) for block_m in block_ms]
     blocks = [triton.cdiv(row, block_m) for row, block_m in zip(rows, block_ms, strict=True)]
     scratch = align._scratch_ints(num_tokens * top_k, num_experts)
-    width = max(2, triton.next_power_of_2(len(block_ms)))
-    return max(rows), max(blocks), width * ALIGNED, 3 * ALIGNED, num_experts, scratch
+    return max(rows), max(blocks), len(block_ms) * ALIGNED, 3 * ALIGNED, num_experts, scratch
 
 
 def selected_in(
@@ -150,7 +155,7 @@ def choose(expert_counts: torch.Tensor, candidates: Candidates, fallback: int) -
 
 def _constants(packed: Packed) -> dict[str, Any]:
     return {
-        "C": packed.width,
+        "C": len(packed.block_ms),
         "S": packed.points,
         "LAUNCHES": packed.launches,
         "MARGINS": packed.margins,
@@ -166,6 +171,8 @@ def align_and_select(
     *,
     expert_map: torch.Tensor | None = None,
     selected: SelectedBlocks | None = None,
+    tally: torch.Tensor | None = None,
+    path: str | None = None,
 ) -> SelectedBlocks:
     """Chooses a candidate for the routing of `topk_ids` and aligns for it, without the host.
 
@@ -176,6 +183,8 @@ def align_and_select(
         num_local_experts: experts whose weights are here. Without a map, ids at or above it take no row.
         expert_map: int32 [num_experts], local expert of each global one, -1 for experts elsewhere.
         selected: memory from `allocate_selected`, for a call that allocates nothing.
+        tally: float64 [TALLY], to which the launch is added; `candidates.tally` where absent.
+        path: one of `align.PATHS`; the one that is expected to be fastest where absent.
 
     Raises:
         InputError: tensors of another kind, or more slots than the arithmetic is exact for.
@@ -209,11 +218,11 @@ def align_and_select(
         selected.post_padded,
         selected.record,
         selected.expert_counts,
-        candidates.counters,
+        candidates.tally if tally is None else tally,
     )
-    if align._by_expert(num_slots, num_local_experts):
-        chunk = 256 if num_slots <= 256 else 1024 if num_slots <= 1024 else 4096
-        select_by_expert_kernel[(num_local_experts,)](
+    path = align._path(num_slots, num_local_experts, path)
+    if path == "expert":
+        select_by_expert_kernel[(num_local_experts + 1,)](
             topk_ids,
             expert_map,
             candidates.ints,
@@ -223,9 +232,38 @@ def align_and_select(
             num_experts,
             num_local_experts,
             fallback,
-            CHUNK=chunk,
             BINS=bins,
-            num_warps=8 if chunk == 4096 else 4,
+            **align._one_launch(num_slots),
+            **constants,
+        )
+        return selected
+    if path == "chunks":
+        num_chunks, pieces = align._chunks(num_slots)
+        count_and_fill_kernel[(num_chunks,)](
+            topk_ids,
+            expert_map,
+            first.scratch,
+            sorted_token_ids,
+            pieces,
+            num_slots,
+            num_experts,
+            num_local_experts,
+            sorted_token_ids.numel(),
+            PIECE=align.PIECE,
+            BINS=bins,
+        )
+        select_and_place_kernel[(num_chunks + 1,)](
+            first.scratch,
+            candidates.ints,
+            candidates.reals,
+            *outputs,
+            num_chunks,
+            pieces,
+            num_slots,
+            num_local_experts,
+            fallback,
+            BINS=bins,
+            **align._placing(bins),
             **constants,
         )
         return selected

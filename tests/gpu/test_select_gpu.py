@@ -1,8 +1,10 @@
 """Selection inside CUDA graphs on a GPU. Run with `pytest -m gpu tests/gpu/test_select_gpu.py`."""
 
+import gc
 import importlib.util
 import pathlib
 
+import attrs
 import numpy as np
 import pytest
 
@@ -11,14 +13,19 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from rampwrap import conditional
+from rampwrap.adapters.alpha_moe import AlphaMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.errors import CaptureError
+from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE
+from rampwrap.errors import CaptureError, InputError
 from rampwrap.ingraph import pack
 from rampwrap.kernel import MoEShape
+from rampwrap.kernels.triton import align
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.kernels.triton.select import Candidates, choose
+from rampwrap.kernels.triton.select import Candidates, align_and_select, choose, selected_in, selection_ints
 from rampwrap.moe_op import compiled
 from rampwrap.selector import Selector
+from rampwrap.shortlist import Shortlist
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +45,10 @@ def load(name):
 select, small = load("test_select"), load("test_selector")
 SHAPE = MoEShape(64, 8, 512, 256)
 TOKENS = 48
-MODES = ["early-exit", "merged", "parallel"]
+MODES = ["early-exit", "merged", "parallel", "switch"]
+# Up to 16 active experts the third config is fastest, from 27 on the first, between them the second.
+COEF = ((40.0, 1.0), (24.0, 1.6), (10.0, 2.4))
+ACTIVE = (64, 8, 32, 12, 22, 64, 9, 20, 50)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +58,33 @@ def kernel():
 
 @pytest.fixture(scope="module")
 def plan(kernel):
-    return small.small_plan(kernel, SHAPE)
+    made = small.small_plan(kernel, SHAPE, num_buckets=5, coef=COEF)
+    # Not one of the tests below would show anything if the choice stayed the same.
+    policy = made.policy()
+    taken = {policy.index(histogram_of(routing(active, seed=step)), TOKENS) for step, active in enumerate(ACTIVE)}
+    assert taken == {0, 1, 2}
+    return made
 
 
 @pytest.fixture(params=MODES)
 def mode(request):
+    if request.param == "switch":
+        try:
+            conditional.require()
+        except InputError as error:
+            pytest.skip(str(error))
     return request.param
+
+
+def selecting(kernel, plan, mode, **more):
+    """A selector that chooses from all three configs at every token count."""
+    every = Shortlist(0, 64, (0, 1, 2), 0, mode, None, None, "for the test")
+    return Selector(kernel, attrs.evolve(plan, in_graph=(every,)), max_tokens=64, mode=mode, **more)
+
+
+def histogram_of(ids):
+    """int64 [64], on the host."""
+    return np.bincount(ids.cpu().numpy().ravel(), minlength=64)
 
 
 def routing(active, tokens=TOKENS, seed=0):
@@ -76,8 +107,7 @@ def captured(run):
 def chosen(plan, selector, ids):
     """Index of the config that the host takes from the selector's candidates."""
     its = selector.bucket(len(ids)).shortlist
-    counts = np.bincount(ids.cpu().numpy().ravel(), minlength=64)
-    return its.candidates[plan.model.take(its.candidates).choose(counts, its.fallback)]
+    return its.candidates[plan.model.take(its.candidates).choose(histogram_of(ids), its.fallback)]
 
 
 def test_twenty_thousand_choices_equal_the_hosts():
@@ -95,35 +125,41 @@ def test_twenty_thousand_choices_equal_the_hosts():
 
 def test_replays_follow_the_routing(kernel, plan, mode):
     """Routing changes between replays: each has the bits of an eager launch of the config that the host names."""
-    selector = Selector(kernel, plan, max_tokens=64, mode=mode, costs=small.FREE)
-    inputs = kernel.inputs(SHAPE, routing(64).clone())
+    selector = selecting(kernel, plan, mode)
+    inputs = kernel.inputs(SHAPE, routing(ACTIVE[0]).clone())
     out = torch.empty_like(inputs["hidden_states"])
     selector(**inputs, out=out)
     graph = captured(lambda: selector(**inputs, out=out))
+    assert len(selector.bucket(TOKENS).configs) == 3
     seen = []
-    for step, active in enumerate([64, 8, 32, 12, 64, 9, 20, 50]):
+    for step, active in enumerate(ACTIVE):
         inputs["topk_ids"].copy_(routing(active, seed=step))
         out.fill_(float("nan"))
         graph.replay()
         index = chosen(plan, selector, inputs["topk_ids"])
         assert torch.equal(out, kernel.launch(plan.configs[index], **inputs)), (step, index)
         seen.append(index)
-    assert len(set(seen)) >= 2
-    torch.cuda.synchronize()
-    counted = selector.counts()[TOKENS]
-    assert sum(counted.values()) == 1 + len(seen)  # the eager launch, and every replay
+    assert set(seen) == {0, 1, 2}
+    (row,) = selector.telemetry()
+    # The eager launch, of ACTIVE[0], and every replay.
+    assert row.on_device and row.steps == 1 + len(seen) and row.outside == 0
+    assert row.counts == {index: seen.count(index) + (index == seen[0]) for index in (0, 1, 2)}
+    assert 0 < row.chosen_us < row.static_us
+    actives = [np.count_nonzero(histogram_of(routing(a, seed=s))) for s, a in enumerate(ACTIVE)]
+    assert row.active_experts == sum(actives) + actives[0]
 
 
 def test_64_layers_in_one_graph(kernel, plan, mode):
-    """Each layer chooses for itself, all share one lane's memory."""
-    selector = Selector(kernel, plan, max_tokens=64, mode=mode, costs=small.FREE)
+    """Each layer chooses for itself and keeps its own record; all share one lane's memory."""
+    selector = selecting(kernel, plan, mode)
     inputs = kernel.inputs(SHAPE, routing(64))
     ids = [routing(8 + layer % 57, seed=layer) for layer in range(64)]
     outs = [torch.empty_like(inputs["hidden_states"]) for _ in ids]
+    layers = [selector.layer(f"layer {place}") for place in range(64)]
 
     def run():
-        for its, out in zip(ids, outs, strict=True):
-            selector(**{**inputs, "topk_ids": its, "out": out})
+        for layer, its, out in zip(layers, ids, outs, strict=True):
+            layer(**{**inputs, "topk_ids": its, "out": out})
 
     run()
     held = selector.memory_bytes
@@ -132,32 +168,57 @@ def test_64_layers_in_one_graph(kernel, plan, mode):
     for out in outs:
         out.fill_(float("nan"))
     graph.replay()
-    for its, out in zip(ids, outs, strict=True):
-        want = kernel.launch(plan.configs[chosen(plan, selector, its)], **{**inputs, "topk_ids": its})
-        assert torch.equal(out, want)
+    taken = [chosen(plan, selector, its) for its in ids]
+    for its, out, index in zip(ids, outs, taken, strict=True):
+        assert torch.equal(out, kernel.launch(plan.configs[index], **{**inputs, "topk_ids": its}))
+    assert set(taken) == {0, 1, 2}
+    rows = {row.layer: row for row in selector.telemetry()}
+    for place, index in enumerate(taken):
+        row = rows[f"layer {place}"]
+        assert row.steps == 2 and row.counts[index] == 2
 
 
 def test_graphs_share_a_plan_and_end_in_any_order(kernel, plan, mode):
-    """Two sizes, captured twice; the first graph is destroyed before the second is replayed."""
-    selector = Selector(kernel, plan, max_tokens=64, mode=mode, costs=small.FREE)
-    for _ in range(2):
+    """Two sizes, captured three times over; the first graph is destroyed before the second is replayed."""
+    selector = selecting(kernel, plan, mode)
+    for turn in range(3):
         graphs = {}
         for tokens in (16, 48):
-            inputs = kernel.inputs(SHAPE, routing(30, tokens))
+            inputs = kernel.inputs(SHAPE, routing(30, tokens, seed=turn))
             out = torch.empty_like(inputs["hidden_states"])
             selector(**inputs, out=out)
             graphs[tokens] = captured(lambda inputs=inputs, out=out: selector(**inputs, out=out)), inputs, out
-        graphs[16][0].reset()
-        graph, inputs, out = graphs[48]
-        out.zero_()
+        gone, kept = (16, 48) if turn % 2 else (48, 16)
+        graphs[gone][0].reset()
+        graph, inputs, out = graphs[kept]
+        for active in (8, 64):
+            inputs["topk_ids"].copy_(routing(active, kept, seed=turn))
+            out.zero_()
+            graph.replay()
+            want = kernel.launch(plan.configs[chosen(plan, selector, inputs["topk_ids"])], **inputs)
+            assert torch.equal(out, want)
+
+
+def test_the_selector_may_go_before_its_graph_is_destroyed(kernel, plan, mode):
+    """Destroying a graph after its selector is gone touches nothing that was freed; a new selector starts clean."""
+    for _ in range(2):
+        selector = selecting(kernel, plan, mode)
+        inputs = kernel.inputs(SHAPE, routing(30))
+        out = torch.empty_like(inputs["hidden_states"])
+        selector(**inputs, out=out)
+        graph = captured(lambda s=selector, i=inputs, o=out: s(**i, out=o))
         graph.replay()
         want = kernel.launch(plan.configs[chosen(plan, selector, inputs["topk_ids"])], **inputs)
-        assert torch.equal(out, want)
+        assert torch.equal(out, want) and selector.telemetry()[0].steps == 2
+        del selector
+        gc.collect()
+        graph.reset()
+        torch.cuda.synchronize()
 
 
-def test_two_streams(kernel, plan):
+def test_two_streams(kernel, plan, mode):
     """Two lanes replay at the same time and disturb each other in nothing."""
-    selector = Selector(kernel, plan, max_tokens=64, mode="early-exit", costs=small.FREE)
+    selector = selecting(kernel, plan, mode)
     runs = []
     for seed in range(2):
         lane = selector.lane()
@@ -166,6 +227,7 @@ def test_two_streams(kernel, plan):
         lane(**inputs, out=out)
         graph = captured(lambda lane=lane, inputs=inputs, out=out: lane(**inputs, out=out))
         runs.append((graph, torch.cuda.Stream(), inputs, out, lane))
+    torch.cuda.synchronize()
     for _ in range(50):
         for graph, stream, *_ in runs:
             with torch.cuda.stream(stream):
@@ -174,12 +236,12 @@ def test_two_streams(kernel, plan):
     for _, _, inputs, out, _ in runs:
         want = kernel.launch(plan.configs[chosen(plan, selector, inputs["topk_ids"])], **inputs)
         assert torch.equal(out, want)
-    assert sum(selector.counts()[TOKENS].values()) == 2 + 100
+    assert sum(row.steps for row in selector.telemetry()) == 2 + 100
 
 
 def test_capture_of_what_is_not_ready(kernel, plan):
     """An unprepared size, and unwarmed types, are refused with the fix; the stream is left usable."""
-    selector = Selector(kernel, plan, max_tokens=64, mode="early-exit", costs=small.FREE)
+    selector = selecting(kernel, plan, "early-exit")
     inputs = kernel.inputs(SHAPE, routing(20))
     with pytest.raises(CaptureError, match="run one eager step"):
         captured(lambda: selector(**inputs))
@@ -215,7 +277,7 @@ def test_lagged_never_waits(kernel, plan):
 @pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
 def test_torch_compile(kernel, plan, compile_mode):
     """The operator compiles into one graph, and under CUDA graph trees the routing still decides."""
-    selector = Selector(kernel, plan, max_tokens=64, mode="early-exit", costs=small.FREE)
+    selector = selecting(kernel, plan, "early-exit")
     layer = compiled(selector)
     inputs = kernel.inputs(SHAPE, routing(64))
     w13, w2 = inputs["w13"], inputs["w2"]
@@ -225,13 +287,77 @@ def test_torch_compile(kernel, plan, compile_mode):
         return layer(x * 2, w13, w2, weights, ids) + 1
 
     whole = torch.compile(run, fullgraph=True, mode=compile_mode)
-    for step, active in enumerate([64, 8, 30, 64, 10]):
+    taken = set()
+    for step, active in enumerate(ACTIVE):
         ids = routing(active, seed=step)
+        taken.add(chosen(plan, selector, ids))
         torch.compiler.cudagraph_mark_step_begin()
         got = whole(inputs["hidden_states"], inputs["topk_weights"], ids).clone()
         config = plan.configs[chosen(plan, selector, ids)]
         given = {**inputs, "hidden_states": inputs["hidden_states"] * 2, "topk_ids": ids}
         assert torch.equal(got, kernel.launch(config, **given) + 1)
+    assert taken == {0, 1, 2} and selector.telemetry()[0].steps >= 1 + len(ACTIVE)
+
+
+@pytest.mark.parametrize("experts", [64, 128, 256, 512])
+def test_all_paths_of_alignment_agree(experts):
+    """Compiled: one, two and three launches give the same arrays, with and without selection, and so do repeats."""
+    rng = np.random.default_rng(experts)
+    model = select.random_model(rng, 4, experts)
+    candidates = Candidates.on(pack(model), "cuda")
+    for tokens in (1, 7, 64, 500, 1024, 4096, 9000):
+        scores = torch.rand(tokens, experts, device="cuda") ** rng.choice([1.0, 0.1, 8.0])
+        ids = (scores * torch.rand(experts, device="cuda")).topk(8, dim=1).indices.int()
+        found = {}
+        for path in align.PATHS if tokens <= 4096 else ("chunks", "scan"):
+            for turn in range(2):
+                memory = torch.full((selection_ints(tokens, 8, experts, candidates.packed.block_ms),), -7).int().cuda()
+                selected = selected_in(memory, tokens, 8, experts, candidates.packed.block_ms)
+                align_and_select(ids, candidates, 0, experts, selected=selected, path=path)
+                place = int(selected.choice)
+                its = selected.blocks[place]
+                rows = int(its.num_tokens_post_padded)
+                plain = align.align_tokens(ids, its.block_m, experts, path=path)
+                for blocks in (its, plain):
+                    arrays = (blocks.sorted_token_ids, blocks.expert_ids[: rows // its.block_m], blocks.expert_counts)
+                    found[path, turn, blocks is its] = [place, rows, *(array.tolist() for array in arrays)]
+        first = next(iter(found.values()))
+        assert all(each == first for each in found.values()), tokens
+        counts = np.bincount(ids.cpu().numpy().ravel(), minlength=experts)
+        assert first[0] == model.choose(counts, 0) and first[4] == counts.tolist()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "vllm fp8", "alpha"])
+def test_other_peoples_kernels(kind):
+    """Early exit over unmodified kernels: replays give the bits of the chosen config (Alpha-MoE: its accuracy)."""
+    shape = MoEShape(64, 8, 512, 256, "bf16" if kind == "vllm" else "fp8")
+    try:
+        its = AlphaMoE(shape) if kind == "alpha" else VllmFusedMoE(shape)
+    except InputError as error:
+        if "cannot be imported" in str(error) or "not installed" in str(error):
+            pytest.skip(str(error))
+        raise
+    heights = sorted({its.grid(config, shape).block_m for config in its.configs})[:3]
+    its.configs = tuple(next(c for c in its.configs if its.grid(c, shape).block_m == m) for m in heights)
+    plan = small.small_plan(its, shape, num_buckets=5, coef=COEF)
+    selector = selecting(its, plan, "early-exit")
+    inputs = its.inputs(shape, routing(ACTIVE[0]).clone())
+    selector(**inputs)
+    held = []
+    graph = captured(lambda: held.append(selector(**inputs)))
+    seen = set()
+    for step, active in enumerate(ACTIVE):
+        inputs["topk_ids"].copy_(routing(active, seed=step))
+        held[0].fill_(float("nan"))
+        graph.replay()
+        index = chosen(plan, selector, inputs["topk_ids"])
+        want = its.launch(plan.configs[index], **inputs)
+        if kind == "alpha":
+            assert float((held[0] - want).double().norm() / want.double().norm()) < 0.01
+        else:
+            assert torch.equal(held[0], want), (step, index)
+        seen.add(index)
+    assert seen == {0, 1, 2}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

@@ -1,0 +1,102 @@
+"""Several configs of vLLM's fused MoE behind one alignment, of which the GPU lets one run; vLLM's kernels unmodified.
+
+The steps are those of vLLM's `fused_experts_impl` (0.26), in its order and with its own functions: quantise, first
+GEMM, activation, quantise, second GEMM, sum. Only the two GEMMs are launched once for each candidate. A CTA of vLLM's
+kernel leaves when its block starts at or past ``num_tokens_post_padded``, which is zero for all but the chosen one,
+so all candidates share the intermediate tensors and one of them writes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rampwrap.errors import InputError
+
+NAMES = (
+    *("dispatch_fused_moe_kernel", "moe_kernel_quantize_input", "apply_moe_activation", "_get_config_quant_dtype"),
+    *("MoEActivation", "FUSED_MOE_UNQUANTIZED_CONFIG", "mk", "ops", "tl"),
+)
+"What is used of vLLM's module."
+COMPUTE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def available(module: Any) -> bool:
+    """Whether a vLLM's `fused_moe` module has all that is used here."""
+    return all(hasattr(module, name) for name in NAMES)
+
+
+def launch_candidates(
+    module: Any,
+    configs: Sequence[Mapping[str, Any]],
+    blocks: Sequence[Any],
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    quant_config: Any = None,
+    expert_map: torch.Tensor | None = None,
+    activation: Any = None,
+    apply_router_weight_on_input: bool = False,
+) -> torch.Tensor:
+    """Runs the layer with the candidate whose blocks have rows; the bits are those of `fused_experts` with its config.
+
+    Args:
+        module: vLLM's ``fused_moe``.
+        configs: candidates, in vLLM's words.
+        blocks: `TokenBlocks` of each, from `select.align_and_select`.
+        quant_config: vLLM's; None for bf16 and fp16.
+        expert_map: only whether there is one matters here: rows of experts elsewhere are zero.
+        activation: vLLM's `MoEActivation`; SiLU where absent.
+
+    The other arguments are those of `fused_experts`.
+
+    Raises:
+        InputError: weights of four or eight bits with wider activations, which run other kernels.
+    """
+    quant = module.FUSED_MOE_UNQUANTIZED_CONFIG if quant_config is None else quant_config
+    if quant.use_int8_w8a16 or quant.use_int4_w4a16 or quant.ocp_mx_scheme is not None:
+        raise InputError("vLLM's weight-only and MX layers run other kernels; launch one config instead of candidates.")
+    activation = module.MoEActivation.SILU if activation is None else activation
+    num_tokens, top_k = topk_ids.shape
+    slots, wide, hidden = num_tokens * top_k, w13.shape[1], w2.shape[1]
+    # As in vLLM: the first GEMM's output is dead when the second writes.
+    shared = hidden_states.new_empty(slots * max(wide, hidden))
+    up, rows = shared[: slots * wide].view(num_tokens, top_k, wide), shared[: slots * hidden].view(-1, top_k, hidden)
+    narrow = module.mk.FusedMoEExpertsModular.adjust_N_for_activation(wide, activation)
+    h = hidden_states.new_empty(slots, narrow)
+    kinds = {"use_fp8_w8a8": quant.use_fp8_w8a8, "use_int8_w8a8": quant.use_int8_w8a8}
+    quantised = {
+        "quant_dtype": module._get_config_quant_dtype(**kinds),
+        "per_act_token_quant": quant.per_act_token_quant,
+        "block_shape": quant.block_shape,
+    }
+    common = {
+        **kinds,
+        "use_int8_w8a16": False,
+        "use_int4_w4a16": False,
+        "per_channel_quant": quant.per_act_token_quant,
+        "block_shape": quant.block_shape,
+        "compute_type": getattr(module.tl, COMPUTE[hidden_states.dtype]),
+    }
+
+    def gemm(x: Any, w: Any, out: Any, scales: Any, bias: Any, weighted: bool, each: int) -> None:
+        for config, its in zip(configs, blocks, strict=True):
+            alignment = (its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded)
+            arguments = (x, w, out, *scales, topk_weights, *alignment, weighted, each, dict(config))
+            module.dispatch_fused_moe_kernel(*arguments, **common, B_bias=bias)
+
+    x, x_scale = module.moe_kernel_quantize_input(A=hidden_states, A_scale=quant.a1_scale, **quantised)
+    scales = (x_scale, quant.w1_scale, quant.w1_zp)
+    gemm(x, w13, up, scales, quant.w1_bias, apply_router_weight_on_input, top_k)
+    module.apply_moe_activation(activation, h, up.view(-1, wide))
+    x, x_scale = module.moe_kernel_quantize_input(A=h, A_scale=quant.a2_scale, **quantised)
+    if expert_map is not None:
+        rows.zero_()
+    scales = (x_scale, quant.w2_scale, quant.w2_zp)
+    gemm(x, w2, rows, scales, quant.w2_bias, not apply_router_weight_on_input, 1)
+    out = torch.empty_like(hidden_states)
+    module.ops.moe_sum(rows, out)
+    return out

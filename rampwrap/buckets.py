@@ -1,0 +1,108 @@
+"""`Buckets`: what serves each token count inside a CUDA graph, looked up in a microsecond and made once.
+
+Token counts that share the plan's bucket and static config share one shortlist and its tables, so that memory is
+bounded by the plan, however many batch sizes an engine runs.
+"""
+
+import bisect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from rampwrap.errors import CaptureError
+from rampwrap.ingraph import pack
+from rampwrap.kernel import Config
+from rampwrap.plan import Plan
+from rampwrap.policy import Policy, Static, WaveCost
+from rampwrap.shortlist import COSTS, Shortlist, Span, in_graph, token_spans
+
+
+@attrs.frozen(eq=False)
+class Bucket:
+    """What serves some token counts: the shortlist, its mode, and the tables on the GPU."""
+
+    position: int
+    shortlist: Shortlist
+    mode: str
+    configs: tuple[Config, ...]
+    candidates: Any
+    "`kernels.triton.select.Candidates`; None where there is nothing to choose."
+
+
+class Buckets:
+    """All buckets of a plan for one kernel.
+
+    Args:
+        plan: whose model and shortlists serve.
+        policy: of the host; anything but `WaveCost` serves static configs alone.
+        modes: launch modes that may be used; none where nothing is chosen on the GPU.
+        costs: microseconds by mode and number of candidates; None takes the plan's own shortlists where it has them
+            for these modes, and `shortlist.COSTS` elsewhere.
+        max_candidates: at most four.
+        device: where the tables go.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        policy: Policy,
+        modes: tuple[str, ...],
+        costs: Mapping[str, Mapping[int, float]] | None,
+        max_candidates: int,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._policy, self._device, self._max_candidates = plan, policy, device, max_candidates
+        routed = isinstance(policy, WaveCost)
+        self._costs = {mode: (costs or COSTS).get(mode) or COSTS.get(mode, {}) for mode in modes} if routed else {}
+        lists = plan.in_graph
+        stored = costs is None and max_candidates >= max((len(its.candidates) for its in lists), default=9)
+        self._lists: tuple[Shortlist | Span, ...]
+        if routed and stored and {its.mode for its in lists if len(its.candidates) > 1} <= set(modes):
+            self._lists = lists
+        else:
+            self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if self._costs else ())
+        self._firsts = [its.first for its in self._lists]
+        self._made: list[Bucket | None] = [None] * len(self._lists)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        """Those that were made, by token count."""
+        return (bucket for bucket in self._made if bucket is not None)
+
+    def of(self, num_tokens: int) -> Bucket:
+        """What serves a batch of `num_tokens`, made at the first call for its bucket.
+
+        Raises:
+            CaptureError: it would have to be made under capture.
+        """
+        position = max(0, bisect.bisect_right(self._firsts, num_tokens) - 1)
+        found = self._made[position]
+        if found is None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise CaptureError(
+                    f"nothing is prepared for {num_tokens} tokens; run one eager step of that size, or call "
+                    f"warm([{num_tokens}], ...), before capturing."
+                )
+            found = self._made[position] = self._make(position)
+        return found
+
+    def _make(self, position: int) -> Bucket:
+        its, plan = self._lists[position], self._plan
+        if isinstance(its, Span):
+            its = in_graph(plan.model, plan.shape, its, self._costs, self._max_candidates)
+        configs = tuple(self._policy.configs[index] for index in its.candidates)
+        if len(configs) == 1:
+            return Bucket(position, its, "single", configs, None)
+        from rampwrap.kernels.triton.select import Candidates
+
+        packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))
+        return Bucket(position, its, its.mode, configs, Candidates.on(packed, self._device))
+
+
+def _table(policy: Policy, plan: Plan) -> Any:
+    """The static table in the policy's own numbering."""
+    return policy.table if isinstance(policy, Static) else plan.static

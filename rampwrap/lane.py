@@ -1,0 +1,291 @@
+"""`Lane` and `Layer`: the callers of a `Selector`. A lane owns memory, a layer owns the record of its choices."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from rampwrap import conditional
+from rampwrap.buckets import Bucket, Buckets
+from rampwrap.dispatch import Dispatcher
+from rampwrap.errors import CaptureError, InputError
+from rampwrap.ingraph import MAX_CANDIDATES, TALLY
+from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.lagged import Lagged
+from rampwrap.plan import Plan
+from rampwrap.telemetry import Telemetry
+
+# Layouts of alignment memory that a lane remembers; making one takes 20 us of host time.
+KEPT_LAYOUTS = 256
+
+
+@attrs.frozen(eq=False)
+class Served:
+    """What all lanes of a selector share.
+
+    Attributes:
+        kernel, plan, dispatcher, shape: as of the selector.
+        buckets: what serves each token count.
+        mode: as asked for; ``lagged`` and ``eager`` only where the plan may choose.
+        max_tokens: the largest batch.
+        device: where tensors are.
+        parameters: names of the positional parameters of `kernel.launch` after the config.
+        warmed: by types of the tensors, a byte for each token count whose kernels were compiled.
+    """
+
+    kernel: Kernel
+    plan: Plan
+    dispatcher: Dispatcher
+    shape: MoEShape
+    buckets: Buckets
+    mode: str
+    max_tokens: int
+    device: torch.device
+    parameters: tuple[str, ...]
+    warmed: dict[tuple[Any, ...], bytearray] = attrs.field(factory=dict)
+
+
+class Lane:
+    """Launches of a `Selector` that run one after the other, and the scratch memory they share."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._memory: torch.Tensor | None = None
+        self._workspace: Any = None
+        self._streams: list[Any] = []
+        self._nodes: conditional.Switch | None = None
+        self._layouts: dict[tuple[int, int], Any] = {}
+        self._layers: dict[str, Layer] = {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory held, the tallies of its layers included."""
+        scratch = getattr(self._workspace, "num_bytes", 0)
+        aligned = 0 if self._memory is None else 4 * self._memory.numel()
+        return int(scratch) + aligned + sum(layer.memory_bytes for layer in self._layers.values())
+
+    def layer(self, name: str) -> "Layer":
+        """The caller of this name, made at the first call; not under capture.
+
+        Layers of a lane share its memory, so they must run one after the other; each keeps a tally of its own.
+        """
+        found = self._layers.get(name)
+        if found is None:
+            self._no_allocation(f"layer {name!r}")
+            found = self._layers[name] = Layer(self, name)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Selector.__call__`."""
+        return self.layer("")(*args, **kwargs)
+
+    def telemetry(self) -> list[Telemetry]:
+        """What each layer chose, by bucket. Waits for the GPU."""
+        return [row for layer in self._layers.values() for row in layer.telemetry()]
+
+    def _scratch(self) -> Any:
+        if self._workspace is None:
+            self._no_allocation("workspace")
+            self._workspace = self._served.kernel.workspace(  # type: ignore[attr-defined]
+                self._served.max_tokens, self._served.device
+            )
+        return self._workspace
+
+    def _selected(self, num_tokens: int, bucket: Bucket) -> Any:
+        """The lane's memory laid out for a batch; views only, so any number of layouts may be made."""
+        key = (bucket.position, num_tokens)
+        found = self._layouts.get(key)
+        if found is None:
+            from rampwrap.kernels.triton.select import selected_in, selection_ints
+
+            shape, served = self._served.shape, self._served
+            if self._memory is None:
+                self._no_allocation("memory for alignment")
+                # Four candidates at the most, and the list of block heights may be longer.
+                heights = sorted(grid.block_m for grid in served.plan.grids)
+                extremes = (*heights[:1] * (MAX_CANDIDATES // 2), *heights[-1:] * (MAX_CANDIDATES // 2))
+                ints = selection_ints(served.max_tokens, shape.top_k, shape.num_local_experts, extremes)
+                self._memory = torch.empty(ints, dtype=torch.int32, device=served.device)
+            if len(self._layouts) >= KEPT_LAYOUTS:
+                self._layouts.clear()
+            block_ms = bucket.candidates.packed.block_ms
+            found = selected_in(self._memory, num_tokens, shape.top_k, shape.num_local_experts, block_ms)
+            self._layouts[key] = found
+        return found
+
+    def _branches(self, count: int) -> list[Any]:
+        while len(self._streams) < count:
+            self._no_allocation("streams")
+            self._streams.append(torch.cuda.Stream(self._served.device))  # type: ignore[no-untyped-call]
+        return self._streams[:count]
+
+    def _switch(self) -> conditional.Switch:
+        if self._nodes is None:
+            self._no_allocation("streams for a SWITCH node")
+            self._nodes = conditional.Switch(self._served.device.index or 0)
+        return self._nodes
+
+    def _no_allocation(self, what: str) -> None:
+        if capturing():
+            raise CaptureError(f"this lane has no {what} yet; run one eager step on it before capturing.")
+
+
+class Layer:
+    """One layer of a model: called like its `Selector`, with a tally of its own; made by `Selector.layer`."""
+
+    def __init__(self, lane: Lane, name: str) -> None:
+        self.name = name
+        self._lane, self._served = lane, lane._served
+        buckets = self._served.buckets
+        self._on_host: dict[int, dict[int, int]] = {}
+        self._lagged: dict[int, Lagged] = {}
+        # All buckets at once: a tally that was made under capture would belong to the graph.
+        self._tallies: torch.Tensor | None = None
+        if self._served.mode not in ("eager", "lagged"):
+            self._tallies = torch.zeros(len(buckets), TALLY, dtype=torch.float64, device=self._served.device)
+            self._tally = list(self._tallies.unbind())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory of the tallies."""
+        return 0 if self._tallies is None else 8 * self._tallies.numel()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Launches the layer; arguments are those of `kernel.launch` without the config."""
+        served, lane = self._served, self._lane
+        if args:
+            kwargs |= dict(zip(served.parameters, args, strict=False))
+        topk_ids = kwargs["topk_ids"]
+        num_tokens = len(topk_ids)
+        if served.mode == "eager":
+            return self._launch_eager(kwargs)
+        if num_tokens > served.max_tokens:
+            raise InputError(
+                f"{num_tokens} tokens are more than max_tokens={served.max_tokens}; make the Selector for a larger batch."
+            )
+        bucket = served.buckets.of(num_tokens)
+        if served.mode == "lagged":
+            return self._launch_lagged(bucket, kwargs)
+        self._check_warm(num_tokens, kwargs)
+        if "workspace" in served.parameters and kwargs.get("workspace") is None:
+            kwargs["workspace"] = lane._scratch()
+        if bucket.candidates is None or num_tokens == 0:
+            self._count(bucket.position, bucket.shortlist.candidates[0])
+            return served.kernel.launch(bucket.configs[0], **kwargs)
+        from rampwrap.kernels.triton.select import align_and_select
+
+        selected = align_and_select(
+            topk_ids,
+            bucket.candidates,
+            bucket.shortlist.fallback,
+            served.shape.num_local_experts,
+            expert_map=kwargs.get("expert_map"),
+            selected=lane._selected(num_tokens, bucket),
+            tally=self._tally[bucket.position],
+        )
+        if bucket.mode == "switch":
+            return self._launch_switch(bucket, selected, kwargs)
+        if bucket.mode == "parallel":
+            kwargs["streams"] = lane._branches(len(bucket.configs) - 1)
+        elif bucket.mode == "merged":
+            kwargs["merged"] = True
+        launch = getattr(served.kernel, "launch_candidates")  # noqa: B009  (an optional member)
+        return launch(bucket.configs, selected.blocks, selected.choice, **kwargs)
+
+    def _launch_switch(self, bucket: Bucket, selected: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Each candidate as a body of a conditional node; outside a capture the host waits and launches the chosen."""
+        kernel, parameters = self._served.kernel, self._served.parameters
+        out: torch.Tensor = (
+            kwargs["out"] if kwargs.get("out") is not None else torch.empty_like(kwargs["hidden_states"])
+        )
+        if "out" in parameters:
+            kwargs["out"] = out
+        several = getattr(kernel, "launch_candidates", None)
+
+        def body(place: int) -> None:
+            config, its = bucket.configs[place], selected.blocks[place]
+            if "blocks" in parameters:
+                result = kernel.launch(config, **kwargs, blocks=its)
+            elif several is not None:
+                result = several((config,), (its,), selected.choice, **kwargs)
+            else:
+                result = kernel.launch(config, **kwargs)
+            if result is not out:
+                out.copy_(result)
+
+        if capturing():
+            self._lane._switch().add(selected.choice, [functools.partial(body, i) for i in range(len(bucket.configs))])
+            return out
+        self._lane._switch()
+        chosen = int(selected.choice)
+        # All are run, the chosen one last, so that a capture finds every one compiled.
+        for place in sorted(range(len(bucket.configs)), key=lambda place: place == chosen):
+            body(place)
+        return out
+
+    def telemetry(self) -> list[Telemetry]:
+        """What was chosen, by bucket. Waits for the GPU."""
+        served = self._served
+        rows: dict[tuple[int, str], Telemetry] = {}
+        tallies = [] if self._tallies is None else self._tallies.tolist()
+        for bucket in served.buckets:
+            its, host = bucket.shortlist, self._on_host.get(bucket.position, {})
+            found = []
+            if bucket.candidates is not None and sum(tallies[bucket.position][:MAX_CANDIDATES]):
+                tally = tallies[bucket.position]
+                found.append(Telemetry.of_tally(self.name, its.num_tokens, bucket.mode, its.candidates, tally))
+            if host:
+                mode = served.mode if served.mode in ("eager", "lagged") else "single"
+                found.append(Telemetry(self.name, its.num_tokens, mode, dict(host), sum(host.values())))
+            for row in found:
+                key = (row.num_tokens, row.mode)
+                rows[key] = rows[key] + row if key in rows else row
+        return list(rows.values())
+
+    def _count(self, position: int, index: int) -> None:
+        counts = self._on_host.setdefault(position, {})
+        counts[index] = counts.get(index, 0) + 1
+
+    def _check_warm(self, num_tokens: int, kwargs: Mapping[str, Any]) -> None:
+        """Compiling under capture would fail, or worse, be captured."""
+        types = tuple((name, v.dtype) for name, v in kwargs.items() if isinstance(v, torch.Tensor))
+        seen = self._served.warmed.get(types)
+        if not capturing():
+            if seen is None:
+                seen = self._served.warmed[types] = bytearray(self._served.max_tokens + 1)
+            seen[num_tokens] = 1
+        elif seen is None or not seen[num_tokens]:
+            raise CaptureError(
+                f"the kernels for {num_tokens} tokens were not compiled before this capture; run one "
+                "eager step with tensors of the same types, or Selector.warm, first."
+            )
+
+    def _launch_eager(self, kwargs: dict[str, Any]) -> Any:
+        dispatcher, topk_ids = self._served.dispatcher, kwargs["topk_ids"]
+        index = dispatcher._choose(topk_ids, kwargs.get("expert_map"))
+        dispatcher.launch_counts[index] += 1
+        self._count(self._served.buckets.of(len(topk_ids)).position, index)
+        return self._served.kernel.launch(dispatcher._configs[index], **kwargs)
+
+    def _launch_lagged(self, bucket: Bucket, kwargs: dict[str, Any]) -> Any:
+        served, topk_ids = self._served, kwargs["topk_ids"]
+        if capturing():
+            raise CaptureError(
+                "a graph would freeze the choice of mode 'lagged'; capture the parts around the layer, or use early-exit."
+            )
+        state = self._lagged.setdefault(bucket.position, Lagged(served.shape.num_local_experts))
+        policy, dispatcher = served.dispatcher.policy, served.dispatcher
+        counts = state.latest()
+        index = served.plan.static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))
+        dispatcher.launch_counts[index] += 1
+        self._count(bucket.position, index)
+        out = served.kernel.launch(dispatcher._configs[index], **kwargs)
+        state.read(topk_ids, kwargs.get("expert_map"))
+        return out
+
+
+def capturing() -> bool:
+    """Whether the current stream is under CUDA graph capture."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
