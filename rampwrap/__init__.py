@@ -6,6 +6,7 @@ from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import RampwrapError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, Kernel, MoEShape
+from rampwrap.observe import stats
 from rampwrap.plan import Plan
 from rampwrap.policy import Choice, Oracle, Pinned, Policy, Static, WaveCost
 from rampwrap.routing import Routing, Workload, expert_counts
@@ -31,4 +32,5 @@ __all__ = [
     "Workload",
     "__version__",
     "expert_counts",
+    "stats",
 ]

@@ -9,6 +9,7 @@ from rampwrap.kernel import Kernel, MoEShape
 # name -> where its factory lives; a factory takes the layer's shape. A new backend is one file and one line here.
 KERNELS = {
     "triton_fused_moe": "rampwrap.adapters.triton_fused_moe:TritonFusedMoE",
+    "cute_moe": "rampwrap.adapters.cute_moe:CuteFusedMoE",
     "vllm_fused_moe": "rampwrap.adapters.vllm_fused_moe:VllmFusedMoE",
     "alpha_moe": "rampwrap.adapters.alpha_moe:AlphaMoE",
     "torch_grouped_mm": "rampwrap.adapters.torch_grouped_mm:TorchGroupedMM",

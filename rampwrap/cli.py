@@ -1,4 +1,4 @@
-"""The command line: ``rampwrap profile | fit | show | explain | compare | replay | regions``.
+"""The command line: ``rampwrap profile | fit | show | explain | compare | replay | regions | build-kernels``.
 
 Exit codes: 0 done, 1 a one-sentence error, 2 wrong usage, 130 interrupted.
 """
@@ -14,17 +14,17 @@ from typing import Any
 import attrs
 import numpy as np
 
-from rampwrap import catalog, compare, regions, report
+from rampwrap import catalog, compare, kernel_build, regions, report
 from rampwrap._version import __version__
 from rampwrap.cost import MODELS
 from rampwrap.device import find_device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.fitting import make_plan
-from rampwrap.kernel import SHAPES, MoEShape, config_key, format_config, index_by_key
+from rampwrap.kernel import SHAPES, Kernel, MoEShape, config_key, format_config, index_by_key
 from rampwrap.plan import Plan
 from rampwrap.policy import Oracle, Policy, Renumbered, Static
-from rampwrap.routing import Routing, Workload, check_counts, expert_counts, workload_grid
+from rampwrap.routing import Routing, Workload, check_counts, expert_counts, recorded_workloads, workload_grid
 from rampwrap.static import default_table, read_static
 from rampwrap.timings import Timings
 
@@ -33,6 +33,7 @@ TRAIN_TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 TRAIN_ROUTINGS = ["uniform", "dirichlet:1.0", "dirichlet:0.3", "dirichlet:0.1", "zipf:1.2"]
 EVAL_TOKENS = [3, 6, 12, 24, 48, 96, 192, 384, 768, 1536, 3072]
 EVAL_ROUTINGS = ["dirichlet:0.2", "zipf:0.8", "zipf:1.6", "hot:2", "lognormal:1.0"]
+ENGINES = ("vllm", "sglang", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,14 +57,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _profile(a: argparse.Namespace) -> dict[str, Any]:
+    if a.engine:
+        return _profile_model(a)
+    shape = _shape(a)
+    return _profile_shape(a, shape, a.out or f"{catalog.make_kernel(a.kernel, shape).name}-{_shape_name(shape)}.npz")
+
+
+def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
+    from rampwrap.engines.profiling import profile_model
+    from rampwrap.engines.warming import compile_for
+    from rampwrap.models import read_model
+
+    if not a.model:
+        raise InputError("--engine was given without --model; give the folder of a model with its config.json.")
+    sizes: dict[str, Any] = {"tp_size": a.tp_size, "expert_parallel": a.ep, "dtype": a.dtype}
+    if a.dry_run:
+        found = [_profile_shape(a, shape, "") for shape in read_model(a.model, **sizes)]
+        return {"shapes": found, "text": "\n".join(its["text"] for its in found)}
+
+    def measure(shape: MoEShape, out: str) -> tuple[Kernel, Timings]:
+        _profile_shape(a, shape, out)
+        return catalog.make_kernel(a.kernel, shape), Timings.load(out)
+
+    def kernel(shape: MoEShape) -> Kernel:
+        return catalog.make_kernel(a.kernel, shape)
+
+    return profile_model(a.model, kernel, measure, folder=a.out, prepare=compile_for, **sizes)
+
+
+def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str, Any]:
     from rampwrap.active import profile_active
     from rampwrap.profiler import plan_profile, profile
 
-    shape = _shape(a)
     kernel = catalog.make_kernel(a.kernel, shape)
     workloads = workload_grid(a.batch_size, _routings(a.routing), "train", a.seed)
     workloads += workload_grid(a.eval_batch_size, _routings(a.eval_routing), "eval", a.seed)
-    out = a.out or f"{kernel.name}-{_shape_name(shape)}.npz"
+    workloads += _recorded(a.recorded, shape, a, "train") + _recorded(a.eval_recorded, shape, a, "eval")
     if a.dry_run:
         projected = plan_profile(kernel, shape, workloads, rounds=a.rounds)
         return {**attrs.asdict(projected), "out": out, "text": str(projected)}
@@ -160,7 +189,9 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     used = list(range(len(every))) if a.oracle else used
     place = {index: position for position, index in enumerate(used)}
     configs = tuple(every[index] for index in used)
-    workloads = workload_grid(a.batch_size, _routings(a.routing), "eval", a.seed + 1)
+    tokens = a.batch_size or ([] if a.recorded else EVAL_TOKENS)
+    workloads = workload_grid(tokens, _routings(a.routing), "eval", a.seed + 1)
+    workloads += _recorded(a.recorded, plan.shape, a, "eval")
     timings = profile(
         kernel, plan.shape, workloads, configs=configs, out=a.out, rounds=a.rounds, quiet=a.quiet, seed=a.seed
     )
@@ -198,13 +229,13 @@ def _shape(a: argparse.Namespace) -> MoEShape:
     if a.model:
         if a.model not in SHAPES:
             raise InputError(f"model {a.model!r} is unknown; use one of {', '.join(SHAPES)} or give the four sizes.")
-        base = attrs.evolve(SHAPES[a.model], dtype=a.dtype)
+        base = attrs.evolve(SHAPES[a.model], dtype=a.dtype or "bf16")
     else:
         sizes = {name: getattr(a, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
         missing = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is None]
         if missing:
             raise InputError(f"the layer's shape lacks {', '.join(missing)}; give it, or --model.")
-        base = MoEShape(**sizes, dtype=a.dtype)
+        base = MoEShape(**sizes, dtype=a.dtype or "bf16")
     if base.intermediate_size % a.tp_size:
         raise InputError(
             f"--tp-size {a.tp_size} does not divide intermediate_size={base.intermediate_size}; use a divisor."
@@ -218,6 +249,15 @@ def _shape_name(shape: MoEShape) -> str:
 
 def _routings(texts: Sequence[str]) -> list[Routing]:
     return [Routing.parse(text) for text in texts]
+
+
+def _recorded(paths: Sequence[str], shape: MoEShape, a: argparse.Namespace, split: str) -> list[Workload]:
+    sizes = {"num_experts": shape.num_experts, "top_k": shape.top_k}
+    found = [
+        recorded_workloads(path, **sizes, limit=a.recorded_limit, split=split, seed=a.seed)
+        for path in dict.fromkeys(paths)
+    ]
+    return [workload for part in found for workload in part]
 
 
 def seconds(text: str) -> float:
@@ -263,9 +303,13 @@ def _parser() -> argparse.ArgumentParser:
             nargs="+",
             default=routings,
             metavar="R",
-            help="uniform zipf:1.2 dirichlet:0.3 hot:1 lognormal:1 trace:FILE",
+            help="uniform zipf:1.2 dirichlet:0.3 hot:1 lognormal:1 trace:FILE[:LAYER]",
         )
         sub.add_argument("--seed", type=int, default=0)
+
+    def recorded(sub: argparse.ArgumentParser, name: str = "--recorded", where: str = "") -> None:
+        text = f"histograms that an engine recorded{where}: SGLang's dumps, vLLM's routed experts, .npy, .npz, .json"
+        sub.add_argument(name, nargs="+", default=[], metavar="FILE[:LAYER]", help=text)
 
     def layer(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--model", help=", ".join(SHAPES))
@@ -273,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--top-k", type=_positive)
         sub.add_argument("--hidden-size", "-K", type=_positive)
         sub.add_argument("--intermediate-size", "-N", type=_positive)
-        sub.add_argument("--dtype", default="bf16")
+        sub.add_argument("--dtype", help="bf16, fp16 or fp8; bf16 by default, with --engine what the model's config says")
         sub.add_argument("--tp-size", type=_positive, default=1)
 
     def measuring(sub: argparse.ArgumentParser) -> None:
@@ -297,12 +341,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--kernel", default="triton_fused_moe", help=f"{', '.join(catalog.KERNELS)} or package.module:factory"
     )
+    p.add_argument(
+        "--engine", choices=ENGINES, help="profile all MoE shapes of the model in the folder --model and write its plans"
+    )
     layer(p)
+    p.add_argument("--ep", action="store_true", help="with --engine: the --tp-size ranks share out whole experts")
     workloads(p, TRAIN_TOKENS, TRAIN_ROUTINGS)
     p.add_argument(
         "--eval-batch-size", type=_positive, nargs="*", default=EVAL_TOKENS, metavar="M", help="held-out token counts"
     )
     p.add_argument("--eval-routing", nargs="*", default=EVAL_ROUTINGS, metavar="R", help="held-out routings")
+    recorded(p)
+    recorded(p, "--eval-recorded", ", held out")
+    p.add_argument("--recorded-limit", type=_positive, default=24, metavar="N", help="histograms taken of a file")
     measuring(p)
     p.add_argument("--budget", type=seconds, metavar="3m", help="measure only the cells that matter, within this time")
     p.add_argument("--dry-run", action="store_true", help="say what would be measured, and for how long")
@@ -327,7 +378,9 @@ def _parser() -> argparse.ArgumentParser:
     p = command("compare", _compare, "A/B on the live kernel: routing-aware against static")
     p.add_argument("plan", metavar="PLAN.json")
     p.add_argument("--kernel", help="when it is not one of the built-in names")
-    workloads(p, EVAL_TOKENS, EVAL_ROUTINGS)
+    workloads(p, None, EVAL_ROUTINGS)
+    recorded(p)
+    p.add_argument("--recorded-limit", type=_positive, default=24, metavar="N", help="histograms taken of a file")
     measuring(p)
     p.add_argument("--oracle", action="store_true", help="time all configs, for regret against exhaustive search")
     p.add_argument("--out", metavar="TABLE.npz", help="keep the measured times")
@@ -341,6 +394,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--plot-fit", metavar="FILE", help="draw predicted against measured time (needs matplotlib)")
     p.add_argument("--model", default="default", choices=sorted(MODELS))
     reporting(p)
+
+    kernel_build.add_arguments(command("build-kernels", kernel_build.run, kernel_build.TEXT))
 
     p = command("regions", _regions, "where swizzle, split-K and wide tiles help, from hardware constants alone")
     layer(p)

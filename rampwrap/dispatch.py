@@ -13,6 +13,7 @@ from rampwrap.device import Device, device_of
 from rampwrap.errors import CaptureError, ConfigError, InputError, PlanMismatchError
 from rampwrap.grid import IntArray
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, format_config, index_by_key
+from rampwrap.observe import watch
 from rampwrap.plan import Plan
 from rampwrap.policy import Choice, Policy, Static
 from rampwrap.routing import check_counts, expert_counts, to_numpy
@@ -75,6 +76,7 @@ class Dispatcher:
         # Not of the Policy protocol: histogram and choice in one call, for policies that have it.
         self._of_ids = getattr(self.policy, "index_of_ids", None)
         self._ids_position = self._find_topk_ids()
+        watch(self)
 
     def _accept(self, plan: Plan, device: Device, strict: bool) -> Policy:
         try:

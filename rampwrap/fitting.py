@@ -8,10 +8,11 @@ import attrs
 
 from rampwrap import compare
 from rampwrap._version import __version__
-from rampwrap.cost import fit
+from rampwrap.cost import Local, fit
+from rampwrap.drift import profiled_ranges
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static
-from rampwrap.shortlist import make_buckets
+from rampwrap.shortlist import all_in_graph, make_buckets
 from rampwrap.static import static_table
 from rampwrap.timings import Timings
 
@@ -59,6 +60,9 @@ def make_plan(
     # Only configs that something may launch travel with the plan.
     used = sorted({*table.indices, *(i for bucket in buckets for i in bucket.shortlist)})
     where = {old: new for new, old in enumerate(used)}
+    shipped = cost_model.take(tuple(used))
+    serves = table.renumber(where)
+    few = tuple(attrs.evolve(b, shortlist=tuple(where[i] for i in b.shortlist)) for b in buckets)
     return Plan(
         kernel=timings.kernel,
         kernel_version=timings.kernel_version,
@@ -66,9 +70,11 @@ def make_plan(
         shape=timings.shape,
         configs=tuple(timings.configs[i] for i in used),
         grids=tuple(timings.grids[i] for i in used),
-        static=table.renumber(where),
-        model=cost_model.take(tuple(used)),
-        buckets=tuple(attrs.evolve(b, shortlist=tuple(where[i] for i in b.shortlist)) for b in buckets),
+        static=serves,
+        model=shipped,
+        buckets=few,
         choosing_us=choosing_us,
+        profiled=profiled_ranges(fitted.num_tokens, fitted.counts),
+        in_graph=all_in_graph(shipped, timings.shape, serves, few) if isinstance(shipped, Local) else (),
         provenance=provenance,
     )

@@ -1,9 +1,7 @@
 """Routing: how tokens spread over experts. The histogram of real ids, and synthetic routings to profile with."""
 
-import json
 import pathlib
 import re
-import zipfile
 from typing import Any
 
 import attrs
@@ -12,6 +10,7 @@ import numpy.typing as npt
 
 from rampwrap.errors import InputError
 from rampwrap.grid import FloatArray, IntArray
+from rampwrap.recorded import read_recording, read_trace, split_layer
 
 # Each hot expert of `hot:n` is visited by this share of the tokens; the rest of the slots is uniform.
 HOT_SHARE = 0.9
@@ -103,7 +102,8 @@ class Routing:
 
     ``uniform``; ``zipf:S`` (popularity of rank r falls as r**-S); ``dirichlet:A`` (popularities drawn from a
     symmetric Dirichlet, smaller is more skewed); ``hot:N`` (N experts each visited by 90 % of the tokens);
-    ``lognormal:S`` (log popularity is normal with deviation S); ``trace:FILE`` (popularities of recorded steps).
+    ``lognormal:S`` (log popularity is normal with deviation S); ``trace:FILE`` and ``trace:FILE:LAYER`` (popularities
+    of recorded steps, in any of the formats of `rampwrap.recorded`).
     """
 
     kind: str
@@ -140,7 +140,8 @@ class Routing:
 
     def __str__(self) -> str:
         if self.kind == "trace":
-            return _SHORT["trace"] + pathlib.Path(self.value).stem.replace(" ", "_")
+            file, layer = split_layer(self.value)
+            return _SHORT["trace"] + pathlib.Path(file).stem.replace(" ", "_") + ("" if layer is None else f":{layer}")
         return _SHORT.get(self.kind, self.kind) + self.value
 
     def popularity(self, num_experts: int, rng: np.random.Generator) -> FloatArray:
@@ -164,7 +165,8 @@ class Routing:
                     f"routing hot:{num_hot} has more hot experts than there are experts ({num_experts}); lower it."
                 )
             return rng.permutation(np.arange(num_experts) < num_hot).astype(np.float64)
-        loads = read_trace(self.value, num_experts)
+        file, layer = split_layer(self.value)
+        loads = read_trace(file, num_experts, layer)
         return np.asarray(loads[rng.integers(len(loads))], dtype=np.float64)
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
@@ -184,42 +186,6 @@ class Routing:
                 score = noise + np.maximum(np.log(popularity / popularity.sum()), -80.0)
         order = np.argpartition(-score, min(top_k, num_experts) - 1, axis=1)[:, :top_k]
         return order.astype(np.int32)
-
-
-def read_trace(path: str, num_experts: int) -> FloatArray:
-    """Recorded expert loads: float64 [rows, num_experts], one row a layer or step.
-
-    Reads ``.npy`` and ``.npz`` (every array whose last axis is `num_experts`) and ``.json`` (nested lists).
-
-    Raises:
-        InputError: the file cannot be read, or holds no usable row.
-    """
-    try:
-        if path.endswith(".npz"):
-            with np.load(path) as archive:
-                arrays = [np.asarray(archive[key]) for key in archive.files]
-        elif path.endswith(".npy"):
-            arrays = [np.load(path)]
-        elif path.endswith(".json"):
-            arrays = [np.asarray(json.loads(pathlib.Path(path).read_text()))]
-        else:
-            raise InputError(f"trace {path!r} is of no known kind; give .npy, .npz or .json.")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"trace {path!r} cannot be read ({error}); give .npy, .npz or .json with loads [rows, experts]."
-        ) from error
-    rows = [
-        a.reshape(-1, num_experts).astype(np.float64)
-        for a in arrays
-        if a.ndim and a.shape[-1] == num_experts and a.dtype.kind in "iuf"
-    ]
-    loads = np.concatenate(rows) if rows else np.empty((0, num_experts))
-    loads = loads[np.isfinite(loads).all(axis=1) & (loads >= 0).all(axis=1) & (loads.sum(axis=1) > 0)]
-    if not len(loads):
-        raise InputError(f"trace {path!r} holds no loads of {num_experts} experts; its last axis must be the experts.")
-    return np.asarray(loads, dtype=np.float64)
 
 
 @attrs.frozen
@@ -248,3 +214,58 @@ def workload_grid(
 ) -> list[Workload]:
     """Every token count with every routing, token counts outermost."""
     return [Workload(tokens, routing, split, seed) for tokens in token_counts for routing in routings]
+
+
+@attrs.frozen
+class RecordedWorkload(Workload):
+    """A histogram that an engine recorded, with its own token count.
+
+    Which tokens visit an expert is not in a histogram: they are drawn such that no token visits one twice.
+    """
+
+    counts: tuple[int, ...] = ()
+    layer: int = 0
+    step: int = 0
+
+    @property
+    def label(self) -> str:
+        """``M=64 tr:dump:3@17``: tokens, file, layer and step."""
+        return f"M={self.num_tokens} {self.routing}:{self.layer}@{self.step}"
+
+    def topk_ids(self, num_experts: int, top_k: int) -> npt.NDArray[np.int32]:
+        """Ids with exactly the recorded histogram, int32 [num_tokens, top_k]; the same at every call.
+
+        Raises:
+            InputError: the histogram is of another number of experts, or of another top_k.
+        """
+        counts = check_counts(self.counts, num_experts, self.num_tokens * top_k)
+        # Slots in the order of experts, dealt to the tokens in turn: an expert with at most num_tokens slots meets
+        # no token twice, and every token ends up with top_k of them.
+        slots = np.repeat(np.arange(num_experts, dtype=np.int32), counts)
+        rng = np.random.default_rng([self.seed, self.layer, self.step])
+        return rng.permutation(slots.reshape(top_k, self.num_tokens).T)
+
+
+def recorded_workloads(
+    path: str, num_experts: int, top_k: int, *, limit: int = 24, split: str = "train", seed: int = 0
+) -> list[Workload]:
+    """At most `limit` recorded histograms that stand for all of a file, ``FILE`` or ``FILE:LAYER``.
+
+    Raises:
+        InputError: the file is none, or records a model with another number of experts or top_k.
+    """
+    file, layer = split_layer(path)
+    recording = read_recording(file, num_experts, layer)
+    tokens = recording.num_tokens(top_k)
+    return [
+        RecordedWorkload(
+            num_tokens=int(tokens[row]),
+            routing=Routing("trace", file),
+            split=split,
+            seed=seed,
+            counts=tuple(recording.counts[row].tolist()),
+            layer=int(recording.layer[row]),
+            step=int(recording.step[row]),
+        )
+        for row in recording.pick(limit, top_k)
+    ]

@@ -1,0 +1,198 @@
+"""What the engines of `serve_vllm.py` start from: configs of published models, plans, static tables, environments."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import attrs
+
+from rampwrap.adapters.vllm_fused_moe import config_file, config_file_name
+from rampwrap.engines.plans import DISABLE, PLANS
+from rampwrap.fitting import make_plan
+from rampwrap.models import read_model
+from rampwrap.static import static_table, write_static
+from rampwrap.timings import Timings
+
+ROOT = pathlib.Path(__file__).parent.parent
+ARMS = ("installed", "static", "plugin")
+COMMON = {
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@attrs.frozen
+class Model:
+    """A published architecture without its weights, and the tables that its plan and its static table come from."""
+
+    config: dict[str, Any]
+    timings: str
+    "Of our kernel, for the plan."
+    static: str
+    "Of vLLM's kernel, for the static table: a timing table, or triton_vs_vllm's results."
+    kv_gb: float
+
+
+MODELS = {
+    "olmoe": Model(
+        COMMON
+        | {
+            "architectures": ["OlmoeForCausalLM"],
+            "model_type": "olmoe",
+            "hidden_size": 2048,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "vocab_size": 50304,
+        },
+        "examples/data/h200-triton_fused_moe-olmoe-bf16.npz",
+        "benchmarks/results/h200-vllm_fused_moe-olmoe-bf16.npz",
+        13.0,
+    ),
+    "qwen3-30b": Model(
+        COMMON
+        | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "vocab_size": 151936,
+        },
+        "benchmarks/results/h200-triton_fused_moe-qwen3-30b-bf16.npz",
+        "benchmarks/results/h200-triton_vs_vllm-bf16.json",
+        9.0,
+    ),
+}
+
+
+def static_file(source: pathlib.Path, name: str) -> str:
+    """A table tuned per token count under uniform routing, as text of vLLM's JSON file."""
+    if source.suffix == ".npz":
+        timings = Timings.load(source)
+        return write_static(static_table(timings, "uniform"), timings.configs)
+    rows = json.loads(source.read_text())["results"][name]
+    best = {str(row["num_tokens"]): row["best"]["vllm"][0] for row in rows if row["label"].endswith("uniform")}
+    return json.dumps(best, indent=4)
+
+
+def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu: str) -> dict[str, Any]:
+    """Writes the model's config, its plan, the static table, and an entry point where rampwrap is not installed."""
+    model = MODELS[name]
+    config = model.config | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    for part in ("model", "plans", "static", "site/rampwrap-0.dist-info"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    (shape,) = read_model(folder / "model")
+    timings = Timings.load(arguments.timings or ROOT / model.timings)
+    if arguments.profile_budget:
+        profiled(folder, arguments.profile_budget, gpu)
+    else:
+        assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
+        make_plan(timings, source=model.timings).save(folder / "plans" / f"{name}.plan.json")
+    device = timings.device.name
+    table = folder / "static" / config_file_name(shape, device)
+    table.write_text(static_file(ROOT / model.static, name))
+    (folder / "site/rampwrap-0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: rampwrap\nVersion: 0\n")
+    (folder / "site/rampwrap-0.dist-info/entry_points.txt").write_text(
+        "[vllm.general_plugins]\nrampwrap = rampwrap.engines.vllm:register\n"
+    )
+    return {"config": config, "shape": shape, "shipped": str(config_file(shape, device) or "")}
+
+
+def profiled(folder: pathlib.Path, seconds: float, gpu: str) -> None:
+    """Makes the plan on this machine, for a kernel or GPU that no table was measured with."""
+    command = [sys.executable, "-m", "rampwrap", "profile", "--engine", "vllm", "--model", str(folder / "model")]
+    command += ["--budget", f"{seconds:g}s", "--out", str(folder / "plans"), "--quiet"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpu})
+
+
+def environment_of(arm: str, folder: pathlib.Path, gpu: str) -> dict[str, str]:
+    names = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    paths = [str(ROOT), *([] if "rampwrap" in names else [str(folder / "site")]), os.environ.get("PYTHONPATH", "")]
+    out = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "CUDA_VISIBLE_DEVICES": gpu,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "rampwrap_pool",
+    }
+    out.pop("VLLM_TUNED_CONFIG_FOLDER", None)
+    if arm == "static":
+        out["VLLM_TUNED_CONFIG_FOLDER"] = str(folder / "static")
+    if arm == "plugin":
+        out[PLANS] = str(folder / "plans")
+    else:
+        out[DISABLE] = "1"
+    return out
+
+
+def settings_of(name: str, made: dict[str, Any], folder: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    config, shape = made["config"], made["shape"]
+    options: dict[str, Any] = {}
+    if arguments.mode == "eager":
+        options["enforce_eager"] = True
+    elif arguments.mode == "piecewise":
+        options["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    if arguments.capture_sizes and arguments.mode != "eager":
+        options["cudagraph_capture_sizes"] = arguments.capture_sizes
+    kv_gb = MODELS[name].kv_gb * config["num_hidden_layers"] / MODELS[name].config["num_hidden_layers"]
+    return {
+        "model": str(folder / "model"),
+        "layers": config["num_hidden_layers"],
+        "experts": shape.num_experts,
+        "top_k": shape.top_k,
+        "vocabulary": config["vocab_size"],
+        "max_tokens": 8192,
+        "max_seqs": max(512, *arguments.batch_size),
+        "max_model_len": 2048,
+        "kv_bytes": int(kv_gb * 1e9),
+        "share": 0.1,
+        "options": options,
+    }
+
+
+def needed_gb(made: dict[str, Any], settings: dict[str, Any]) -> float:
+    """GPU memory of one engine: weights, cache, activations and graphs."""
+    config, shape = made["config"], made["shape"]
+    weights = config["num_hidden_layers"] * shape.weight_bytes + 4 * config["vocab_size"] * config["hidden_size"]
+    return float(weights * 1.1 + settings["kv_bytes"]) / 1e9 + 9.0
+
+
+def free_gb(gpu: str) -> float:
+    code = "import torch; print(torch.cuda.mem_get_info()[0] / 1e9)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+    )
+    return float(done.stdout)

@@ -1,0 +1,153 @@
+"""Plans as a deployment keeps them: a folder for many models and GPU types, searched by what is in the files.
+
+    RAMPWRAP_PLANS     a folder of ``*.plan.json``, or one plan; `default_folder()` where it is not set
+    RAMPWRAP_DISABLE   1 keeps every hook away from the engine
+
+Files are read when an engine starts and never again: a plan that is replaced while it serves counts from the next
+start on.
+"""
+
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from rampwrap.catalog import make_kernel
+from rampwrap.device import Device
+from rampwrap.errors import ConfigError, InputError, PlanError, PlanMismatchError
+from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.plan import Plan
+
+PLANS = "RAMPWRAP_PLANS"
+DISABLE = "RAMPWRAP_DISABLE"
+SUFFIX = ".plan.json"
+
+
+def disabled() -> bool:
+    """Whether RAMPWRAP_DISABLE is set to anything but nothing, 0, no or false."""
+    return os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "no", "false")
+
+
+def default_folder() -> pathlib.Path:
+    """``~/.cache/rampwrap/plans``, or the same under $XDG_CACHE_HOME."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "rampwrap" / "plans"
+
+
+def plans_path() -> pathlib.Path:
+    """Where plans are looked for: $RAMPWRAP_PLANS, else `default_folder()`."""
+    given = os.environ.get(PLANS, "").strip()
+    return pathlib.Path(given).expanduser() if given else default_folder()
+
+
+@attrs.frozen(eq=False)
+class Fit:
+    """A plan that may choose for a layer, and the kernel it was made for."""
+
+    path: str
+    plan: Plan
+    kernel: Kernel
+
+
+@attrs.frozen(eq=False)
+class Plans:
+    """The plans of a place.
+
+    Attributes:
+        where: the folder or file.
+        found: path and plan, by name.
+        broken: one sentence for each file that is no usable plan.
+    """
+
+    where: str
+    found: tuple[tuple[str, Plan], ...] = ()
+    broken: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, where: str | os.PathLike[str] | None = None) -> "Plans":
+        """Reads a folder's ``*.plan.json`` or one file, `plans_path()` by default; a place that is not there is empty."""
+        path = plans_path() if where is None else pathlib.Path(where)
+        single = [path] if path.exists() else []
+        files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else single
+        found, broken = [], []
+        for file in files:
+            try:
+                found.append((str(file), Plan.load(file)))
+            except PlanError as error:
+                broken.append(str(error))
+        return cls(str(path), tuple(found), tuple(broken))
+
+    def find(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> Fit | None:
+        """The plan for a layer on a GPU; None if none fits.
+
+        Of several that fit, the kernel named first in `kernels` counts, then the newest, then the last by name.
+        """
+        for name in kernels:
+            usable = []
+            for path, plan in self.found:
+                if plan.kernel == name and plan.shape == shape and _same(plan.device, device):
+                    kernel = _kernel(name, shape)
+                    if isinstance(kernel, str) or _refusal(plan, kernel, device, shape) is not None:
+                        continue
+                    usable.append(Fit(path, plan, kernel))
+            if usable:
+                return max(usable, key=lambda fit: (str(fit.plan.provenance.get("made", "")), fit.path))
+        return None
+
+    def why_not(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> str:
+        """Why `find` gives None: the reason of the plan that comes nearest, in a clause."""
+        if not self.found:
+            extra = f" ({self.broken[0]})" if self.broken else ""
+            return f"there is no plan in {self.where}{extra}"
+        reasons = []
+        for path, plan in self.found:
+            near = (plan.shape == shape, _same(plan.device, device), plan.kernel in kernels)
+            if plan.kernel not in kernels:
+                reason = f"it is for kernel {plan.kernel}, used here are {', '.join(kernels)}"
+            else:
+                kernel = _kernel(plan.kernel, shape)
+                found = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
+                reason = found or "it fits"
+            reasons.append((sum(near), pathlib.Path(path).name, reason))
+        _, name, reason = max(reasons, key=lambda entry: entry[0])
+        if len(reasons) == 1:
+            return f"{name} in {self.where} does not fit: {reason}"
+        return f"none of {len(reasons)} plans in {self.where} fits; nearest is {name}: {reason}"
+
+
+def _same(planned: Device, here: Device) -> bool:
+    return (planned.name, planned.num_sms) == (here.name, here.num_sms)
+
+
+def _kernel(name: str, shape: MoEShape) -> Kernel | str:
+    """The kernel, or why there is none."""
+    try:
+        return make_kernel(name, shape)
+    except (InputError, ConfigError) as error:
+        return str(error)
+
+
+def _refusal(plan: Plan, kernel: Kernel, device: Device, shape: MoEShape) -> str | None:
+    try:
+        plan.check(kernel, device, shape)
+    except PlanMismatchError as error:
+        # The command that the error ends with is for one shape; an engine's message has its own.
+        return str(error).split("; make one with", maxsplit=1)[0]
+    return None
+
+
+class OneWarning:
+    """Warns of each subject once in a process, whatever the number of layers, engines and calls."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._said: set[str] = set()
+
+    def __call__(self, subject: str, message: str, *values: Any, level: int = logging.WARNING) -> None:
+        """Logs `message` unless `subject` was warned of before."""
+        if subject not in self._said:
+            self._said.add(subject)
+            self._logger.log(level, message, *values)

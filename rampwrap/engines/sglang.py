@@ -1,0 +1,247 @@
+"""SGLang: its Triton fused MoE runs the config that a plan picks for the routing, by one hook around one function.
+
+SGLang finds `register` through the entry point group ``sglang.srt.plugins`` and calls it in every process. The hook
+stands around `_prepare_fused_moe_run`, which has the routing and has not yet aligned: it offers SGLang the config by
+SGLang's own override, for this call alone. What it chooses from:
+
+* in eager steps (prefill, or without CUDA graphs) the plan's policy, by the histogram of the layer's step before,
+  copied to the host without waiting;
+* under capture of a CUDA graph the plan's static config for the token count: a graph would freeze any other choice.
+
+Plans are those of kernel ``vllm_fused_moe``: SGLang's kernel has the same source and the same parameters. They are
+measured in vLLM, not in SGLang. Without one that fits, with an override of somebody else's, with tuned files that ask
+for TMA (which plans do not know), in deterministic mode, and with RAMPWRAP_DISABLE=1, SGLang stays as it is.
+"""
+
+import importlib
+import importlib.metadata
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
+from rampwrap.device import Device
+from rampwrap.engines.plans import OneWarning, Plans, disabled
+from rampwrap.kernel import MoEShape
+from rampwrap.lagged import Lagged
+from rampwrap.lane import capturing
+from rampwrap.observe import watch
+from rampwrap.plan import Plan
+from rampwrap.policy import WaveCost
+from rampwrap.static import StaticTable
+from rampwrap.telemetry import Telemetry
+
+TESTED = ("0.5.23",)
+"Releases of SGLang whose function and registry were read; others are left as they are."
+PACKAGE = "sglang.srt.layers.moe.moe_runner.triton_utils"
+TARGET = f"{PACKAGE}.fused_moe._prepare_fused_moe_run"
+POSITIONAL = ("hidden_states", "w1", "w2", "topk_ids")
+KEYWORDS = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "block_shape")
+"Parameters of the function in 0.5.23, all of them required, the latter by keyword only."
+KERNELS = ("vllm_fused_moe",)
+"Whose plans serve."
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_log = logging.getLogger("rampwrap")
+_warn = OneWarning(_log)
+
+
+def register() -> None:
+    """The plugin: registers the hook, once, where SGLang and the plans allow it."""
+    if disabled():
+        return
+    found = importlib.metadata.version("sglang")
+    if found not in TESTED:
+        _warn("version", "rampwrap leaves SGLang %s as it is; it was tested with %s.", found, ", ".join(TESTED))
+        return
+    plans = Plans.read()
+    for sentence in plans.broken:
+        _warn(sentence, "rampwrap cannot read a plan: %s", sentence)
+    if not any(plan.kernel in KERNELS for _, plan in plans.found):
+        _warn(
+            "no plans",
+            "rampwrap leaves SGLang as it is: %s has no plan of kernel %s; make one with "
+            "'rampwrap profile --engine sglang --kernel %s --model DIR'.",
+            plans.where,
+            KERNELS[0],
+            KERNELS[0],
+        )
+        return
+    reason = mismatch(importlib.import_module(f"{PACKAGE}.fused_moe"), importlib.import_module(PACKAGE))
+    if reason is not None:
+        _warn("signature", "rampwrap leaves SGLang %s as it is: %s.", found, reason)
+        return
+    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    hooks = getattr(registry.HookRegistry, "_hooks", {}).get(TARGET, ())
+    if not any(isinstance(getattr(hook, "__self__", None), Around) for _, hook, *_ in hooks):
+        registry.HookRegistry.register(TARGET, Around(plans).call, registry.HookType.AROUND)
+
+
+def mismatch(module: Any, package: Any) -> str | None:
+    """What differs from the SGLang that this hook was made for, in a clause; None if nothing does."""
+    function = getattr(module, "_prepare_fused_moe_run", None)
+    if function is None:
+        return "it has no _prepare_fused_moe_run"
+    parameters = inspect.signature(function).parameters.values()
+    named = {
+        kind: tuple(p.name for p in parameters if p.kind is kind)
+        for kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    if tuple(named.values()) != (POSITIONAL, KEYWORDS) or len(list(parameters)) != len(POSITIONAL + KEYWORDS):
+        return f"_prepare_fused_moe_run has parameters ({', '.join(p.name for p in parameters)})"
+    if not hasattr(package, "_config") or not hasattr(package, "get_config"):
+        return f"{PACKAGE} has no config to override"
+    return None
+
+
+class Around:
+    """The hook and what it remembers: a `Layers` for each shape of a layer."""
+
+    def __init__(self, plans: Plans) -> None:
+        self._plans = plans
+        self._layers: dict[MoEShape, Layers | None] = {}
+
+    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """SGLang's function, with our config where a plan has one."""
+        try:
+            config = self._config(dict(zip(POSITIONAL, args, strict=False)) | kwargs)
+        except Exception as error:  # a hook never keeps an engine from serving
+            _warn(f"error {type(error).__name__}", "rampwrap leaves a layer of SGLang as it is: %s", error)
+            config = None
+        if config is None:
+            return original(*args, **kwargs)
+        package: Any = importlib.import_module(PACKAGE)
+        before = package._config
+        # SGLang's own override_config stays set when the call raises.
+        package._config = dict(config)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            package._config = before
+
+    def _config(self, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if importlib.import_module(PACKAGE).get_config():
+            return None
+        shape = shape_of(given)
+        if shape is None:
+            return None
+        if shape not in self._layers:
+            self._layers[shape] = self._find(shape, given)
+        layers = self._layers[shape]
+        return None if layers is None else layers.choose(given["topk_ids"], given["w1"].data_ptr())
+
+    def _find(self, shape: MoEShape, given: Mapping[str, Any]) -> "Layers | None":
+        """The plan of a shape; None, said once, where there is none or SGLang's own files know better."""
+        device = Device.current()
+        reason = pinned(shape, given)
+        if reason is None:
+            for path, plan in reversed(self._plans.found):
+                if plan.kernel in KERNELS and _fits(plan, shape, device):
+                    _log.info("rampwrap serves %s of SGLang with %s.", shape, path)
+                    return Layers(plan)
+            reason = f"no plan in {self._plans.where} is for it on {device.name}; " + (
+                f"make one with 'rampwrap profile --kernel {KERNELS[0]} --num-experts {shape.num_experts} "
+                f"--top-k {shape.top_k} --hidden-size {shape.hidden_size} --intermediate-size "
+                f"{shape.intermediate_size} --dtype {shape.dtype}', then 'rampwrap fit'"
+            )
+        _warn(f"left {shape}", "rampwrap leaves %s of SGLang as it is: %s.", shape, reason)
+        return None
+
+
+def shape_of(given: Mapping[str, Any]) -> MoEShape | None:
+    """The layer of a call, as one of local experts; None for a quantisation that plans do not know."""
+    dtype = DTYPES.get(given["hidden_states"].dtype)
+    if any(given[name] for name in ("use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant")):
+        return None
+    if given["use_fp8_w8a8"]:
+        dtype = "fp8" if list(given["block_shape"] or ()) == [128, 128] else None
+    experts, rows, hidden = given["w1"].shape
+    top_k = given["topk_ids"].shape[1]
+    if dtype is None or top_k > experts or rows % 2 or tuple(given["w2"].shape) != (experts, hidden, rows // 2):
+        return None
+    return MoEShape(experts, top_k, hidden, rows // 2, dtype)
+
+
+def pinned(shape: MoEShape, given: Mapping[str, Any]) -> str | None:
+    """Why SGLang's own choice must stand for a layer, in a clause; None where it need not."""
+    tables = importlib.import_module(f"{PACKAGE}.fused_moe_triton_config")
+    if tables.get_exec().deterministic.enable_deterministic_inference:
+        return "deterministic inference pins its config"
+    blocks = given["block_shape"] or (0, 0)
+    kind = "fp8_w8a8" if shape.dtype == "fp8" else None
+    for down in (False, True):
+        tuned = tables.get_moe_configs(
+            shape.num_experts, shape.intermediate_size, kind, *blocks, per_channel_quant=False, down_moe=down
+        )
+        if any(config.get("USE_TMA") for config in (tuned or {}).values()):
+            return "its tuned file uses TMA, which plans do not know"
+    return None
+
+
+def _fits(plan: Plan, shape: MoEShape, device: Device) -> bool:
+    its = plan.shape
+    sizes = ("top_k", "hidden_size", "intermediate_size", "dtype")
+    return (
+        its.num_local_experts == shape.num_experts
+        and all(getattr(its, name) == getattr(shape, name) for name in sizes)
+        and (plan.device.name, plan.device.num_sms) == (device.name, device.num_sms)
+        and all(set(config) == set(KEYS) and refusal(config, shape.dtype) is None for config in plan.configs)
+    )
+
+
+class Layers:
+    """All layers of one shape, and the plan they share; `rampwrap.stats` counts it as a source.
+
+    A layer is known by the address of its weights, its last histogram by layer and bucket.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.shape, self.kernel = plan, plan.shape, Named(plan.kernel)
+        self.policy: WaveCost = plan.policy()
+        tokens = tuple(bucket.num_tokens for bucket in plan.buckets) or (1,)
+        self._near = StaticTable("buckets", tokens, tuple(range(len(tokens))))
+        self._tokens = tokens
+        self._seen: dict[tuple[int, int], Lagged] = {}
+        self._names: dict[int, str] = {}
+        self._counts: dict[tuple[str, int, str], dict[int, int]] = {}
+        watch(self)
+
+    def choose(self, topk_ids: torch.Tensor, address: int) -> Mapping[str, Any] | None:
+        """The config for a batch, counted; None for an empty one."""
+        num_tokens = len(topk_ids)
+        if not num_tokens:
+            return None
+        position = self._near.index(num_tokens)
+        name = self._names.setdefault(address, f"experts.{len(self._names)}")
+        if capturing():
+            index, mode = self.plan.static.index(num_tokens), "captured"
+        else:
+            state = self._seen.get((address, position))
+            if state is None:
+                state = self._seen[address, position] = Lagged(self.shape.num_local_experts)
+            counts, mode = state.latest(), "lagged"
+            if counts is None or not counts.any():
+                index = self.plan.static.index(num_tokens)
+            else:
+                index = self.policy.index(counts, num_tokens)
+            state.read(topk_ids, None)
+        ran = self._counts.setdefault((name, position, mode), {})
+        ran[index] = ran.get(index, 0) + 1
+        return self.plan.configs[index]
+
+    def telemetry(self) -> list[Telemetry]:
+        """Host launches; replays of a captured graph are not seen."""
+        return [
+            Telemetry(name, self._tokens[position], mode, dict(ran), sum(ran.values()))
+            for (name, position, mode), ran in list(self._counts.items())
+        ]
+
+
+class Named:
+    """A kernel of which only the name is needed here."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name

@@ -1,0 +1,382 @@
+"""vLLM: its Triton fused-MoE layers run the config that is fastest for each step's routing, with no line of it changed.
+
+vLLM finds `register` by the entry point group ``vllm.general_plugins``. It changes one function, the constructor of
+`FusedMoEKernel`: a kernel that is made for a layer with a plan (`rampwrap.engines.plans` says where those lie) gets our
+launch in place of its own `_fused_experts`; all others stay as they are. A layer is taken where
+
+- vLLM itself runs it with `TritonExperts` (its choice on Hopper; elsewhere start it with ``--moe-backend triton``),
+- it is SiLU-gated without biases, in bf16, fp16 or FP8 with 128x128 scale blocks, without LoRA,
+- a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set.
+
+With tensor parallelism the shape is that of a rank's slice, with expert parallelism the histogram is that of the local
+experts. The choice is made on the GPU, so it lives in full and piecewise CUDA graphs as in eager mode: vLLM runs every
+size once before it captures it, which is when kernels are compiled. Scratch memory comes from vLLM's own workspace.
+Plans are read when an engine starts; one that is replaced later counts from the next start on.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from rampwrap.device import Device
+from rampwrap.engines.plans import DISABLE, Fit, OneWarning, Plans, disabled
+from rampwrap.engines.warming import ensure_compiled
+from rampwrap.errors import CaptureError, RampwrapError
+from rampwrap.kernel import MoEShape
+from rampwrap.lane import Layer, capturing
+from rampwrap.observe import start_log
+from rampwrap.selector import Selector, graph_modes
+
+TESTED = ("0.26",)
+"Releases (major.minor) whose sources this module was checked against, and which it serves."
+KERNELS = ("triton_fused_moe", "vllm_fused_moe")
+"In order of preference where plans for both fit: ours is 1.12x faster than vLLM's on an H200 in geometric mean."
+REFUSED = "RAMPWRAP_REFUSED_VLLM"
+"Set for child processes, which load the plugin again, once a version was refused: the operator reads it once."
+
+_PACKAGE = "vllm.model_executor.layers.fused_moe"
+_FP8 = torch.float8_e4m3fn
+_GROUP = 128
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# What `_fused_experts` is called with; a release with other names has another contract, whatever its number.
+_EXPECTED = (
+    *("in_dtype", "a1q", "a1q_scale", "w1", "w2", "topk_weights", "topk_ids", "activation", "expert_map"),
+    *("apply_router_weight_on_input", "output_alias"),
+)
+
+# Below vLLM's own logger, so that lines come in its format and by its settings.
+logger = logging.getLogger("vllm.rampwrap")
+_warn = OneWarning(logger)
+
+
+def register() -> None:
+    """The plugin: idempotent, in every process of vLLM, and without touching a GPU."""
+    if disabled():
+        logger.debug("rampwrap leaves vLLM as it is: %s is set.", DISABLE)
+        return
+    version = str(importlib.import_module("vllm").__version__)
+    if ".".join(version.split(".")[:2]) not in TESTED:
+        if os.environ.get(REFUSED) != version:
+            os.environ[REFUSED] = version
+            _warn(
+                "version",
+                "rampwrap leaves vLLM %s as it is: it is tested with %s; install one of those, or a newer rampwrap.",
+                version,
+                ", ".join(f"{release}.x" for release in TESTED),
+            )
+        return
+    install(importlib.import_module(f"{_PACKAGE}.modular_kernel"))
+
+
+def install(module: Any) -> bool:
+    """Makes kernels of vLLM's module `modular_kernel` that are constructed from now on look for a plan; once.
+
+    Returns:
+        Whether it is installed; not where the module's functions have other parameters than those of `TESTED`.
+    """
+    made = module.FusedMoEKernel.__init__
+    if hasattr(made, "rampwrap"):
+        return True
+    names = tuple(inspect.signature(module.FusedMoEKernelModularImpl._fused_experts).parameters)
+    if missing := [name for name in _EXPECTED if name not in names]:
+        _warn("signature", "rampwrap leaves vLLM as it is: its experts take no %s.", ", ".join(missing))
+        return False
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        made(self, *args, **kwargs)
+        try:
+            _attach(self)
+        except Exception:
+            # An engine that would have started must start.
+            logger.exception("rampwrap leaves a layer of vLLM as it is, after an error of its own:")
+
+    __init__.rampwrap = True  # type: ignore[attr-defined]
+    module.FusedMoEKernel.__init__ = __init__
+    return True
+
+
+class _Engine:
+    """What the layers of one engine (one `VllmConfig`) share: its plans, as they were at its start, and selectors."""
+
+    def __init__(self, config: Any) -> None:
+        self.plans = Plans.read()
+        self.model = str(getattr(getattr(config, "model_config", None), "model", "MODEL"))
+        mode = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
+        self.eager = getattr(mode, "name", "") == "NONE"
+        parallel = getattr(config, "parallel_config", None)
+        self.ubatches = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
+        self.selectors: dict[str, Selector] = {}
+        self.layers = 0
+        self.seconds = 0.0
+        # Graphs know buffers by address: those that were captured must outlive a second engine's workspace.
+        self.kept: dict[int, torch.Tensor] = {}
+        for sentence in self.plans.broken:
+            _warn(sentence, "rampwrap passes over a file: %s", sentence)
+
+    def selector(self, fit: Fit, shape: MoEShape, device: Device, most_tokens: int) -> Selector:
+        """The selector of a plan, made for the first layer that has it."""
+        found = self.selectors.get(fit.path)
+        if found is None or found.max_tokens < most_tokens:
+            mode = "auto" if graph_modes(fit.kernel) or not self.eager else "lagged"
+            found = Selector(
+                fit.kernel, fit.plan, max_tokens=most_tokens, mode=mode, shape=shape, device=device, strict=True
+            )
+            self.selectors[fit.path] = found
+            ensure_compiled(found, fit.path)
+            start_log()
+            logger.info("rampwrap chooses configs of %s for layers of %s by %s.", fit.kernel.name, shape, fit.path)
+        return found
+
+
+_engines: dict[int, tuple[Any, _Engine]] = {}
+
+
+def _engine() -> _Engine:
+    """That of the engine which is being built; engines that are gone take theirs along."""
+    config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
+    found = _engines.get(id(config))
+    if found is not None and found[0]() is config:
+        return found[1]
+    key, made = id(config), _Engine(config)
+    alive: Any = (lambda: None) if config is None else weakref.ref(config, lambda _: _engines.pop(key, None))
+    _engines[key] = (alive, made)
+    return made
+
+
+@attrs.frozen
+class Refusal:
+    """Why a layer stays with vLLM; `level` says who needs to know."""
+
+    reason: str
+    level: int = logging.DEBUG
+
+
+def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
+    """The shape of a layer on this rank by vLLM's `FusedMoEConfig` and `FusedMoEQuantConfig`, or why we cannot run it."""
+    activation = getattr(config.activation, "value", config.activation)
+    if activation != "silu":
+        return Refusal(f"its activation is {activation}, not silu")
+    if config.has_bias or quant.w1_bias is not None or quant.w2_bias is not None:
+        return Refusal("its experts have biases")
+    if any(getattr(quant, name, None) is not None for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")):
+        return Refusal("its activation is clamped or scaled")
+    if config.is_lora_enabled:
+        return Refusal("LoRA is enabled")
+    if config.in_dtype not in _DTYPES:
+        return Refusal(f"its activations are {config.in_dtype}")
+    if quant.quant_dtype is None and quant.weight_quant_dtype is None:
+        dtype = _DTYPES[config.in_dtype]
+    elif quant.quant_dtype == _FP8 and quant.weight_quant_dtype == _FP8 and quant.block_shape == [_GROUP, _GROUP]:
+        if quant.a1_scale is not None or quant.a2_scale is not None:
+            return Refusal("its activations have static scales")
+        if config.in_dtype != torch.bfloat16:
+            return Refusal(f"its FP8 layers take {config.in_dtype}, not bfloat16")
+        dtype = "fp8"
+    else:
+        return Refusal(f"it is quantised as {quant.weight_quant_dtype} with {quant.quant_dtype} activations")
+    return MoEShape(
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_dim,
+        config.intermediate_size_per_partition,
+        dtype,
+        config.num_local_experts,
+    )
+
+
+def command(model: str, config: Any) -> str:
+    """The command that makes the plans of a model for this parallelism."""
+    tp_size, ep_size = config.tp_size, config.ep_size
+    ranks = ep_size if config.use_ep else tp_size
+    more = (f" --tp-size {ranks}" if ranks > 1 else "") + (" --ep" if config.use_ep and ep_size > 1 else "")
+    return f"rampwrap profile --engine vllm --model {model}{more}"
+
+
+def _attach(kernel: Any) -> None:
+    """Gives a vLLM kernel our launch where there is a plan for its layer."""
+    impl = kernel.impl
+    experts = getattr(impl, "fused_experts", None)
+    config, quant = getattr(experts, "moe_config", None), getattr(experts, "quant_config", None)
+    if disabled() or config is None or quant is None:
+        return
+    start = time.perf_counter()
+    if importlib.import_module("vllm.envs").VLLM_BATCH_INVARIANT:
+        _warn("invariant", "rampwrap leaves vLLM as it is: VLLM_BATCH_INVARIANT is set.", level=logging.INFO)
+        return
+    shape = layer_shape(config, quant)
+    if isinstance(shape, Refusal):
+        _warn(shape.reason, "rampwrap leaves a layer to vLLM: %s.", shape.reason, level=shape.level)
+        return
+    engine, device = _engine(), Device.current()
+    fit = engine.plans.find(shape, device, KERNELS)
+    if fit is None:
+        if config.tp_rank == config.ep_rank == config.dp_rank == 0:
+            _warn(
+                f"plan for {engine.model}",
+                "rampwrap leaves vLLM's MoE layers (%s) as they are: %s; make a plan with '%s'.",
+                shape,
+                engine.plans.why_not(shape, device, KERNELS),
+                command(engine.model, config),
+            )
+        return
+    if (refusal := _refusal(impl, experts, shape, engine)) is not None:
+        _warn(refusal.reason, "rampwrap leaves a layer with a plan to vLLM: %s.", refusal.reason, level=refusal.level)
+        return
+    tokens = config.max_num_tokens * max(1, config.dp_size)
+    selector = engine.selector(fit, shape, device, tokens)
+    if shape.dtype == "fp8":
+        kind: Any = type(experts)
+        experts.__class__ = _deferring(kind)
+    impl._fused_experts = Experts(impl, selector, engine)
+    engine.layers += 1
+    engine.seconds += time.perf_counter() - start
+
+
+def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refusal | None:
+    """What stands against our launch in a layer that has a plan."""
+    triton = importlib.import_module(f"{_PACKAGE}.experts.triton_moe").TritonExperts
+    if type(experts) is not triton:
+        name = type(experts).__name__
+        return Refusal(f"vLLM runs it with {name}; start it with --moe-backend triton", logging.WARNING)
+    if engine.ubatches:
+        return Refusal("micro-batches (DBO) share scratch memory between streams", logging.WARNING)
+    plain = type(impl.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"
+    if shape.dtype == "fp8" and not plain:
+        return Refusal("FP8 activations of other ranks arrive quantised", logging.WARNING)
+    return None
+
+
+@functools.cache
+def _deferring(experts: Any) -> type:
+    """vLLM's experts, told to leave the quantisation of activations to the launch, as ours does it itself."""
+    return type(experts.__name__, (experts,), {"expects_unquantized_inputs": property(lambda self: True)})
+
+
+class Experts:
+    """In place of the bound method `_fused_experts` of one layer's kernel: same arguments by name, same result."""
+
+    def __init__(self, impl: Any, selector: Selector, engine: _Engine) -> None:
+        self._impl, self._engine, self.selector = impl, engine, selector
+        self._own = impl._fused_experts
+        self._scales: dict[str, torch.Tensor] = {}
+        if selector.shape.dtype == "fp8":
+            quant = impl.fused_experts.quant_config
+            self._scales = {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
+        parameters = inspect.signature(selector.kernel.launch).parameters
+        self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
+        self._layer: Layer | None = None
+        self._given_up = False
+
+    def __call__(self, **call: Any) -> Any:
+        """One step of the layer; what we cannot run goes to vLLM's own launch."""
+        if self._given_up or not self._runnable(call):
+            return self._own(**call)
+        try:
+            if self._layer is None:
+                self._layer = self.selector.layer(self._name())
+            return self._layer(**self._arguments(call))
+        except CaptureError as error:
+            _warn("capture", "rampwrap leaves a captured step to vLLM: %s", error)
+        except RampwrapError as error:
+            self._given_up = True
+            _warn(str(error), "rampwrap leaves a layer with a plan to vLLM: %s", error)
+        return self._own(**call)
+
+    def _runnable(self, call: Mapping[str, Any]) -> bool:
+        shape, hidden, ids = self.selector.shape, call["a1q"], call["topk_ids"]
+        tokens = ids.shape[0]
+        return (
+            0 < tokens <= self.selector.max_tokens
+            and hidden.dim() == 2
+            and hidden.dtype == call["in_dtype"]
+            and hidden.is_contiguous()
+            and ids.is_contiguous()
+            and tuple(call["w1"].shape) == (shape.num_local_experts, 2 * shape.intermediate_size, shape.hidden_size)
+            and call["w1"].is_contiguous()
+            and call["w2"].is_contiguous()
+            and not call["apply_router_weight_on_input"]
+            and getattr(self._impl.fused_experts, "_lora_context", None) is None
+            and (call["expert_map"] is not None or shape.num_local_experts == shape.num_experts)
+        )
+
+    def _arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        hidden, ids = call["a1q"], call["topk_ids"]
+        out: dict[str, Any] = {
+            "hidden_states": hidden,
+            "w13": call["w1"],
+            "w2": call["w2"],
+            "topk_weights": call["topk_weights"],
+            "topk_ids": ids,
+            **self._scales,
+        }
+        if call["expert_map"] is not None:
+            out["expert_map"] = call["expert_map"]
+        if self._takes_out:
+            # The caller's own output saves the copy that vLLM makes of what its experts return.
+            alias = call.get("output_alias")
+            usable = alias is not None and (alias.shape, alias.dtype) == (hidden.shape, hidden.dtype)
+            out["out"] = alias if usable else torch.empty_like(hidden)
+        if self._takes_memory and (memory := self._memory(len(ids))) is not None:
+            out["workspace"] = memory
+        return out
+
+    def _memory(self, num_tokens: int) -> Any:
+        """A workspace in the memory that vLLM keeps for its own experts; None lets the selector allocate one."""
+        manager = importlib.import_module("vllm.v1.worker.workspace")
+        if not manager.is_workspace_manager_initialized():
+            return None
+        from rampwrap.kernels.triton.workspace import Workspace
+
+        names, specs = _layout(self.selector.shape, num_tokens)
+        tensors = manager.current_workspace_manager().get_simultaneous(*specs)
+        if capturing():
+            self._engine.kept.setdefault(tensors[0].data_ptr(), tensors[0])
+        slots = num_tokens * self.selector.shape.top_k
+        return Workspace(slots, **dict(zip(names, tensors, strict=True)))
+
+    def _name(self) -> str:
+        """The layer's name in the model, by which its figures are reported."""
+        context = importlib.import_module("vllm.forward_context")
+        if context.is_forward_context_available():
+            for name, layer in context.get_forward_context().no_compile_layers.items():
+                method = getattr(getattr(layer, "routed_experts", None), "quant_method", None)
+                kernel = getattr(method, "moe_kernel", None)
+                if kernel is not None and kernel.impl is self._impl:
+                    return str(name)
+        return f"layer {id(self):x}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(
+    shape: MoEShape, num_tokens: int
+) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
+    """Names, shapes and types of a `Workspace` of a batch."""
+    from rampwrap.kernels.triton.workspace import workspace
+
+    made = workspace(shape, num_tokens, "meta")
+    fields = [(field.name, getattr(made, field.name)) for field in attrs.fields(type(made))]
+    tensors = [(name, value) for name, value in fields if isinstance(value, torch.Tensor)]
+    return tuple(name for name, _ in tensors), tuple((tuple(t.shape), t.dtype) for _, t in tensors)
+
+
+def engines() -> list[dict[str, Any]]:
+    """What was attached in this process: layers, plans and seconds spent at start, one entry for each engine."""
+    return [
+        {"model": its.model, "layers": its.layers, "plans": sorted(its.selectors), "seconds": its.seconds}
+        for _, its in _engines.values()
+    ]
+
+
+def selectors() -> list[Selector]:
+    """Those of all engines in this process, for `Selector.explain` and `Selector.telemetry`."""
+    return [selector for _, its in _engines.values() for selector in its.selectors.values()]

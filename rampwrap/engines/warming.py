@@ -1,0 +1,158 @@
+"""Compiles what a selector launches before an engine needs it, in parallel, and only where it was not yet done.
+
+In the engine's own process the kernels of a plan take a minute or two one by one; sixteen processes take seconds, and
+Triton's disk cache keeps them for every later start on the machine.
+
+    python -m rampwrap.engines.warming PLAN.json MAX_TOKENS
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rampwrap._version import __version__
+from rampwrap.catalog import make_kernel
+from rampwrap.kernel import Config, Kernel, MoEShape
+from rampwrap.plan import Plan
+from rampwrap.selector import Selector
+
+logger = logging.getLogger("vllm.rampwrap")
+LIMIT_S = 600
+MAX_TOKENS = 16384
+"Tokens of a step that engines allow by default on large GPUs."
+
+
+def ensure_compiled(selector: Selector, path: str) -> bool:
+    """Compiles in processes of their own what `selector` will launch, unless Triton's cache has it from before.
+
+    The processes need up to half a gigabyte of the GPU each and are gone when this returns. A failure costs time only:
+    the engine then compiles as it goes.
+
+    Args:
+        selector: of a plan for our Triton kernel; others have their own way and are left alone.
+        path: the plan's file, which the processes read.
+
+    Returns:
+        Whether something had to be compiled.
+    """
+    if selector.kernel.name != "triton_fused_moe" or not torch.cuda.is_available():
+        return False
+    mark = _mark(selector, path)
+    with _locked(mark.with_suffix(".lock")):
+        if mark.exists():
+            return False
+        logger.info("rampwrap compiles the kernels of %s, once on this machine.", path)
+        run = [sys.executable, "-m", "rampwrap.engines.warming", path, str(selector.max_tokens)]
+        found = [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))}
+        try:
+            done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+            failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failed = [str(error)]
+        if failed:
+            logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", failed[0])
+            return True
+        mark.touch()
+    return True
+
+
+def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool:
+    """`ensure_compiled` for a plan's file, for batches as large as engines run them."""
+    if not torch.cuda.is_available():
+        return False
+    return ensure_compiled(Selector(kernel, path, max_tokens=max_tokens), path)
+
+
+def compile_plan(selector: Selector) -> list[str]:
+    """Compiles every bucket of a selector for our Triton kernel up to its `max_tokens`; the errors, as sentences."""
+    from rampwrap.kernels.triton.warm import warm, warm_merged
+
+    single, several, merged = launched(selector)
+    shape: MoEShape = selector.shape
+    reasons = warm(shape, single) if single else []
+    reasons += warm(shape, several, persistent=True) if several else []
+    reasons += warm_merged(shape, merged) if merged else []
+    return [reason for reason in reasons if reason]
+
+
+def launched(selector: Selector) -> tuple[list[Config], list[Config], list[tuple[Config, ...]]]:
+    """What the buckets up to `max_tokens` launch: configs alone, configs among candidates, and lists merged."""
+    single: list[Config] = []
+    several: list[Config] = []
+    merged: list[tuple[Config, ...]] = []
+    for tokens in _firsts(selector):
+        bucket = selector.bucket(tokens)
+        if len(bucket.configs) == 1:
+            single.append(bucket.configs[0])
+        elif bucket.mode == "merged" and selector.shape.dtype != "fp8":
+            merged.append(bucket.configs)
+        else:
+            several += bucket.configs
+    return _once(single), _once(several), _once(merged)
+
+
+def _firsts(selector: Selector) -> list[int]:
+    """A token count of each bucket."""
+    tokens, found = 1, []
+    while tokens <= selector.max_tokens:
+        position = selector.bucket(tokens).position
+        found.append(tokens)
+        low, high = tokens, selector.max_tokens + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if selector.bucket(middle).position == position else (low, middle)
+        tokens = high
+    return found
+
+
+def _once(items: Sequence[Any]) -> list[Any]:
+    out: list[Any] = []
+    for item in items:
+        if item not in out:
+            out.append(item)
+    return out
+
+
+def _mark(selector: Selector, path: str) -> pathlib.Path:
+    """Stands for these kernels in Triton's cache: named by all that decides what is compiled."""
+    import triton
+
+    root = pathlib.Path(os.environ.get("TRITON_CACHE_DIR") or pathlib.Path.home() / ".triton" / "cache")
+    said = hashlib.sha256(f"{__version__} {triton.__version__}".encode())
+    sources = (pathlib.Path(__file__).parents[1] / "kernels" / "triton").glob("*.py")
+    for file in (pathlib.Path(path), *sorted(sources)):
+        said.update(file.read_bytes())
+    root.mkdir(parents=True, exist_ok=True)
+    return root / f"rampwrap-{said.hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """One process of a machine at a time; ranks that come second find the work done."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compiles one plan."""
+    plan = Plan.load(argv[0])
+    kernel = make_kernel(plan.kernel, plan.shape)
+    reasons = compile_plan(Selector(kernel, plan, max_tokens=int(argv[1])))
+    for reason in reasons:
+        print(reason, file=sys.stderr)
+    return 1 if reasons else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
