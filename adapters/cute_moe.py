@@ -276,8 +276,8 @@ class CuteFusedMoE:
                     f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}{layout}; "
                     f"give contiguous {kinds} {expected}."
                 )
-            if tensor.data_ptr() % 16 and name not in ("topk_ids", "topk_weights", "expert_map"):
-                raise InputError(f"{name} does not start at a multiple of 16 bytes, which TMA needs; give a copy.")
+            if tensor.data_ptr() % 16 and name in (("w13", "w2") if fp8 else ("w13", "w2", "hidden_states")):
+                raise InputError(f"{name} does not start at a multiple of 16 bytes, as its copies need; give a copy.")
         if memory is not None and memory.num_slots < topk_ids.numel():
             raise InputError(
                 f"The workspace holds {memory.num_slots} slots, this batch has {topk_ids.numel()}; allocate a larger one."

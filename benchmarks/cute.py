@@ -108,6 +108,7 @@ def table(name: str, shape: MoEShape, title: str, a: argparse.Namespace) -> tupl
     configs, checked = list(kernel.configs), {}
     if name == "cute":
         configs, checked = check(kernel)
+        configs = [config for config in configs if config["group_m"] in a.group_m]
     else:
         third_party.warm(name, kernel, shape, a.processes)
     rows = workload_grid(a.tokens, [Routing.parse(text) for text in a.routings], "train", a.seed)
@@ -187,18 +188,9 @@ def compare(tables: dict[str, Timings], shape: MoEShape, bandwidth: float) -> di
     return found
 
 
-def worth_keeping(timings: Timings, within: float, most: int) -> list[Config]:
-    """Configs that are within a factor of the best at some workload; those that are so at most workloads first."""
-    near = timings.us <= np.nanmin(timings.us, axis=1, keepdims=True) * within
-    order = np.argsort(-near.sum(axis=0), kind="stable")
-    winners = np.unique(np.nanargmin(timings.us, axis=1))
-    kept = dict.fromkeys([*winners.tolist(), *(int(i) for i in order if near[:, i].any())])
-    return [timings.configs[index] for index in list(kept)[:most]]
-
-
 def judge_dispatch(timings: Timings, shape: MoEShape, title: str, a: argparse.Namespace) -> dict[str, Any]:
     """Headroom, regret and speedup of the dispatcher over these kernels' own static table, on held-out workloads."""
-    kernel, configs = CuteFusedMoE(shape, a.form), worth_keeping(timings, a.keep, a.most_configs)
+    kernel, configs = CuteFusedMoE(shape, a.form), third_party.worth_keeping(timings, a.keep, a.most_configs)
     print(
         f"dispatch {title}: {len(configs)} of {len(timings.configs)} configs are within {a.keep} of the best somewhere"
     )
@@ -226,6 +218,7 @@ def main() -> int:
     parser.add_argument("--rivals", nargs="*", default=["triton", "vllm", "alpha"], choices=["triton", "vllm", "alpha"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))
+    parser.add_argument("--group-m", nargs="+", type=int, default=[1, 8], help="of the CuTe kernels")
     parser.add_argument("--dispatch", action="store_true", help="also judge the dispatcher over these configs")
     parser.add_argument(
         "--keep", type=float, default=1.05, help="configs this near to the best somewhere are dispatched"

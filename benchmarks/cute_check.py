@@ -424,7 +424,7 @@ def time_configs(torch, functions, configs, shapes, all_tokens, say) -> None:
                 made: dict = {}
                 for name in wanted:
                     _, _, block_m, rows = parse("up_" + name)
-                    if hidden % rows or 2 * intermediate % rows or tokens * top_k / num_experts > 8.5 * block_m:
+                    if hidden % rows or 2 * intermediate % rows or tokens * top_k / num_experts > 12 * block_m:
                         continue
                     if block_m not in made:
                         made = {block_m: [Batch(layer, one, block_m, reference=False) for one in ids]}

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
 import graph_tools
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from rampwrap.kernels.triton.select import Candidates, align_and_select, allocat
 from rampwrap.plan import Plan
 from rampwrap.routing import Routing
 from rampwrap.selector import Selector, graph_modes
+from rampwrap.shortlist import Shortlist
 
 # What matters most comes first, as time may run out.
 ALIGN_EXPERTS = (256, 64, 128)
@@ -192,18 +194,20 @@ def bench_replay(
             continue
         graphs = {f"config {i}": layers.single(f"config {i}", plan.configs[i]) for i in alone}
         selectors: dict[str, Selector] = {}
-        asked: dict[str, dict[str, Any]] = {"auto": {"costs": costs}}
+        few = tuple(sorted([static, *(i for i in alone if i != static)][:4]))
+        asked: dict[str, tuple[Plan, dict[str, Any]]] = {"auto": (plan, {"costs": costs})}
         for mode in graph_modes(kernel):
-            asked[f"all, {mode}"] = {"mode": mode, "costs": {mode: dict.fromkeys(range(1, 5), 0.0)}}
-        for name, options in asked.items():
-            selector = Selector(kernel, plan, max_tokens=tokens, strict=True, **options)
+            every = Shortlist(0, tokens, few, static, mode, None, None, "all that have a graph")
+            asked[f"all, {mode}"] = (attrs.evolve(plan, in_graph=(every,)), {"mode": mode})
+        for name, (its, options) in asked.items():
+            selector = Selector(kernel, its, max_tokens=tokens, strict=True, **options)
             bucket = selector.bucket(tokens)
             # A merged list of its own would be compiled here, for minutes at worst.
             if bucket.mode == "merged" and not ready.has(bucket.configs, "merged"):
                 if name != "auto":
                     continue
-                few = {mode: by_count for mode, by_count in (costs or {}).items() if mode != "merged"} or None
-                modes = {"costs": few} if few else {"mode": "early-exit"}
+                others = {mode: by_count for mode, by_count in (costs or {}).items() if mode != "merged"}
+                modes: dict[str, Any] = {"costs": others} if others else {"mode": "early-exit"}
                 selector = Selector(kernel, plan, max_tokens=tokens, strict=True, **modes)
                 bucket = selector.bucket(tokens)
             if not ready.has(bucket.configs):

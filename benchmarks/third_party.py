@@ -2,12 +2,13 @@
 
     python benchmarks/third_party.py --kernels vllm --shapes olmoe qwen3-30b --out OUT
     python benchmarks/third_party.py --kernels alpha --shapes olmoe --out OUT
-    python benchmarks/third_party.py --kernels triton vllm grouped --shapes olmoe --portfolio --out OUT
+    python benchmarks/third_party.py --kernels cute triton vllm grouped --shapes olmoe --portfolio --most-configs 48 --out OUT
 
 Each kernel and shape is profiled in one run (train rows and held-out rows interleaved, CUDA graphs, cold L2), the
 models are fitted to the train rows, and all policies are judged on the held-out ones by their measured times. The
 baseline is the table tuned under uniform routing on the train rows. With --portfolio the tables of all kernels of a
-shape are joined, so that the choice crosses kernels, and compared with each kernel's own static table.
+shape are joined, so that the choice crosses kernels, and compared with each kernel's own static table. With
+--most-configs a short sweep over other workloads comes first, and only the configs that are near the best there stay.
 
 vLLM comes from its package; Alpha-MoE is built outside this repository; what is absent is left out with the reason.
 """
@@ -29,7 +30,7 @@ import torch
 
 from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import InputError, RampwrapError
-from rampwrap.kernel import SHAPES, Kernel, MoEShape
+from rampwrap.kernel import SHAPES, Config, Kernel, MoEShape
 from rampwrap.portfolio import MEMBER
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, Workload, workload_grid
@@ -43,6 +44,10 @@ EVAL_TOKENS = (1, 3, 6, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 4096)
 # three prefills of Qwen3-30B is that of a lognormal of this sigma.
 EVAL_ROUTINGS = ("uniform", "zipf:0.8", "zipf:1.2", "dirichlet:0.1", "dirichlet:0.3", "lognormal:1.05")
 MODELS = ("ramp4", "default")
+# What a short sweep times to see which configs can matter.
+SWEEP_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+SWEEP_ROUTINGS = ("uniform", "dirichlet:0.2")
+KEEP = 1.04
 # With and without alignment, slots and padded rows divisible by 16 or not: what Triton compiles apart.
 WARM_TOKENS = (1, 2, 5, 9, 99, 100)
 
@@ -57,6 +62,10 @@ def make(name: str, shape: MoEShape) -> Kernel:
         from rampwrap.adapters.alpha_moe import AlphaMoE
 
         return AlphaMoE(shape)
+    if name == "cute":
+        from rampwrap.adapters.cute_moe import CuteFusedMoE
+
+        return CuteFusedMoE(shape)
     if name == "grouped":
         from rampwrap.adapters.torch_grouped_mm import TorchGroupedMM
 
@@ -125,6 +134,26 @@ def workloads(traces: Sequence[str], shape: MoEShape, seed: int) -> list[Workloa
         except InputError as error:
             print(f"  without {path}: {error}", file=sys.stderr)
     return train + workload_grid(list(EVAL_TOKENS), held_out, "eval", seed + 1)
+
+
+def worth_keeping(timings: Timings, within: float, most: int) -> list[Config]:
+    """Configs that are within a factor of the best at some workload; those that are so at most workloads first."""
+    near = timings.us <= np.nanmin(timings.us, axis=1, keepdims=True) * within
+    order = np.argsort(-near.sum(axis=0), kind="stable")
+    winners = np.unique(np.nanargmin(timings.us, axis=1))
+    kept = dict.fromkeys([*winners.tolist(), *(int(i) for i in order if near[:, i].any())])
+    return [timings.configs[index] for index in list(kept)[:most]]
+
+
+def sweep(kernel: Kernel, shape: MoEShape, configs: Sequence[Config], arguments: argparse.Namespace) -> list[Config]:
+    """The configs that a short sweep finds near the best somewhere, or all if they are few."""
+    if len(configs) <= arguments.most_configs:
+        return list(configs)
+    rows = workload_grid(
+        list(SWEEP_TOKENS), [Routing.parse(text) for text in SWEEP_ROUTINGS], "train", arguments.seed + 2
+    )
+    timings = profile(kernel, shape, rows, configs=configs, rounds=1, quiet=True, seed=arguments.seed)
+    return worth_keeping(timings, KEEP, arguments.most_configs)
 
 
 def join(tables: Sequence[Timings]) -> Timings:
@@ -202,12 +231,20 @@ def measure(name: str, shape_name: str, arguments: argparse.Namespace) -> tuple[
         print(f"{title}: left out, {error}", file=sys.stderr)
         return None
     warm(name, kernel, shape, arguments.processes)
+    print(
+        f"{title}: {len(kernel.configs)} configs of {kernel.version}, ready in {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    # GROUP_M moves the CuTe kernels by less than repeats do below the largest batches.
+    configs = [config for config in kernel.configs if name != "cute" or config["group_m"] == 1]
+    kept = sweep(kernel, shape, configs, arguments)
     compiled = time.monotonic() - start
-    print(f"{title}: {len(kernel.configs)} configs of {kernel.version}, compiled in {compiled:.0f} s", flush=True)
+    print(f"  {len(kept)} of {len(configs)} configs stay, {compiled:.0f} s", flush=True)
     timings = profile(
         kernel,
         shape,
         workloads(arguments.trace, shape, arguments.seed),
+        configs=kept,
         out=arguments.out / f"{name}-{shape_name}-{dtype}.npz",
         rounds=arguments.rounds,
         budget_s=max(30.0, arguments.budget_seconds - compiled),
@@ -266,11 +303,14 @@ def masked(us: Any, keep: Any) -> Any:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--kernels", nargs="+", default=["vllm", "alpha"], choices=["vllm", "alpha", "triton", "grouped"]
+        "--kernels", nargs="+", default=["vllm", "alpha"], choices=["vllm", "alpha", "triton", "grouped", "cute"]
     )
     parser.add_argument("--shapes", nargs="+", default=["olmoe"], choices=sorted(SHAPES))
     parser.add_argument("--dtype", choices=["bf16", "fp8"], help="by default fp8 for alpha and DeepSeek, else bf16")
     parser.add_argument("--portfolio", action="store_true", help="also judge the choice across the kernels of a shape")
+    parser.add_argument(
+        "--most-configs", type=int, default=1000, help="that are timed on all workloads, of each kernel"
+    )
     parser.add_argument("--trace", nargs="*", default=[], help="files of recorded expert loads (.npz, .npy, .json)")
     parser.add_argument("--budget-seconds", type=float, default=220.0, help="for each kernel and shape")
     parser.add_argument("--rounds", type=int, default=2, help="samples of a cell")

@@ -16,7 +16,7 @@ from rampwrap.ingraph import pack
 from rampwrap.kernel import Config
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static, WaveCost
-from rampwrap.shortlist import COSTS, Shortlist, Span, in_graph, token_spans
+from rampwrap.shortlist import COSTS, SINGLE, Shortlist, Span, in_graph, token_spans
 
 
 @attrs.frozen(eq=False)
@@ -96,7 +96,7 @@ class Buckets:
             its = in_graph(plan.model, plan.shape, its, self._costs, self._max_candidates)
         configs = tuple(self._policy.configs[index] for index in its.candidates)
         if len(configs) == 1:
-            return Bucket(position, its, "single", configs, None)
+            return Bucket(position, its, SINGLE, configs, None)
         from rampwrap.kernels.triton.select import Candidates
 
         packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))

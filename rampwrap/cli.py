@@ -317,7 +317,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--top-k", type=_positive)
         sub.add_argument("--hidden-size", "-K", type=_positive)
         sub.add_argument("--intermediate-size", "-N", type=_positive)
-        sub.add_argument("--dtype", help="bf16, fp16 or fp8; bf16 by default, with --engine what the model's config says")
+        sub.add_argument(
+            "--dtype", help="bf16, fp16 or fp8; bf16 by default, with --engine what the model's config says"
+        )
         sub.add_argument("--tp-size", type=_positive, default=1)
 
     def measuring(sub: argparse.ArgumentParser) -> None:
@@ -342,7 +344,9 @@ def _parser() -> argparse.ArgumentParser:
         "--kernel", default="triton_fused_moe", help=f"{', '.join(catalog.KERNELS)} or package.module:factory"
     )
     p.add_argument(
-        "--engine", choices=ENGINES, help="profile all MoE shapes of the model in the folder --model and write its plans"
+        "--engine",
+        choices=ENGINES,
+        help="profile all MoE shapes of the model in the folder --model and write its plans",
     )
     layer(p)
     p.add_argument("--ep", action="store_true", help="with --engine: the --tp-size ranks share out whole experts")

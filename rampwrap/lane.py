@@ -15,6 +15,7 @@ from rampwrap.ingraph import MAX_CANDIDATES, TALLY
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.lagged import Lagged
 from rampwrap.plan import Plan
+from rampwrap.shortlist import SINGLE
 from rampwrap.telemetry import Telemetry
 
 # Layouts of alignment memory that a lane remembers; making one takes 20 us of host time.
@@ -237,7 +238,7 @@ class Layer:
                 tally = tallies[bucket.position]
                 found.append(Telemetry.of_tally(self.name, its.num_tokens, bucket.mode, its.candidates, tally))
             if host:
-                mode = served.mode if served.mode in ("eager", "lagged") else "single"
+                mode = served.mode if served.mode in ("eager", "lagged") else SINGLE
                 found.append(Telemetry(self.name, its.num_tokens, mode, dict(host), sum(host.values())))
             for row in found:
                 key = (row.num_tokens, row.mode)

@@ -9,6 +9,7 @@ import os
 import sys
 import types
 
+import attrs
 import numpy as np
 import pytest
 
@@ -29,6 +30,7 @@ from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
 from rampwrap.selector import Selector
+from rampwrap.shortlist import Shortlist
 from rampwrap.static import StaticTable
 
 SHAPE = MoEShape(4, 2, 256, 256, "fp8")
@@ -150,7 +152,8 @@ def test_selected(alpha):
     """Behind a Selector: the configs follow the routing, and only the chosen one has rows."""
     configs = (config(8, 64, 4, 2), config(32, 32, 8, 5))
     plan = two_config_plan(alpha, configs)
-    selector = Selector(alpha, plan, max_tokens=16, costs={"early-exit": {2: 0.0}, "merged": {2: 0.0}})
+    both = Shortlist(0, 8, (0, 1), 0, "early-exit", None, None, "for the test")
+    selector = Selector(alpha, attrs.evolve(plan, in_graph=(both,)), max_tokens=16)
     seen = set()
     for ids in (routing(9), torch.tensor([[0, 1]] * 9, dtype=torch.int32)):
         inputs = alpha.inputs(SHAPE, ids)

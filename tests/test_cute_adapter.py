@@ -281,7 +281,7 @@ def test_default_config_follows_the_batch():
         ("topk_weights", lambda t: t.double(), "topk_weights is float64"),
         ("hidden_states", lambda t: t.half(), "hidden_states is float16"),
         ("out", lambda t: torch.empty(4, 512, dtype=torch.bfloat16)[:, ::2], "not contiguous"),
-        ("hidden_states", lambda t: torch.empty(4 * 256 + 1, dtype=torch.bfloat16)[1:].view(4, 256), "16 bytes"),
+        ("w2", lambda t: torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape), "16 bytes"),
     ],
 )
 def test_wrong_tensors_are_named(name, make, message):

@@ -105,6 +105,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[N
     monkeypatch.delenv("RAMPWRAP_DISABLE", raising=False)
     (tmp_path / "plans").mkdir()
     monkeypatch.setattr(engine, "_serving", None)
+    engine._installation.cache_clear()
     monkeypatch.setattr(engine, "_warn", OneWarning(logging.getLogger("rampwrap")))
     torch._dynamo.reset()
     ExpertsInterface.register("rampwrap", engine.experts_forward)
@@ -387,6 +388,7 @@ def test_what_keeps_the_kernel_away(
         version: Callable[[str], str] = importlib.metadata.version
         other = {"transformers": "6.0.1"}
         monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or version(name))
+        engine._installation.cache_clear()
         with pytest.raises(InputError, match=r"6\.0\.1 was not tested with rampwrap; use 5\.17"):
             engine.register()
     given = inputs()
@@ -394,6 +396,7 @@ def test_what_keeps_the_kernel_away(
         out = engine.experts_forward(module, *given)
         torch.testing.assert_close(out, ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *given), rtol=0, atol=0)
     assert ("RAMPWRAP_DISABLE is set" if how == "switch" else "6.0.1") in caplog.text
+    engine._installation.cache_clear()
 
 
 def test_warm_prepares_sizes(tmp_path: pathlib.Path) -> None:

@@ -78,7 +78,7 @@ def random_model(rng, num_candidates, num_experts=64):
     return Local(geometry, span, 0.01, local if rng.random() < 0.8 else (), coef, weights, support, block_ms)
 
 
-@relaxed
+@settings(parent=relaxed, max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), num_candidates=st.integers(1, 4), costly=st.sampled_from([0.0, 0.37, 2.0]))
 def test_chooses_like_the_host(seed, num_candidates, costly):
     """Bit for bit, whatever the model and the histogram: empty, even, all on one expert, a slot more or less."""

@@ -28,7 +28,7 @@ from rampwrap.moe_op import compiled
 from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
 from rampwrap.selector import Selector
-from rampwrap.shortlist import Shortlist, all_in_graph, serving
+from rampwrap.shortlist import Shortlist, all_in_graph, in_graph, serving, token_spans
 from rampwrap.sim import SimKernel
 from rampwrap.static import StaticTable
 from rampwrap.telemetry import Telemetry
@@ -40,7 +40,6 @@ DEVICE = "cpu" if INTERPRETED.value else "cuda"
 SHAPE = MoEShape(8, 2, 64, 32)
 KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
 ROWS = ((16, 64, 64, 1, 4, 3, False), (32, 64, 64, 1, 4, 3, False), (16, 64, 64, 1, 4, 3, True))
-FREE = {mode: {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0} for mode in ("early-exit", "merged", "parallel")}
 
 
 class Small(TritonFusedMoE):
@@ -90,6 +89,16 @@ def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1, coef=COEF):
     )
 
 
+def every(plan, mode="early-exit"):
+    """The same plan, storing all three configs as candidates wherever there is something to choose."""
+    lists = []
+    for span in token_spans(plan.shape, plan.static, plan.buckets):
+        its = in_graph(plan.model, plan.shape, span, {mode: {}})
+        more = {"candidates": (0, 1, 2), "static": 0, "why": "3 candidates for the test"} if span.pool else {}
+        lists.append(attrs.evolve(its, mode=mode, **more))
+    return attrs.evolve(plan, in_graph=tuple(lists))
+
+
 @pytest.fixture(scope="module")
 def kernel():
     return Small()
@@ -110,9 +119,7 @@ def ids_with(active, num_tokens, seed=0):
 @pytest.mark.parametrize("mode", ["early-exit", "merged", "auto"])
 def test_same_bits_as_the_chosen_config(kernel, plan, mode):
     """Each routing runs the config that the host policy names, and gives its bits; all candidates get their turn."""
-    selector = Selector(
-        kernel, plan, max_tokens=16, mode=mode, costs={name: FREE[name] for name in ("early-exit", "merged")}
-    )
+    selector = Selector(kernel, every(plan, mode.replace("auto", "early-exit")), max_tokens=16, mode=mode)
     policy, seen = plan.policy(), set()
     for active in (1, 2, 4, 6, 8):
         inputs = kernel.inputs(SHAPE, ids_with(active, 12))
@@ -156,7 +163,7 @@ def test_split_candidates(merged, chosen):
 
 def test_small_batches_add_nothing(kernel, plan):
     """One token has no routing to choose by: the static config is launched alone."""
-    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    selector = Selector(kernel, every(plan), max_tokens=16)
     inputs = kernel.inputs(SHAPE, ids_with(8, 1))
     assert torch.equal(selector(**inputs), kernel.launch(plan.configs[0], **inputs))
     assert selector.bucket(1).candidates is None and selector.counts() == {}
@@ -193,7 +200,7 @@ def test_eager_and_lagged(kernel, plan):
 
 def test_lanes_have_memory_of_their_own(kernel, plan):
     """Two lanes share counters, not memory; what is held is stated."""
-    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    selector = Selector(kernel, every(plan), max_tokens=16)
     tallies = selector.memory_bytes
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
     first, second = selector.lane(), selector.lane()
@@ -205,7 +212,7 @@ def test_lanes_have_memory_of_their_own(kernel, plan):
 
 def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
     """Each layer reports what it chose, what was predicted, and how its tokens were spread."""
-    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    selector = Selector(kernel, every(plan), max_tokens=16)
     first, second = selector.layer("model.0"), selector.layer("model.1")
     assert selector.layer("model.0") is first and first._lane is second._lane
     skewed, even = kernel.inputs(SHAPE, ids_with(2, 12)), kernel.inputs(SHAPE, ids_with(8, 12))
@@ -275,7 +282,7 @@ def test_switch(kernel, plan, monkeypatch, kind):
         Selector(its, plan, max_tokens=16, mode="switch")
     monkeypatch.setattr(conditional, "require", lambda: None)
     monkeypatch.setattr(conditional, "Switch", FakeSwitch)
-    selector = Selector(its, plan, max_tokens=16, mode="switch", costs={"switch": FREE["merged"]})
+    selector = Selector(its, every(plan, "switch"), max_tokens=16, mode="switch")
     for capturing in (False, True):
         monkeypatch.setattr(lane, "capturing", lambda capturing=capturing: capturing)
         before = FakeSwitch.added
@@ -297,7 +304,7 @@ def test_switch(kernel, plan, monkeypatch, kind):
 def test_any_token_count_is_looked_up(kernel):
     """Hundreds of batch sizes share the plan's few buckets; the first and the last size beyond reach are static."""
     many = small_plan(kernel, num_buckets=4)
-    selector = Selector(kernel, many, max_tokens=4096, mode="early-exit", costs=FREE)
+    selector = Selector(kernel, every(many), max_tokens=4096)
     buckets = [selector.bucket(tokens) for tokens in range(4097)]
     assert len(set(map(id, buckets))) == len(selector._buckets) < 10
     assert [b.candidates is None for b in (buckets[0], buckets[1], buckets[3], buckets[128], buckets[129])] == [
@@ -319,8 +326,10 @@ def test_the_plan_brings_its_shortlists(kernel, plan):
     stored = attrs.evolve(plan, in_graph=(*lists[:where], odd, *lists[where + 1 :]))
     selector = Selector(kernel, stored, max_tokens=16)
     assert selector.bucket(12).shortlist == odd and "because the file says so" in selector.explain()
-    assert Selector(kernel, stored, max_tokens=16, costs=FREE).bucket(12).shortlist.candidates == (0, 1, 2)
-    assert Selector(kernel, stored, max_tokens=16, mode="early-exit").bucket(12).mode in ("early-exit", "single")
+    dear = {"early-exit": {2: 1e3}}
+    assert len(Selector(kernel, stored, max_tokens=16, costs=dear).bucket(12).configs) == 1
+    # It was stored for merged: another mode has its own costs.
+    assert "because" not in Selector(kernel, stored, max_tokens=16, mode="early-exit").bucket(12).shortlist.why
     assert Selector(kernel, plan, max_tokens=16).bucket(12).shortlist == lists[where]
 
 
@@ -351,7 +360,7 @@ def test_refusals(kernel, plan, sim_plan):
 
 def test_operator(kernel, plan):
     """The custom op passes torch's own checks, traces into one graph and gives the selector's bits."""
-    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE)
+    selector = Selector(kernel, every(plan), max_tokens=16)
     layer = compiled(selector)
     names = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
@@ -370,7 +379,7 @@ def test_operator(kernel, plan):
 
 def test_operator_needs_its_selector(kernel, plan):
     """A selector that is gone is named in the error."""
-    layer = compiled(Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=FREE))
+    layer = compiled(Selector(kernel, every(plan), max_tokens=16))
     gc.collect()
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
     with pytest.raises(InputError, match="keep the Selector alive"):

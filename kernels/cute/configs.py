@@ -57,6 +57,8 @@ TILES: dict[tuple[int, int], tuple[int, ...]] = {
     (32, 8): (3, 4, 5, 6),
 }
 "(block_n, warp_n) and the depths compiled for it: narrow tiles need more stages to keep 64 KB of loads in flight."
+MAX_SUMS_OF_ONE = 128
+"float32 sums of a consumer thread in the one-launch form."
 DOWN_STAGES = {tile: depths[0] for tile, depths in TILES.items()}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
 
@@ -111,7 +113,10 @@ class CuteConfig:
     @property
     def other_registers(self) -> int:
         """Registers of a consumer thread besides accumulators, without which it spills."""
-        return OTHER_REGISTERS + (16 if self.form == "two" and self.block_n == 64 else 0)
+        if self.form == "one" or self.block_n < 64:
+            return OTHER_REGISTERS
+        # Four tiles of a thread are stored, and in bf16 activated, at once: 88x64 and 80x64 spill.
+        return OTHER_REGISTERS + (16 if self.dtype == "fp8" else 48)
 
     @property
     def product_sets(self) -> int:
@@ -240,6 +245,11 @@ def _why_not_compiled(config: CuteConfig) -> str | None:
         return (
             f"It needs {need} registers a thread where {config.consumer_registers} are free, and would spill; "
             "use a smaller block_m or block_n."
+        )
+    # Sums of both products at once: 80x64 in FP8 and 72x64 in bf16 spill.
+    if config.form == "one" and (held := config.block_n // 16 * config.block_m // 2) > MAX_SUMS_OF_ONE:
+        return (
+            f"It keeps {held} sums a thread where one launch has room for {MAX_SUMS_OF_ONE}; use the two-launch form."
         )
     if config.shared_bytes > MAX_SHARED:
         return (

@@ -11,6 +11,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
 
 from rampwrap.kernels.cute import ptx
 from rampwrap.kernels.cute.configs import PRODUCER_REGISTERS, PRODUCER_THREADS, SCALE
@@ -97,11 +98,13 @@ class Down(GroupedGemm):
         num_slots, hidden, columns = slots.shape[0], slots.shape[1], h.shape[1]
         tiles_n = hidden // self.rows
         cute.arch.griddepcontrol_launch_dependents()
+        if warp == 0:
+            cpasync.prefetch_descriptor(tma)
+        self.init_barriers(full, empty, None, warp)
         # Routing was complete before the up launch let this one start; only h is still being written.
         num_blocks = post_padded[0] // self.block_m
         stop = num_blocks * tiles_n
         if cta < stop:
-            self.init_barriers(full, empty, None, warp)
             if warp < PRODUCER_THREADS // 32:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
                 target, source = self.box_partition(tma, tma_w, shared_w, 2)

@@ -7,6 +7,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import cpasync
 
 from rampwrap.kernels.cute import ptx
 from rampwrap.kernels.cute.configs import PRODUCER_REGISTERS, PRODUCER_THREADS, SCALE, CuteConfig
@@ -106,13 +107,15 @@ class Up(GroupedGemm):
         exchange = self.allocate_exchange(memory)
         num_slots, hidden, columns = h.shape[0], x.shape[1], h.shape[1]
         tiles_n = columns // (self.rows // 2)
+        if warp == 0:
+            cpasync.prefetch_descriptor(tma)
+        self.init_barriers(full, empty, exchange[4], warp)
         # All that is read here was written by the launches before; they are done from here on, so that the launch
         # after this one may rely on it as well.
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         num_blocks = post_padded[0] // self.block_m
         if cta < num_blocks * tiles_n:
-            self.init_barriers(full, empty, exchange[4], warp)
             # A cluster goes through the tiles together: its CTAs are neighbours in a group of 128 columns.
             rank = cta % self.cluster
             start, stop, by = cta // self.cluster, num_blocks * (tiles_n // self.cluster), ctas // self.cluster

@@ -13,6 +13,7 @@ once. One operator, `rampwrap::experts`, is all that `torch.compile` sees.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import threading
@@ -290,8 +291,12 @@ def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor)
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _environment(device_type: str, index: int | None) -> str | None:
     """What of the process and the device speaks against the kernel; asked while tracing, not by the traced function."""
-    if disabled():
-        return f"{DISABLE} is set"
+    return f"{DISABLE} is set" if disabled() else _installation(device_type, index)
+
+
+@functools.cache
+def _installation(device_type: str, index: int | None) -> str | None:
+    """What of it cannot change; reading a package's version takes a millisecond, ten times a layer's launches."""
     found = importlib.metadata.version("transformers")
     if ".".join(found.split(".")[:2]) not in TESTED:
         return f"transformers {found} was not tested, only {', '.join(TESTED)}"

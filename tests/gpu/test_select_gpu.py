@@ -252,8 +252,9 @@ def test_capture_of_what_is_not_ready(kernel, plan):
     with pytest.raises(CaptureError, match="no workspace yet"):
         lane = selector.lane()
         captured(lambda: lane(**inputs))
+    lagged = Selector(kernel, plan, max_tokens=64, mode="lagged")
+    lagged(**inputs)
     with pytest.raises(CaptureError, match="freeze the choice"):
-        lagged = Selector(kernel, plan, max_tokens=64, mode="lagged")
         captured(lambda: lagged(**inputs))
     selector.warm([TOKENS], lambda tokens: wide)
     captured(lambda: selector(**wide)).replay()

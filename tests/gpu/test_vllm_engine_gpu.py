@@ -53,7 +53,7 @@ def synthetic_plan(shape, kernel_name="triton_fused_moe"):
     counts = counts[:, : shape.num_local_experts]
     active = (counts > 0).sum(axis=1).astype(float)
     timings = Timings(
-        us=np.stack([200 + 20 * active, 60 + 36 * active], axis=1),
+        us=np.stack([460 + 0.5 * active, 60 + 30 * active], axis=1),
         counts=counts,
         split=("train",) * len(rows),
         label=tuple(row.label for row in rows),
@@ -169,6 +169,7 @@ def test_one_graph_follows_the_routing(place):
     kernel = make_kernel("triton_fused_moe", SHAPE)
     its = kernel.inputs(SHAPE, ids_over(16))
     made, apply = layer(SHAPE)
+    assert len(made.impl._fused_experts.selector.bucket(TOKENS).configs) == 2
     apply(its)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -206,7 +207,7 @@ def test_an_unprepared_size_is_captured_by_vllm(place, caplog):
     graph.replay()
     torch.cuda.synchronize()
     assert error_of(out, want[:32]) < 1e-2
-    assert any("not compiled" in record.getMessage() for record in caplog.records)
+    assert any("leaves a captured step to vLLM" in record.getMessage() for record in caplog.records)
 
 
 ENGINE = """
