@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
-from rampwrap.errors import InputError, RampwrapError
+from rampwrap.errors import ConfigError, InputError, RampwrapError
 from rampwrap.kernel import SHAPES, Config, Kernel, MoEShape
 from rampwrap.portfolio import MEMBER
 from rampwrap.profiler import profile
@@ -253,6 +253,8 @@ def measure(name: str, shape_name: str, arguments: argparse.Namespace) -> tuple[
     )
     extra = {}
     try:
+        if len(kept) < len(kernel.configs):
+            raise ConfigError("it names configs that were not timed.")
         extra["engine"] = kernel.static_table()
         print(f"  its own table: {extra['engine'].source}")
     except (AttributeError, RampwrapError) as error:

@@ -16,8 +16,8 @@ nothing is added to the graph. Modes:
     auto        whichever of those that live in a graph and that the kernel has is expected to be fastest, by `costs`;
                 switch only where `costs` names it
 
-The bits of a choice are tested against the host's; `shortlist.COSTS` are estimates until `benchmarks/in_graph.py` has
-measured them on the machine at hand, so this module is not yet part of the public interface.
+The bits of a choice are tested against the host's. `shortlist.COSTS` were measured on an H200; `benchmarks/in_graph.py`
+measures them on the machine at hand, to be given as `costs`.
 """
 
 import inspect

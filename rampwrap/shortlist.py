@@ -112,12 +112,13 @@ WORTH_CHOOSING = 0.01
 """Least expected gain of choosing on top of its cost. A predicted gain is the luckiest of many: on held-out rows of six
 measured tables lists admitted at 0 lost up to 1.4 % against the base alone where they gained nothing, at 1 % or more
 almost none did, and next to no gain was given up."""
-# Microseconds that so many candidates cost over one config in a graph, estimated from launch counts.
+# Microseconds that so many candidates cost over one config in a graph: OLMoE and Qwen3-30B, 8 to 512 tokens, on an H200
+# (benchmarks/README.md); merging four was not measured.
 COSTS: Mapping[str, Mapping[int, float]] = {
-    "early-exit": {1: 0.0, 2: 3.5, 3: 5.5, 4: 7.5},
-    "merged": {1: 0.0, 2: 1.8, 3: 2.2, 4: 2.6},
-    "parallel": {1: 0.0, 2: 3.0, 3: 3.4, 4: 3.8},
-    "switch": {1: 0.0, 2: 12.0, 3: 12.0, 4: 12.0},
+    "early-exit": {1: 0.0, 2: 8.0, 3: 11.3, 4: 14.5},
+    "merged": {1: 0.0, 2: 5.4, 3: 6.6},
+    "parallel": {1: 0.0, 2: 6.6, 3: 7.4, 4: 9.7},
+    "switch": {1: 0.0, 2: 10.0, 3: 10.0, 4: 10.0},
 }
 
 

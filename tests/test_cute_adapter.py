@@ -235,6 +235,14 @@ def test_nothing_is_allocated_with_a_workspace():
 
 
 @needs_kernels
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_a_workspace_holds_the_blocks_of_every_config(tokens):
+    kernel = kernel_of(BF16, "both")
+    memory = kernel.workspace(tokens, "cpu")
+    for block_m in {config["block_m"] for config in kernel.configs}:
+        assert memory.token_blocks(tokens, BF16.top_k, BF16.num_experts, block_m) is not None
+
+
 def test_given_blocks_are_used_and_checked():
     kernel = kernel_of(BF16)
     inputs = kernel.inputs(BF16, routing(BF16, 12))

@@ -6,11 +6,14 @@ import torch
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.align import TokenBlocks, alignment_ints, blocks_in
-from rampwrap.kernels.triton.configs import MAX_BLOCK_M, partial_rows
+from rampwrap.kernels.triton.configs import partial_rows
 from rampwrap.kernels.triton.quantise import GROUP
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 "Type of hidden states and output for each `MoEShape.dtype`; FP8 layers take and return bf16."
+
+LARGEST_BLOCK_M = 144
+"Of all kernels here: the CuTe kernels go to 144, Triton's to 128, and a workspace serves both."
 
 
 @attrs.frozen
@@ -56,7 +59,7 @@ def workspace(shape: MoEShape, num_tokens: int, device: torch.device | str = "cu
     """
     if num_tokens < 1:
         raise InputError(f"num_tokens is {num_tokens}; give the largest batch the workspace must hold, at least 1.")
-    ints = alignment_ints(num_tokens, shape.top_k, shape.num_local_experts, MAX_BLOCK_M)
+    ints = alignment_ints(num_tokens, shape.top_k, shape.num_local_experts, LARGEST_BLOCK_M)
     return allocate(
         num_tokens,
         shape.top_k,

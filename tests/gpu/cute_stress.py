@@ -26,7 +26,9 @@ ROUTINGS = ("uniform", "zipf:1.2", "hot:1", "dirichlet:0.1")
 CHUNK = 100
 
 
-BOUND = 5e-3
+# In FP8 the tensor cores add 128 products in fewer bits than float32: values of h near the middle of two FP8 numbers
+# fall to the other side, 6 % of such a value. Layers of models are at 0.0033-0.0049, small ones reach 0.0091.
+BOUND = {"bf16": 5e-3, "fp8": 1.2e-2}
 "Largest relative error (Frobenius norm) against float64 with the same quantisation steps; rounding to bf16 is 1.7e-3."
 
 
@@ -82,8 +84,9 @@ def main(arguments=None, device="cuda", make=CuteFusedMoE):
             kernel.launch(config, **inputs, out=out, workspace=memory, waves=waves)
             errors.append((out.double() - expected).norm() / expected.norm().clamp_min(1e-30))
         for (kernel, config, (inputs, _, _), waves), error in zip(drawn, torch.stack(errors).tolist(), strict=True):
-            worst = max(worst, error / BOUND)
-            if not error < BOUND:
+            allowed = BOUND[kernel.shape.dtype]
+            worst = max(worst, error / allowed)
+            if not error < allowed:
                 print(
                     f"{kernel.shape} T={len(inputs['topk_ids'])} {format_config(config)} waves={waves}: off by {error}"
                 )
