@@ -291,7 +291,7 @@ def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
     )
     prefill = (
         CuteConfig(form, dtype, block_m, *PREFILL_TILE, PREFILL_STAGES)
-        for block_m in (PREFILL_BLOCK_MS[dtype] if form == "two" else ())
+        for block_m in (PREFILL_BLOCK_MS.get(dtype, ()) if form == "two" else ())
     )
     return tuple(config for config in (*every, *prefill) if why_illegal(config) is None)
 
