@@ -260,8 +260,12 @@ static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     experts = read_counts(args[1], experts, counts);
     if (experts < 0) Py_RETURN_NONE;
     if (m.configs == 1) return PyLong_FromSsize_t(0); /* the ids were in range, and that was to be seen */
+    int64_t busy = 0;
+    for (Py_ssize_t e = 0; e < experts; e++) busy += counts[e] != 0;
     int64_t slots = predict(&m, counts, experts, us);
     if (slots < 0) Py_RETURN_NONE;
+    /* Fewer active experts than were ever profiled: only the fallback is known to be sound. */
+    if (float_log2((double)busy) * 0.5 < m.low[1]) return PyLong_FromSsize_t(fallback);
     Py_ssize_t best = 0;
     double best_us = INFINITY;
     for (Py_ssize_t c = 0; c < m.configs; c++) {

@@ -113,14 +113,17 @@ class CostModel(abc.ABC):
     def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0) -> int:
         """The config predicted fastest, or the fallback unless the gain exceeds `margin` and the cost of choosing.
 
-        A config never serves beyond twice the range of slots it was profiled on, the fallback excepted. Ties go
-        to the fallback, then to the lower index.
+        A config never serves beyond twice the range of slots it was profiled on, the fallback excepted, nor does any
+        but the fallback with fewer active experts than were ever profiled. Ties go to the fallback, then to the lower
+        index.
 
         Args:
             counts: int [E].
             fallback: index of the static config.
             choosing_us: microseconds that choosing costs.
         """
+        if np.count_nonzero(counts) < self._least_active:
+            return fallback
         us = self._row(counts)
         static_us = us[fallback]
         slots = int(counts.sum())
@@ -138,6 +141,11 @@ class CostModel(abc.ABC):
     ) -> int | None:
         """`choose` straight from expert ids, where `rampwrap.native` can; None: count them and `choose`."""
         return None
+
+    @property
+    def _least_active(self) -> int:
+        """Active experts below which nothing is known; a model that keeps no workloads knows no bound."""
+        return 0
 
     @abc.abstractmethod
     def _row(self, counts: IntArray) -> FloatArray: ...
@@ -264,6 +272,7 @@ class Local(CostModel):
     block_ms: IntArray
     _fast: Tables = attrs.field(init=False, repr=False)
     _packed: bytes = attrs.field(init=False, repr=False)
+    _least: int = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         wanted = {"coef": (self.num_configs, 5), "weights": (self.num_configs, len(self.support))}
@@ -276,6 +285,7 @@ class Local(CostModel):
         margins = tuple((slots, self._margin(slots)) for slots, _ in self.local_error) or ((0, self._margin(0)),)
         object.__setattr__(self, "_fast", tables)
         object.__setattr__(self, "_packed", native.pack(tables, self.span, margins))
+        object.__setattr__(self, "_least", int(min(self.support[:, 1], default=0)))
 
     def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0) -> int:
         """As `CostModel.choose`, in C where `rampwrap.native` can."""
@@ -287,6 +297,10 @@ class Local(CostModel):
     ) -> int | None:
         """`choose` straight from expert ids, where `rampwrap.native` can; None: count them and `choose`."""
         return native.choose(self._packed, topk_ids, num_experts, fallback, choosing_us)
+
+    @property
+    def _least_active(self) -> int:
+        return self._least
 
     def _row(self, counts: IntArray) -> FloatArray:
         us = native.predict(self._packed, counts, self.num_configs)

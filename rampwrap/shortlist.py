@@ -78,11 +78,12 @@ def draw(shape: MoEShape, token_counts: Iterable[int]) -> IntArray:
             for _ in range(DRAWS):
                 ids = routing.sample(tokens, shape.num_experts, shape.top_k, rng)
                 rows.append(expert_counts(ids, shape.num_experts)[: shape.num_local_experts])
-    return np.array(rows)
+    # A rank of few experts may get no token of a small batch, of which there is nothing to learn.
+    return np.array([row for row in rows if row.any()] or rows)
 
 
 def _shortlist(predicted: FloatArray, tokens: int, first: int, most: int, worth: float) -> Bucket:
-    relative = predicted / predicted.min(axis=1, keepdims=True)
+    relative = predicted / np.maximum(predicted.min(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     # A static config that could not be fitted must not make every other one look infinitely better.
     best = np.where(np.isfinite(relative[:, first]), relative[:, first], 2.0)
     shortlist, start = [first], float(best.mean())

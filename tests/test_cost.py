@@ -152,6 +152,18 @@ class TestPrediction:
         assert np.all((ratio > 3.0) & (ratio < 64.0))
         assert np.all(default.predict(np.zeros(64, dtype=np.int64)) > 0)
 
+    def test_a_histogram_unlike_any_profiled_leaves_static(self, default, profiled):
+        """All slots on one expert, or on fewer experts than any profiled workload had: nothing is known of them."""
+        least = int((profiled.counts > 0).sum(axis=1).min())
+        slots = int(profiled.counts.sum(axis=1).max())
+        for active in (0, 1, least - 1):
+            counts = np.zeros(64, dtype=np.int64)
+            counts[:active] = slots // max(1, active)
+            for fallback in range(default.num_configs):
+                assert default.choose(counts, fallback) == fallback
+        best = [default.choose(row, fallback) for row in profiled.counts for fallback in range(default.num_configs)]
+        assert len(set(best)) > 1 and least > 1
+
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.integers(0, 4096), min_size=64, max_size=64), st.randoms())
     def test_the_order_of_experts_does_not_matter(self, default, counts, random):

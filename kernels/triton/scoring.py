@@ -230,6 +230,8 @@ def choose_candidate(counts, tables, fallback, C: tl.constexpr, LAUNCHES: tl.con
 
     far_slots = clip(log2_bits(slots) >> 2, slots_low, slots_high)
     far_active = clip(log2_bits(active) >> 1, active_low, active_high)
+    # Fewer active experts than were ever profiled: static serves.
+    strange = (log2_bits(active) >> 1) < active_low
     shared = 8388608 + tl.abs(near_slots - far_slots) + tl.abs(near_active - far_active)
     # The margin is a step function of the slots: one entry lies between its limits.
     margin = tl.where((limit_low < 2 * slots) & (2 * slots <= limit_high), margins, 0.0)
@@ -269,7 +271,7 @@ def choose_candidate(counts, tables, fallback, C: tl.constexpr, LAUNCHES: tl.con
         others |= (fallback != 3) & serves(t3, slots)
 
     asked = margin * best_us + choosing_us
-    leaves = (slots > 0) & (static_us < _INF_US) & (best_us < _INF_US) & (static_us - best_us > asked)
+    leaves = (slots > 0) & ~strange & (static_us < _INF_US) & (best_us < _INF_US) & (static_us - best_us > asked)
     choice = tl.where(leaves, best, fallback)
     block_m = tl.where(choice == 1, t1[0][0], block_m)
     block_m = tl.where(choice == 2, t2[0][0], block_m)
@@ -282,5 +284,5 @@ def choose_candidate(counts, tables, fallback, C: tl.constexpr, LAUNCHES: tl.con
         tl.where(known, static_us, 0.0),
         tl.where(known, chosen_us, 0.0),
         active.to(tl.float64),
-        ((slots == 0) | (others == 0)).to(tl.float64),
+        ((slots == 0) | strange | (others == 0)).to(tl.float64),
     )
