@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -253,7 +254,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concurrent", type=int, help="at most so many engines on a GPU")
     parser.add_argument("--timings", type=pathlib.Path, help="table for the plan, instead of the model's")
     parser.add_argument("--profile-budget", type=float, default=0.0, metavar="S", help="profile for so long instead")
-    parser.add_argument("--gpus", default="0", help="0,1: models are spread over them, a model stays on its GPU")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    parser.add_argument("--gpus", default=visible, help="0,1: models are spread over them, a model stays on its GPU")
     parser.add_argument("--budget-s", type=float, default=230.0, help="no further round is begun after this time")
     parser.add_argument("--restart", action="store_true", help="measure the start with warm caches too")
     parser.add_argument("--logs", type=pathlib.Path, help="keep vLLM's logs in this folder")

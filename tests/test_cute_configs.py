@@ -5,7 +5,7 @@ from collections import Counter
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rampwrap.kernel import SHAPES, MoEShape
@@ -128,6 +128,8 @@ def test_what_is_legal_stays_legal_when_it_shrinks(form, dtype, block_m, block_n
             assert why_illegal(attrs.evolve(config, stages=stages - 1)) is None
 
 
+# The first draw of text loads Unicode's tables, 1.5 s on a busy machine.
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.dictionaries(st.sampled_from([*KEYS, "other"]), st.one_of(st.integers(), st.booleans(), st.text(), st.none()))
 )

@@ -266,7 +266,7 @@ def timings_of(shape, kernel_name="triton_fused_moe", device=SIMULATED):
     counts = np.stack([expert_counts(row.topk_ids(shape.num_experts, shape.top_k), shape.num_experts) for row in rows])
     counts = counts[:, : shape.num_local_experts]
     active = (counts > 0).sum(axis=1).astype(float)
-    us = np.stack([100 + 40 * active, 20 + 60 * active], axis=1)
+    us = np.stack([460 + 0.5 * active, 60 + 60 * active], axis=1)
     return Timings(
         us=us,
         counts=counts,
