@@ -189,8 +189,7 @@ class CuteFusedMoE:
                 raise CaptureError(
                     f"The config {format_config(config)} was never launched; launch it before the capture."
                 )
-            self._warm.add(warm)
-        return run_layer(
+        out = run_layer(
             ready[0],
             ready[1],
             config["group_m"],
@@ -207,6 +206,9 @@ class CuteFusedMoE:
             workspace=workspace,
             blocks=blocks,
         )
+        if tokens:
+            self._warm.add(warm)  # only now: a launch that failed has warmed nothing
+        return out
 
     def _prepare(self, config: Config) -> tuple[CuteConfig, tuple[Callable[..., Any], ...]]:
         reason = self.supports(config, self.shape)

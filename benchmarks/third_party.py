@@ -138,6 +138,7 @@ def workloads(traces: Sequence[str], shape: MoEShape, seed: int) -> list[Workloa
 
 def worth_keeping(timings: Timings, within: float, most: int) -> list[Config]:
     """Configs that are within a factor of the best at some workload; those that are so at most workloads first."""
+    timings = timings.take(np.flatnonzero(np.isfinite(timings.us).any(axis=1)))
     near = timings.us <= np.nanmin(timings.us, axis=1, keepdims=True) * within
     order = np.argsort(-near.sum(axis=0), kind="stable")
     winners = np.unique(np.nanargmin(timings.us, axis=1))

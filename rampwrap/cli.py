@@ -240,11 +240,13 @@ def _shape(a: argparse.Namespace) -> MoEShape:
         raise InputError(
             f"--tp-size {a.tp_size} does not divide intermediate_size={base.intermediate_size}; use a divisor."
         )
-    return attrs.evolve(base, intermediate_size=base.intermediate_size // a.tp_size)
+    local = a.num_local_experts or base.num_experts
+    return attrs.evolve(base, intermediate_size=base.intermediate_size // a.tp_size, num_local_experts=local)
 
 
 def _shape_name(shape: MoEShape) -> str:
-    return f"E{shape.num_experts}-k{shape.top_k}-H{shape.hidden_size}-I{shape.intermediate_size}-{shape.dtype}"
+    local = "" if shape.num_local_experts == shape.num_experts else f"({shape.num_local_experts})"
+    return f"E{shape.num_experts}{local}-k{shape.top_k}-H{shape.hidden_size}-I{shape.intermediate_size}-{shape.dtype}"
 
 
 def _routings(texts: Sequence[str]) -> list[Routing]:
@@ -321,6 +323,7 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", help="bf16, fp16 or fp8; bf16 by default, with --engine what the model's config says"
         )
         sub.add_argument("--tp-size", type=_positive, default=1)
+        sub.add_argument("--num-local-experts", type=_positive, help="on this rank; all by default")
 
     def measuring(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(

@@ -22,7 +22,8 @@ class Lagged:
             return
         ids = topk_ids.reshape(-1).long()
         if expert_map is not None:
-            ids = expert_map.long().gather(0, ids.clamp(0, expert_map.numel() - 1))
+            known = (ids >= 0) & (ids < expert_map.numel())
+            ids = torch.where(known, expert_map.long().gather(0, ids.clamp(0, expert_map.numel() - 1)), -1)
         inside = (ids >= 0) & (ids < self._num_experts)
         bins = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=topk_ids.device)
         bins.scatter_add_(0, torch.where(inside, ids, self._num_experts), torch.ones_like(ids))

@@ -155,7 +155,7 @@ class Layer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Launches the layer; arguments are those of `kernel.launch` without the config."""
-        served, lane = self._served, self._lane
+        served = self._served
         if args:
             kwargs |= dict(zip(served.parameters, args, strict=False))
         topk_ids = kwargs["topk_ids"]
@@ -170,7 +170,15 @@ class Layer:
         if served.mode == "lagged":
             return self._launch_lagged(bucket, kwargs)
         self._check_warm(num_tokens, kwargs)
-        if "workspace" in served.parameters and kwargs.get("workspace") is None:
+        out = self._launch(bucket, num_tokens, kwargs)
+        self._warmed(num_tokens, kwargs)
+        return out
+
+    def _launch(self, bucket: Bucket, num_tokens: int, given: Mapping[str, Any]) -> Any:
+        """A graph mode: one config, or the candidates of a bucket behind the kernel that selects."""
+        served, lane, kwargs, topk_ids = self._served, self._lane, dict(given), given["topk_ids"]
+        # A portfolio has no workspace that all its members take: each allocates its own.
+        if hasattr(served.kernel, "workspace") and "workspace" in served.parameters and kwargs.get("workspace") is None:
             kwargs["workspace"] = lane._scratch()
         if bucket.candidates is None or num_tokens == 0:
             self._count(bucket.position, bucket.shortlist.candidates[0])
@@ -251,17 +259,22 @@ class Layer:
 
     def _check_warm(self, num_tokens: int, kwargs: Mapping[str, Any]) -> None:
         """Compiling under capture would fail, or worse, be captured."""
-        types = tuple((name, v.dtype) for name, v in kwargs.items() if isinstance(v, torch.Tensor))
-        seen = self._served.warmed.get(types)
         if not capturing():
-            if seen is None:
-                seen = self._served.warmed[types] = bytearray(self._served.max_tokens + 1)
-            seen[num_tokens] = 1
-        elif seen is None or not seen[num_tokens]:
+            return
+        seen = self._served.warmed.get(_types(kwargs))
+        if seen is None or not seen[num_tokens]:
             raise CaptureError(
                 f"the kernels for {num_tokens} tokens were not compiled before this capture; run one "
                 "eager step with tensors of the same types, or Selector.warm, first."
             )
+
+    def _warmed(self, num_tokens: int, kwargs: Mapping[str, Any]) -> None:
+        """After a launch has returned: what failed is not warm."""
+        if not capturing():
+            types = _types(kwargs)
+            if types not in self._served.warmed:
+                self._served.warmed[types] = bytearray(self._served.max_tokens + 1)
+            self._served.warmed[types][num_tokens] = 1
 
     def _launch_eager(self, kwargs: dict[str, Any]) -> Any:
         dispatcher, topk_ids = self._served.dispatcher, kwargs["topk_ids"]
@@ -276,7 +289,8 @@ class Layer:
             raise CaptureError(
                 "a graph would freeze the choice of mode 'lagged'; capture the parts around the layer, or use early-exit."
             )
-        state = self._lagged.setdefault(bucket.position, Lagged(served.shape.num_local_experts))
+        # By octave: a histogram of prefill says nothing of decode, and buckets may span both.
+        state = self._lagged.setdefault(len(topk_ids).bit_length(), Lagged(served.shape.num_local_experts))
         policy, dispatcher = served.dispatcher.policy, served.dispatcher
         counts = state.latest()
         index = served.plan.static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))
@@ -285,6 +299,11 @@ class Layer:
         out = served.kernel.launch(dispatcher._configs[index], **kwargs)
         state.read(topk_ids, kwargs.get("expert_map"))
         return out
+
+
+def _types(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Types of the tensors, in whatever order they were given."""
+    return tuple(sorted((name, str(v.dtype)) for name, v in kwargs.items() if isinstance(v, torch.Tensor)))
 
 
 def capturing() -> bool:

@@ -71,9 +71,11 @@ def stats() -> dict[str, Any]:
     if under or not _reading.acquire(timeout=PATIENCE_S):
         raise CaptureError("counters cannot be read while a CUDA graph is captured; call stats() afterwards.")
     try:
-        return _read()
+        found = _read()
     finally:
         _reading.release()
+    say_drift(found)
+    return found
 
 
 def _read() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`Plan`: the file a deployment loads. JSON that people check in, read and diff; matched on its content, never its name."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -61,6 +62,11 @@ class Plan:
                 raise PlanError(
                     f"the plan names config {index} but holds {len(self.configs)}; make it anew with 'rampwrap fit'."
                 )
+        numbers = (self.choosing_us, self.model.error, *(error for _, error in self.model.local_error))
+        if not all(map(math.isfinite, numbers)):
+            raise PlanError(
+                "an error or the cost of choosing is not finite; the plan is poisoned, make it anew with 'rampwrap fit'."
+            )
         if len(self.grids) != len(self.configs) or self.model.num_configs != len(self.configs):
             raise PlanError(
                 f"the plan holds {len(self.configs)} configs, {len(self.grids)} grids and coefficients for "
@@ -133,7 +139,12 @@ class Plan:
             "profiled": [its.to_dict() for its in self.profiled],
             "model": self.model.to_dict(),
         }
-        text = json.dumps(raw, indent=1)
+        try:
+            text = json.dumps(raw, indent=1, allow_nan=False)
+        except ValueError as error:
+            raise PlanError(
+                f"the plan holds a number that is not finite ({error}); make it anew with 'rampwrap fit'."
+            ) from error
         # Innermost lists and objects go on one line each, and objects with one list in them: the shortlists.
         for innermost in (r"[\[{][^\[\]{}]*[\]}]", r"\{[^\[\]{}]*\[[^\[\]{}]*\][^\[\]{}]*\}"):
             text = re.sub(innermost, lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)
@@ -152,7 +163,7 @@ class Plan:
             PlanError: missing, truncated, not a plan, of another schema, or with numbers that are not finite.
         """
         try:
-            raw = json.loads(pathlib.Path(path).read_text(), parse_constant=_no_constant)
+            raw = json.loads(pathlib.Path(path).read_text(), parse_constant=_no_constant, parse_float=_finite)
         except (OSError, ValueError) as error:
             raise PlanError(
                 f"{os.fspath(path)} is not a readable plan ({error}); make one with 'rampwrap fit'."
@@ -179,7 +190,7 @@ class Plan:
                 profiled=tuple(Profiled.from_dict(its) for its in raw.get("profiled", ())),
                 provenance=raw.get("provenance", {}),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = str(error) if isinstance(error, RampwrapError) else f"{type(error).__name__}: {error}"
             raise PlanError(
                 f"{os.fspath(path)} is not a usable plan ({reason}); make one with 'rampwrap fit'."
@@ -190,9 +201,17 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"a coefficient is {text}")
 
 
+def _finite(text: str) -> float:
+    value = float(text)  # 1e999 is JSON, and infinite
+    return value if math.isfinite(value) else _no_constant(text)
+
+
 def profile_command(kernel: Kernel, shape: MoEShape) -> str:
     """The command that profiles a kernel for a shape, from which 'rampwrap fit' makes a plan."""
+    # A portfolio is made by its user's code, which no name here can find again.
+    name = "YOUR_PACKAGE.MODULE:FACTORY" if kernel.name.startswith("portfolio:") else kernel.name
+    local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"
     return (
-        f"rampwrap profile --kernel {kernel.name} --num-experts {shape.num_experts} --top-k {shape.top_k} "
-        f"--hidden-size {shape.hidden_size} --intermediate-size {shape.intermediate_size} --dtype {shape.dtype}"
+        f"rampwrap profile --kernel {name} --num-experts {shape.num_experts} --top-k {shape.top_k} --hidden-size "
+        f"{shape.hidden_size} --intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}"
     )

@@ -62,6 +62,7 @@ def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1, coef=COEF):
     geometry = Geometry.of(grids, 132)
     rng = np.random.default_rng(0)
     rows = np.array([rng.multinomial(n, rng.dirichlet(np.full(shape.num_experts, 0.3))) for n in (8, 16, 40, 90, 200)])
+    rows = np.vstack([rows, np.eye(shape.num_experts, dtype=np.int64)[:2].sum(axis=0) * 8])  # static serves below two
     slots, active, heights = pass_over(rows, np.unique(geometry.block_m))
     support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
     # start, per wave, per CTA, per active expert, per slot, microseconds

@@ -94,7 +94,7 @@ def prepare_kernel(
             tl.store(zero_ptr + row * COLUMNS + at, zero, mask=at < COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts"])
 def sum_after_kernel(
     out_ptr,
     y_ptr,

@@ -269,6 +269,8 @@ def _bins(num_local_experts: int) -> int:
 def _scratch_ints(num_slots: int, num_local_experts: int) -> int:
     if not num_slots:
         return 0
-    bins, num_chunks = _bins(num_local_experts), _chunks(num_slots)[0]
-    padded = int(triton.cdiv(num_slots, PIECE)) * PIECE
+    bins, pieces = _bins(num_local_experts), int(triton.cdiv(num_slots, PIECE))
+    # The most chunks, not those of `_chunks`, which fall where a chunk gets one more piece: memory for a batch must
+    # hold every smaller one.
+    num_chunks, padded = min(MAX_CHUNKS, pieces), pieces * PIECE
     return max(num_chunks * bins + padded, 2 * int(triton.cdiv(num_slots, CHUNK_SLOTS)) * bins)

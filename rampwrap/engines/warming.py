@@ -46,9 +46,17 @@ def ensure_compiled(selector: Selector, path: str) -> bool:
     """
     if selector.kernel.name != "triton_fused_moe" or not torch.cuda.is_available():
         return False
-    mark = _mark(selector, path)
+    try:
+        return _ensure(selector, _mark(selector, path), path)
+    except OSError as error:  # a cache that cannot be written, say
+        logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", error)
+        return False
+
+
+def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
     with _locked(mark.with_suffix(".lock")):
-        if mark.exists():
+        # The mark holds the largest batch compiled for; larger ones may take buckets that are not.
+        if mark.exists() and int(mark.read_text() or 0) >= selector.max_tokens:
             return False
         logger.info("rampwrap compiles the kernels of %s, once on this machine.", path)
         run = [sys.executable, "-m", "rampwrap.engines.warming", path, str(selector.max_tokens)]
@@ -62,7 +70,7 @@ def ensure_compiled(selector: Selector, path: str) -> bool:
         if failed:
             logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", failed[0])
             return True
-        mark.touch()
+        mark.write_text(str(selector.max_tokens))
     return True
 
 
