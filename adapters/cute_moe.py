@@ -184,11 +184,9 @@ class CuteFusedMoE:
         )
         device = topk_ids.device
         warm = (ready[0].variants[0].symbol, device.index)
-        if warm not in self._warm and tokens:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise CaptureError(
-                    f"The config {format_config(config)} was never launched; launch it before the capture."
-                )
+        cold = tokens and warm not in self._warm
+        if cold and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CaptureError(f"The config {format_config(config)} was never launched; launch it before the capture.")
         out = run_layer(
             ready[0],
             ready[1],

@@ -161,3 +161,10 @@ def test_bad_arguments():
         align.align_tokens(ids, 0, 4)
     with pytest.raises(InputError, match="laid out for 6 slots"):
         align.align_tokens(ids, 16, 4, blocks=align.allocate_blocks(3, 2, 4, 16, DEVICE))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(512, 10), (256, 8), (128, 8), (64, 6), (8, 2)])
+def test_memory_for_a_batch_holds_every_smaller_one(num_experts, top_k):
+    """Also where a chunk gets one more piece and their number falls: 32,768 slots have 128 chunks, 32,769 have 65."""
+    sizes = [align._scratch_ints(tokens * top_k, num_experts) for tokens in range(1, 9000)]
+    assert sizes == sorted(sizes)

@@ -9,8 +9,10 @@ import pytest
 
 from rampwrap.errors import PlanError
 from rampwrap.fitting import make_plan
-from rampwrap.plan import Plan
+from rampwrap.kernel import MoEShape
+from rampwrap.plan import Plan, profile_command
 from rampwrap.shortlist import COSTS, draw, in_graph, serving, token_spans
+from rampwrap.sim import SimKernel
 from rampwrap.static import StaticTable
 from rampwrap.timings import Timings
 
@@ -147,3 +149,20 @@ def test_the_config_that_serves_alone_is_the_best_over_skews(sim_plan: Plan) -> 
             mean = model.predict(draw(shape, [span.num_tokens])).mean(axis=0)
             assert mean[its.static] < mean[span.static]
     assert found
+
+
+@pytest.mark.parametrize("key", ["choosing_us", "error", "coef"])
+def test_infinities_spelled_as_numbers_are_refused(sim_plan, tmp_path, key):
+    """1e999 is JSON; wherever it stands the whole plan is refused, and by the one error that callers catch."""
+    raw = json.loads(sim_plan.to_json())
+    where = raw if key == "choosing_us" else raw["model"]
+    where[key] = 12345.5 if key != "coef" else [[12345.5] * 5] * len(raw["configs"])
+    path = tmp_path / "x.plan.json"
+    path.write_text(json.dumps(raw).replace("12345.5", "1e999"))
+    with pytest.raises(PlanError):
+        Plan.load(path)
+
+
+def test_the_remedy_names_local_experts():
+    shape = MoEShape(64, 8, 2048, 1024, num_local_experts=16)
+    assert profile_command(SimKernel(shape), shape).endswith("--num-local-experts 16")

@@ -24,6 +24,7 @@ from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.configs import splits
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.select import Candidates, align_and_select
+from rampwrap.lagged import Lagged
 from rampwrap.moe_op import compiled
 from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
@@ -193,7 +194,7 @@ def test_eager_and_lagged(kernel, plan):
     assert eager._dispatcher.launch_counts == [2, 0, 2]
     assert lagged._dispatcher.launch_counts == [2, 0, 2]
     layer = lagged.layer("")
-    assert layer._lagged[lagged.bucket(12).position].latest().sum() == 24
+    assert layer._lagged[(12).bit_length()].latest().sum() == 24
     (row,) = lagged.telemetry()
     assert (row.mode, row.counts, row.steps, row.on_device) == ("lagged", {0: 2, 2: 2}, 4, False)
     assert eager.telemetry()[0].counts == {0: 2, 2: 2}
@@ -346,9 +347,8 @@ def test_another_device(kernel):
 
 def test_refusals(kernel, plan, sim_plan):
     """Poisoned plans, unknown modes, kernels without candidates, batches beyond the memory."""
-    poisoned = attrs.evolve(plan, model=attrs.evolve(plan.model, error=float("nan")))
     with pytest.raises(PlanError, match="poisoned"):
-        Selector(kernel, poisoned, max_tokens=16)
+        attrs.evolve(plan, model=attrs.evolve(plan.model, error=float("nan")))
     with pytest.raises(InputError, match="mode 'fast' is unknown"):
         Selector(kernel, plan, max_tokens=16, mode="fast")
     simulated = SimKernel(sim_plan.shape)
@@ -385,3 +385,32 @@ def test_operator_needs_its_selector(kernel, plan):
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
     with pytest.raises(InputError, match="keep the Selector alive"):
         layer(**inputs)
+
+
+def test_warmth_does_not_depend_on_the_order_of_arguments(kernel, plan, monkeypatch):
+    """Warmed by name in one order, captured by position: no refusal; and what failed is not warm."""
+    selector = Selector(kernel, plan, max_tokens=16)
+    inputs = kernel.inputs(
+        SHAPE, torch.zeros(12, 2, dtype=torch.int32, device=DEVICE) + torch.arange(2, device=DEVICE).int()
+    )
+    selector.warm([12], lambda tokens: dict(reversed(list(inputs.items()))))
+    monkeypatch.setattr("rampwrap.lane.capturing", lambda: True)
+    selector(*(inputs[name] for name in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")))
+    monkeypatch.setattr("rampwrap.lane.capturing", lambda: False)
+    few = {name: value[:11] if len(value) == 12 else value for name, value in inputs.items()}
+    with monkeypatch.context() as broken:
+        broken.setattr(Small, "launch", lambda *a, **k: 1 / 0)
+        broken.setattr(Small, "launch_candidates", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            selector(**few)
+    monkeypatch.setattr("rampwrap.lane.capturing", lambda: True)
+    with pytest.raises(CaptureError, match="not compiled"):
+        selector(**few)
+
+
+def test_lagged_counts_what_the_kernel_counts():
+    """Ids that mean nothing, or an expert of another rank, count for nobody."""
+    state = Lagged(4)
+    expert_map = torch.tensor([0, 1, 2, 3, -1, -1], dtype=torch.int32)
+    state.read(torch.tensor([[0, 1], [-1, -1], [-1, 9], [4, 5]]), expert_map)
+    assert state.latest().tolist() == [1, 1, 0, 0]
