@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import third_party
 import torch
 
-from rampwrap.kernel import Config, Kernel, MoEShape
+from rampwrap.kernel import Config, MoEShape
 
 DEVICE = "cuda"
 Graph = torch.cuda.CUDAGraph
@@ -82,25 +83,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
 
 
-def make_kernel(name: str, shape: MoEShape) -> Kernel:
-    """A kernel by its short name; imports only what it needs."""
-    if name == "vllm":
-        from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE
-
-        return VllmFusedMoE(shape)
-    if name == "alpha":
-        from rampwrap.adapters.alpha_moe import AlphaMoE
-
-        return AlphaMoE(shape)
-    from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-
-    return TritonFusedMoE(shape)
-
-
 @functools.cache
 def one_expert(name: str, shape: MoEShape) -> tuple[Any, dict[str, Any]]:
     """A kernel, and weights: of one expert seen as many where the adapter lets that pass, which ours does not."""
-    kernel: Any = make_kernel(name, shape)
+    kernel: Any = third_party.make(name, shape)
     h, i, e = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
     dtype = torch.float8_e4m3fn if shape.dtype == "fp8" else torch.bfloat16
     sizes = {"w13": (2 * i, h, dtype), "w2": (h, i, dtype)}

@@ -28,9 +28,10 @@ from typing import Any
 import attrs
 import graph_tools
 import numpy as np
+import third_party
 import torch
 from graph_layers import CONTROL_TOKENS, LAYERS, REPLAY_TOKENS, Layers, Ready, Routes, control_order, singles
-from graph_tools import Clock, Graph, capture, interleaved, make_kernel, replay_us, table
+from graph_tools import Clock, Graph, capture, interleaved, replay_us, table
 
 from rampwrap.errors import RampwrapError
 from rampwrap.ingraph import pack
@@ -353,7 +354,7 @@ def main() -> None:
         save("align", bench_align(plan, args.rounds, clock, 1.0 if parts == ["align"] else 0.25))
         clock.mark("align done")
     if "control" in parts or "replay" in parts:
-        kernel = make_kernel(args.kernel, plan.shape)
+        kernel = third_party.make(args.kernel, plan.shape)
         ready = Ready(plan, args.kernel, kernel, parts, clock, max(20.0, 0.4 * clock.left()))
         costs = None
         if "control" in parts:

@@ -28,6 +28,7 @@ import attrs
 import numpy as np
 import torch
 
+from rampwrap.catalog import make_kernel
 from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import ConfigError, InputError, RampwrapError
 from rampwrap.kernel import SHAPES, Config, Kernel, MoEShape
@@ -48,31 +49,20 @@ MODELS = ("ramp4", "default")
 SWEEP_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 SWEEP_ROUTINGS = ("uniform", "dirichlet:0.2")
 KEEP = 1.04
+NAMES = {
+    "vllm": "vllm_fused_moe",
+    "alpha": "alpha_moe",
+    "triton": "triton_fused_moe",
+    "grouped": "torch_grouped_mm",
+    "cute": "cute_moe",
+}
 # With and without alignment, slots and padded rows divisible by 16 or not: what Triton compiles apart.
 WARM_TOKENS = (1, 2, 5, 9, 99, 100)
 
 
 def make(name: str, shape: MoEShape) -> Kernel:
-    """A kernel by its short name; imports only what it needs."""
-    if name == "vllm":
-        from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE
-
-        return VllmFusedMoE(shape)
-    if name == "alpha":
-        from rampwrap.adapters.alpha_moe import AlphaMoE
-
-        return AlphaMoE(shape)
-    if name == "cute":
-        from rampwrap.adapters.cute_moe import CuteFusedMoE
-
-        return CuteFusedMoE(shape)
-    if name == "grouped":
-        from rampwrap.adapters.torch_grouped_mm import TorchGroupedMM
-
-        return TorchGroupedMM(shape)
-    from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-
-    return TritonFusedMoE(shape)
+    """A kernel by its short name."""
+    return make_kernel(NAMES[name], shape)
 
 
 def compile_vllm(shape: MoEShape, part: int, parts: int) -> list[str]:
@@ -305,9 +295,7 @@ def masked(us: Any, keep: Any) -> Any:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--kernels", nargs="+", default=["vllm", "alpha"], choices=["vllm", "alpha", "triton", "grouped", "cute"]
-    )
+    parser.add_argument("--kernels", nargs="+", default=["vllm", "alpha"], choices=sorted(NAMES))
     parser.add_argument("--shapes", nargs="+", default=["olmoe"], choices=sorted(SHAPES))
     parser.add_argument("--dtype", choices=["bf16", "fp8"], help="by default fp8 for alpha and DeepSeek, else bf16")
     parser.add_argument("--portfolio", action="store_true", help="also judge the choice across the kernels of a shape")

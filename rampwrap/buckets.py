@@ -82,7 +82,7 @@ class Buckets:
         position = max(0, bisect.bisect_right(self._firsts, num_tokens) - 1)
         found = self._made[position]
         if found is None:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if capturing():
                 raise CaptureError(
                     f"nothing is prepared for {num_tokens} tokens; run one eager step of that size, or call "
                     f"warm([{num_tokens}], ...), before capturing."
@@ -106,3 +106,8 @@ class Buckets:
 def _table(policy: Policy, plan: Plan) -> Any:
     """The static table in the policy's own numbering."""
     return policy.table if isinstance(policy, Static) else plan.static
+
+
+def capturing() -> bool:
+    """Whether the current stream is under CUDA graph capture."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

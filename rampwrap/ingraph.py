@@ -16,7 +16,6 @@ from rampwrap.features import SCALES
 from rampwrap.grid import FloatArray, IntArray, max_blocks
 from rampwrap.shortlist import MAX_IN_GRAPH
 
-MAX_CANDIDATES = MAX_IN_GRAPH
 MAX_SLOTS = 1 << 21
 "65,536 tokens x top-32. Up to twice that a float32 holds the logarithm's bits with room to halve them."
 
@@ -81,14 +80,14 @@ def pack(model: CostModel, choosing_us: float = 0.0, margin_steps: int | None = 
         margin_steps: least length of the table of margins; buckets of one plan share it, so that they share a kernel.
 
     Raises:
-        PlanError: another model than ``default``, more than `MAX_CANDIDATES`, or numbers that are not finite or too
+        PlanError: another model than ``default``, more than `MAX_IN_GRAPH`, or numbers that are not finite or too
             large to stay exact on the GPU.
     """
     if not isinstance(model, Local):
         raise PlanError(f"model {model.name!r} cannot choose on the GPU; make the plan with the model 'default'.")
     count = model.num_configs
-    if not 1 <= count <= MAX_CANDIDATES:
-        raise PlanError(f"{count} candidates cannot be packed; give a bucket of 1 to {MAX_CANDIDATES}.")
+    if not 1 <= count <= MAX_IN_GRAPH:
+        raise PlanError(f"{count} candidates cannot be packed; give a bucket of 1 to {MAX_IN_GRAPH}.")
     tables, geometry = model._fast, model.geometry
     _finite("a margin's error", [model.error, *(error for _, error in model.local_error)])
     _finite("the cost of choosing", [choosing_us])

@@ -8,14 +8,14 @@ import attrs
 import torch
 
 from rampwrap import conditional
-from rampwrap.buckets import Bucket, Buckets
+from rampwrap.buckets import Bucket, Buckets, capturing
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import CaptureError, InputError
-from rampwrap.ingraph import MAX_CANDIDATES, TALLY
+from rampwrap.ingraph import TALLY
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.lagged import Lagged
 from rampwrap.plan import Plan
-from rampwrap.shortlist import SINGLE
+from rampwrap.shortlist import MAX_IN_GRAPH, SINGLE
 from rampwrap.telemetry import Telemetry
 
 # Layouts of alignment memory that a lane remembers; making one takes 20 us of host time.
@@ -45,7 +45,7 @@ class Served:
     max_tokens: int
     device: torch.device
     parameters: tuple[str, ...]
-    warmed: dict[tuple[Any, ...], bytearray] = attrs.field(factory=dict)
+    warmed: dict[frozenset[tuple[str, torch.dtype]], bytearray] = attrs.field(factory=dict)
 
 
 class Lane:
@@ -106,7 +106,7 @@ class Lane:
                 self._no_allocation("memory for alignment")
                 # Four candidates at the most, and the list of block heights may be longer.
                 heights = sorted(grid.block_m for grid in served.plan.grids)
-                extremes = (*heights[:1] * (MAX_CANDIDATES // 2), *heights[-1:] * (MAX_CANDIDATES // 2))
+                extremes = (*heights[:1] * (MAX_IN_GRAPH // 2), *heights[-1:] * (MAX_IN_GRAPH // 2))
                 ints = selection_ints(served.max_tokens, shape.top_k, shape.num_local_experts, extremes)
                 self._memory = torch.empty(ints, dtype=torch.int32, device=served.device)
             if len(self._layouts) >= KEPT_LAYOUTS:
@@ -242,7 +242,7 @@ class Layer:
         for bucket in served.buckets:
             its, host = bucket.shortlist, self._on_host.get(bucket.position, {})
             found = []
-            if bucket.candidates is not None and sum(tallies[bucket.position][:MAX_CANDIDATES]):
+            if bucket.candidates is not None and sum(tallies[bucket.position][:MAX_IN_GRAPH]):
                 tally = tallies[bucket.position]
                 found.append(Telemetry.of_tally(self.name, its.num_tokens, bucket.mode, its.candidates, tally))
             if host:
@@ -271,10 +271,10 @@ class Layer:
     def _warmed(self, num_tokens: int, kwargs: Mapping[str, Any]) -> None:
         """After a launch has returned: what failed is not warm."""
         if not capturing():
-            types = _types(kwargs)
-            if types not in self._served.warmed:
-                self._served.warmed[types] = bytearray(self._served.max_tokens + 1)
-            self._served.warmed[types][num_tokens] = 1
+            types, warmed = _types(kwargs), self._served.warmed
+            if types not in warmed:
+                warmed[types] = bytearray(self._served.max_tokens + 1)
+            warmed[types][num_tokens] = 1
 
     def _launch_eager(self, kwargs: dict[str, Any]) -> Any:
         dispatcher, topk_ids = self._served.dispatcher, kwargs["topk_ids"]
@@ -301,11 +301,6 @@ class Layer:
         return out
 
 
-def _types(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+def _types(kwargs: Mapping[str, Any]) -> frozenset[tuple[str, torch.dtype]]:
     """Types of the tensors, in whatever order they were given."""
-    return tuple(sorted((name, str(v.dtype)) for name, v in kwargs.items() if isinstance(v, torch.Tensor)))
-
-
-def capturing() -> bool:
-    """Whether the current stream is under CUDA graph capture."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return frozenset((name, v.dtype) for name, v in kwargs.items() if isinstance(v, torch.Tensor))

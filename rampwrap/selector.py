@@ -32,12 +32,13 @@ from rampwrap.buckets import Bucket, Buckets
 from rampwrap.device import Device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError
-from rampwrap.ingraph import MAX_CANDIDATES, pack
+from rampwrap.ingraph import pack
 from rampwrap.kernel import Kernel, MoEShape, format_config
 from rampwrap.lane import Lane, Layer, Served
 from rampwrap.observe import unwatch, watch
 from rampwrap.plan import Plan
 from rampwrap.policy import WaveCost
+from rampwrap.shortlist import MAX_IN_GRAPH
 from rampwrap.telemetry import Telemetry
 
 MODES = ("auto", "early-exit", "merged", "parallel", "switch", "lagged", "eager")
@@ -78,7 +79,7 @@ class Selector:
         max_tokens: int,
         mode: str = "auto",
         costs: Mapping[str, Mapping[int, float]] | None = None,
-        max_candidates: int = MAX_CANDIDATES,
+        max_candidates: int = MAX_IN_GRAPH,
         shape: MoEShape | None = None,
         device: Device | None = None,
         strict: bool = False,

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
+from rampwrap.buckets import capturing
 from rampwrap.device import Device
 from rampwrap.engines.plans import OneWarning, Plans, disabled
 from rampwrap.kernel import MoEShape
 from rampwrap.lagged import Lagged
-from rampwrap.lane import capturing
 from rampwrap.observe import watch
 from rampwrap.plan import Plan
 from rampwrap.policy import WaveCost

@@ -24,13 +24,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.buckets import capturing
 from rampwrap.device import Device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.engines.plans import DISABLE, OneWarning, Plans, disabled
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.lane import Layer, capturing
+from rampwrap.lane import Layer
 from rampwrap.plan import profile_command
 from rampwrap.selector import Selector
 

@@ -27,12 +27,13 @@ from typing import Any
 import attrs
 import torch
 
+from rampwrap.buckets import capturing
 from rampwrap.device import Device
 from rampwrap.engines.plans import DISABLE, Fit, OneWarning, Plans, disabled
 from rampwrap.engines.warming import ensure_compiled
 from rampwrap.errors import CaptureError, RampwrapError
 from rampwrap.kernel import MoEShape
-from rampwrap.lane import Layer, capturing
+from rampwrap.lane import Layer
 from rampwrap.observe import start_log
 from rampwrap.selector import Selector, graph_modes
 
