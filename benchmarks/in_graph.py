@@ -36,7 +36,7 @@ from graph_tools import Clock, Graph, capture, interleaved, replay_us, table
 from rampwrap.errors import RampwrapError
 from rampwrap.ingraph import pack
 from rampwrap.kernel import format_config
-from rampwrap.kernels.triton.align import PATHS, align_tokens, allocate_blocks
+from rampwrap.kernels.triton.align import BY_EXPERT_MAX_SLOTS, PATHS, align_tokens, allocate_blocks
 from rampwrap.kernels.triton.select import Candidates, align_and_select, allocate_selected
 from rampwrap.plan import Plan
 from rampwrap.routing import Routing
@@ -87,7 +87,7 @@ def bench_align(plan: Plan, rounds: int, clock: Clock, share: float) -> list[dic
                 return capture(lambda: [call() for _ in range(repeats)])
 
             graphs = {}
-            paths = [None, *(path for path in PATHS if path != "expert" or tokens * 8 * experts <= 1 << 21)]
+            paths = [None, *(path for path in PATHS if path != "expert" or tokens * 8 <= BY_EXPERT_MAX_SLOTS)]
             for path in paths:
                 name = path or "auto"
                 graphs[f"align {name}"] = many(

@@ -94,8 +94,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rampwrap.kernels.cute import prepare
+from rampwrap.kernels.triton import gemm
 
-INTS = {"num_slots", "num_experts", "num_local_experts", "block_m", "capacity"}
+INTS = {"num_slots", "num_experts", "num_local_experts", "block_m", "capacity", "num_groups"}
 
 def build(kernel, pointers, constants, **options):
     signature, constexprs = {}, {}
@@ -103,6 +104,8 @@ def build(kernel, pointers, constants, **options):
         signature[name] = "*" + pointers[name] if name in pointers else "i32" if name in INTS else "constexpr"
         if signature[name] == "constexpr":
             constexprs[name] = constants.get(name)
+    constexprs["PDL"] = True
+    options["launch_pdl"] = True
     built = triton.compile(ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     print(json.dumps({"waits": ptx.count("griddepcontrol.wait"), "starts": ptx.count("griddepcontrol.launch_dependents"),
@@ -111,11 +114,11 @@ def build(kernel, pointers, constants, **options):
 ids = dict.fromkeys(("topk_ids_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr", "expert_counts_ptr"), "i32")
 for quantises, zeroes, chunk in itertools.product((0, 1), (0, 1), (256, 4096)):
     pointers = ids | {"x_ptr": "bf16"} | ({"q_ptr": "fp8e4nv", "scale_ptr": "fp32"} if quantises else {}) | ({"zero_ptr": "fp32"} if zeroes else {})
-    constants = {"COLUMNS": 2048, "GROUPS": prepare.GROUPS, "CHUNK": chunk, "BINS": 512, "PDL": True}
-    build(prepare.prepare_kernel, pointers, constants, num_warps=8 if chunk > 1024 else 4, **prepare.OPTIONS)
+    constants = {"GROUPS": prepare.MOST_GROUPS if chunk > 1024 else prepare.LEAST_GROUPS, "CHUNK": chunk, "BINS": 512}
+    build(prepare.prepare_kernel, pointers, constants, num_warps=8 if chunk > 1024 else 4)
 pointers = {"out_ptr": "bf16", "y_ptr": "bf16", "topk_ids_ptr": "i32"}
-build(prepare.sum_after_kernel, pointers, {"TOP_K": 8, "HIDDEN": 2048, "BLOCK_H": 1024, "PDL": True}, **prepare.OPTIONS)
-build(prepare.narrow_after_kernel, {"out_ptr": "bf16", "sums_ptr": "fp32"}, {"COLUMNS": 2048, "BLOCK": 1024, "PDL": True}, **prepare.OPTIONS)
+build(gemm.sum_kernel, pointers, {"TOP_K": 8, "HIDDEN": 2048, "SPLIT_K": 1, "SPLIT_OF": 0, "BLOCK_H": 1024})
+build(prepare.narrow_after_kernel, {"out_ptr": "bf16", "sums_ptr": "fp32"}, {"COLUMNS": 2048, "BLOCK": 1024})
 """
 
 

@@ -260,6 +260,8 @@ def build(kernel, pointers, constants, **options):
         else:
             signature[name] = "constexpr"
             constexprs[name] = constants.get(name)
+    if "PDL" in constexprs:
+        constexprs["PDL"] = options["launch_pdl"] = True
     source = ASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 

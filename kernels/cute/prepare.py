@@ -10,25 +10,25 @@ one's results itself, so that each may rely on everything before it.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
 # ruff: noqa: N803
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align import BY_EXPERT_MAX_SLOTS, BY_EXPERT_MAX_WORK, TokenBlocks, align_tokens
-from rampwrap.kernels.triton.align_kernels import expert_histogram, place_expert
+from rampwrap.kernels.triton.align_kernels import ids_and_histogram, place_expert
 from rampwrap.kernels.triton.gemm import sum_kernel
-from rampwrap.kernels.triton.interpreter import INTERPRETED, downcast
+from rampwrap.kernels.triton.interpreter import downcast
+from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.quantise import GROUP, quantise_groups, quantise_rows
 
-# Groups of 128 columns of a CTA that quantises or zeroes.
-GROUPS = 8
-# Passed only where something compiles: the interpreter knows neither.
-OPTIONS: dict[str, Any] = {} if INTERPRETED.value else {"launch_pdl": True}
+# Groups of 128 columns of a CTA that quantises or zeroes, and CTAs from which each takes twice as many, so that all run
+# at a time: beside the alignment of 2048 slots three fit on an SM (74 registers x 256 threads).
+LEAST_GROUPS, MOST_GROUPS = 8, 32
+MANY_CTAS = 256
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts", "block_m", "capacity"])
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts", "block_m", "capacity", "num_groups"])
 def prepare_kernel(
     topk_ids_ptr,
     expert_map_ptr,
@@ -45,96 +45,54 @@ def prepare_kernel(
     num_local_experts,
     block_m,
     capacity,
-    COLUMNS: tl.constexpr,
+    num_groups,
     GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The first num_local_experts CTAs align, the others take GROUPS groups of a row: quantise x, zero the output."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    """The first num_local_experts CTAs align, the others take GROUPS groups of 128 columns: quantise x, zero the output."""
+    wait_for_launch_before(PDL)
     program = tl.program_id(0)
     if program < num_local_experts:
-        counts = expert_histogram(
-            topk_ids_ptr, expert_map_ptr, 0, num_slots, num_slots, num_experts, num_local_experts, CHUNK, BINS
+        ids, counts = ids_and_histogram(
+            topk_ids_ptr, expert_map_ptr, num_slots, num_experts, num_local_experts, CHUNK, BINS
         )
         place_expert(
             program,
+            ids,
             counts,
             block_m,
             capacity,
             num_local_experts,
-            topk_ids_ptr,
-            expert_map_ptr,
             sorted_token_ids_ptr,
             expert_ids_ptr,
             num_tokens_post_padded_ptr,
             expert_counts_ptr,
             num_slots,
-            num_experts,
             num_local_experts,
             CHUNK,
             BINS,
         )
     else:
-        parts = (COLUMNS + GROUPS * 128 - 1) // (GROUPS * 128)
-        index = program - num_local_experts
-        row = (index // parts).to(tl.int64)
-        group = index % parts * GROUPS + tl.arange(0, GROUPS)
+        # Rows lie one behind the other, so groups are numbered through all of them.
+        group = (program - num_local_experts).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+        inside = group < num_groups
         at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
         if q_ptr is not None:
-            x = tl.load(x_ptr + row * COLUMNS + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
             q, scale = quantise_groups(x, q_ptr.dtype.element_ty)
-            tl.store(q_ptr + row * COLUMNS + at, q, mask=at < COLUMNS)
-            tl.store(scale_ptr + row * (COLUMNS // 128) + group, scale, mask=group < COLUMNS // 128)
+            tl.store(q_ptr + at, q, mask=inside[:, None])
+            tl.store(scale_ptr + group, scale, mask=inside)
         if zero_ptr is not None:
             zero = tl.zeros((GROUPS, 128), dtype=tl.float32).to(zero_ptr.dtype.element_ty)
-            tl.store(zero_ptr + row * COLUMNS + at, zero, mask=at < COLUMNS)
-
-
-@triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts"])
-def sum_after_kernel(
-    out_ptr,
-    y_ptr,
-    topk_ids_ptr,
-    expert_map_ptr,
-    num_slots,
-    num_experts,
-    num_local_experts,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The Triton layer's sum over top-k, launched while the down kernel ends."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    sum_kernel(
-        out_ptr,
-        y_ptr,
-        topk_ids_ptr,
-        expert_map_ptr,
-        None,
-        num_slots,
-        num_experts,
-        num_local_experts,
-        TOP_K,
-        HIDDEN,
-        1,
-        0,
-        BLOCK_H,
-    )
+            tl.store(zero_ptr + at, zero, mask=inside[:, None])
 
 
 @triton.jit
 def narrow_after_kernel(out_ptr, sums_ptr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """A row of float32 sums to the type of the output, launched while the kernel that adds them ends."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_launch_before(PDL)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * COLUMNS + columns
     sums = tl.load(sums_ptr + at, mask=columns < COLUMNS, other=0.0)
@@ -177,10 +135,13 @@ def prepare(
         if not aligned:
             align_tokens(topk_ids, block_m, num_local_experts, expert_map=expert_map, blocks=memory)
         return
-    rows = 0 if quantised is None and zeroed is None else num_tokens * triton.cdiv(hidden, GROUPS * GROUP)
+    num_groups = 0 if quantised is None and zeroed is None else num_tokens * hidden // GROUP
+    groups = LEAST_GROUPS
+    while groups < MOST_GROUPS and num_groups > MANY_CTAS * groups:
+        groups *= 2
     chunk = min(4096, max(256, triton.next_power_of_2(num_slots)))
     q, scale = quantised or (None, None)
-    prepare_kernel[(num_local_experts + rows,)](
+    prepare_kernel[(num_local_experts + triton.cdiv(num_groups, groups),)](
         topk_ids,
         expert_map,
         memory.sorted_token_ids,
@@ -196,14 +157,13 @@ def prepare(
         num_local_experts,
         block_m,
         memory.sorted_token_ids.numel(),
-        COLUMNS=hidden,
-        GROUPS=GROUPS,
+        num_groups,
+        GROUPS=groups,
         CHUNK=chunk,
         # One more than the experts, for the slots that take no row.
         BINS=max(32, 1 << num_local_experts.bit_length()),
-        PDL=bool(OPTIONS),
         num_warps=8 if chunk > 1024 else 4,
-        **OPTIONS,
+        **pdl.arguments(),
     )
 
 
@@ -226,19 +186,21 @@ def sum_rows(
     """
     num_tokens, hidden = out.shape
     block_h = min(1024, triton.next_power_of_2(hidden))
-    sum_after_kernel[(num_tokens, triton.cdiv(hidden, block_h))](
+    sum_kernel[(num_tokens, triton.cdiv(hidden, block_h))](
         out,
         rows,
         topk_ids,
         expert_map,
+        None,
         topk_ids.numel(),
         num_local_experts if expert_map is None else expert_map.numel(),
         num_local_experts,
         TOP_K=topk_ids.shape[1],
         HIDDEN=hidden,
+        SPLIT_K=1,
+        SPLIT_OF=0,
         BLOCK_H=block_h,
-        PDL=bool(OPTIONS),
-        **OPTIONS,
+        **pdl.arguments(),
     )
 
 
@@ -247,5 +209,5 @@ def narrow_rows(out: torch.Tensor, sums: torch.Tensor) -> None:
     num_tokens, hidden = out.shape
     block = min(1024, triton.next_power_of_2(hidden))
     narrow_after_kernel[(num_tokens, triton.cdiv(hidden, block))](
-        out, sums, COLUMNS=hidden, BLOCK=block, PDL=bool(OPTIONS), **OPTIONS
+        out, sums, COLUMNS=hidden, BLOCK=block, **pdl.arguments()
     )

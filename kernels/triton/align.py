@@ -21,6 +21,7 @@ import torch
 
 import triton
 from rampwrap.errors import InputError
+from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align_kernels import (
     align_by_expert_kernel,
     count_chunks_kernel,
@@ -30,8 +31,8 @@ from rampwrap.kernels.triton.align_kernels import (
 from rampwrap.kernels.triton.chunk_kernels import count_and_fill_kernel, place_kernel
 
 PATHS = ("expert", "chunks", "scan")
-# The one-launch path does num_slots * num_experts work, and each CTA walks all slots one chunk after the other: one
-# chunk of 4096 is worth a launch (2 us), eight were measured to cost 34 us.
+# The one-launch path does num_slots * num_experts work, and each CTA holds the ids of all slots in registers: 16 a thread
+# for 4096. One after the other, eight times as many were measured to cost 34 us, where a second launch costs 2.
 BY_EXPERT_MAX_SLOTS = 4096
 BY_EXPERT_MAX_WORK = 1 << 19
 # Slots that are ranked by comparing all with all, in registers: 256 compares a thread, about 1 us.
@@ -164,6 +165,7 @@ def align_tokens(
             capacity,
             BINS=bins,
             **_one_launch(num_slots),
+            **pdl.arguments(),
         )
         return blocks
     if path == "chunks":
@@ -180,6 +182,7 @@ def align_tokens(
             capacity,
             PIECE=PIECE,
             BINS=bins,
+            **pdl.arguments(),
         )
         place_kernel[(num_chunks,)](
             blocks.scratch,
@@ -194,6 +197,7 @@ def align_tokens(
             block_m,
             BINS=bins,
             **_placing(bins),
+            **pdl.arguments(),
         )
         return blocks
     num_chunks = triton.cdiv(num_slots, CHUNK_SLOTS)
@@ -239,6 +243,10 @@ def _path(num_slots: int, num_local_experts: int, asked: str | None) -> str:
     if asked is not None:
         if asked not in PATHS:
             raise InputError(f"path {asked!r} is unknown; use one of {', '.join(PATHS)}.")
+        if asked == "expert" and num_slots > BY_EXPERT_MAX_SLOTS:
+            raise InputError(
+                f"path 'expert' aligns {BY_EXPERT_MAX_SLOTS} slots, this batch has {num_slots}; use chunks."
+            )
         return asked
     small = num_slots <= BY_EXPERT_MAX_SLOTS and num_slots * num_local_experts <= BY_EXPERT_MAX_WORK
     return "expert" if small else "chunks"

@@ -1,7 +1,7 @@
 """The GPU code of `align`: histograms of expert ids, and the placing of slots in blocks.
 
 `block_m` is a runtime argument throughout, so that a kernel that chooses it on the device can use the helpers as
-they are: `expert_histogram`, then `place_expert` or `scan_own` with the chosen block_m.
+they are: `ids_and_histogram`, then `place_expert`; or `expert_histogram` of a chunk, then `scan_own`, with the chosen block_m.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -11,6 +11,7 @@ they are: `expert_histogram`, then `place_expert` or `scan_own` with the chosen 
 import triton
 import triton.language as tl
 from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 
 @triton.jit
@@ -74,6 +75,15 @@ def expert_histogram(
 
 
 @triton.jit
+def ids_and_histogram(
+    topk_ids_ptr, expert_map_ptr, num_slots, num_experts, num_local_experts, CHUNK: tl.constexpr, BINS: tl.constexpr
+):
+    """Local ids of all slots, int32 [CHUNK], and their histogram; CHUNK >= num_slots: they are read once."""
+    ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, tl.arange(0, CHUNK), num_slots, num_experts, num_local_experts)
+    return ids, count_ids(ids, num_local_experts, BINS)
+
+
+@triton.jit
 def fill(ptr, first, end, value, step, TILE: tl.constexpr):
     """ptr[i] = value for the TILE-wide pieces of [first, end) that start at first, first + step, ..."""
     lane = tl.arange(0, TILE)
@@ -85,25 +95,24 @@ def fill(ptr, first, end, value, step, TILE: tl.constexpr):
 @triton.jit
 def place_expert(
     expert,
+    ids,
     counts,
     block_m,
     capacity,
     num_programs,
-    topk_ids_ptr,
-    expert_map_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
     expert_counts_ptr,
     num_slots,
-    num_experts,
     num_local_experts,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):
     """Writes the blocks of one expert, and this CTA's share of the sentinels after the last block.
 
-    Without `expert_counts_ptr` somebody else writes the histogram and the number of rows.
+    `ids` are those of all slots and `counts` their histogram (`ids_and_histogram`). Without `expert_counts_ptr` somebody
+    else writes the histogram and the number of rows.
     """
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
@@ -113,15 +122,11 @@ def place_expert(
     post_padded = num_blocks * block_m
     base = first_block * block_m
 
-    placed = 0
-    for start in range(0, num_slots, CHUNK):
-        offsets = start + tl.arange(0, CHUNK)
-        ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, offsets, num_slots, num_experts, num_local_experts)
-        mine = (ids == expert).to(tl.int32)
-        before = tl.cumsum(mine, 0) - mine
-        tl.store(sorted_token_ids_ptr + base + placed + before, offsets, mask=mine != 0)
-        placed += tl.sum(mine, 0)
+    mine = (ids == expert).to(tl.int32)
+    before = tl.cumsum(mine, 0) - mine
+    tl.store(sorted_token_ids_ptr + base + before, tl.arange(0, CHUNK), mask=mine != 0)
 
+    placed = tl.sum(tl.where(bins == expert, counts, 0), 0)
     fill(sorted_token_ids_ptr, base + placed, base + own_blocks * block_m, num_slots, 128, 128)
     fill(expert_ids_ptr, first_block, first_block + own_blocks, expert, 128, 128)
     fill(sorted_token_ids_ptr, post_padded + expert * 256, capacity, num_slots, num_programs * 256, 256)
@@ -146,25 +151,25 @@ def align_by_expert_kernel(
     capacity,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The whole alignment in one launch of num_local_experts CTAs."""
-    counts = expert_histogram(
-        topk_ids_ptr, expert_map_ptr, 0, num_slots, num_slots, num_experts, num_local_experts, CHUNK, BINS
+    wait_for_launch_before(PDL)
+    ids, counts = ids_and_histogram(
+        topk_ids_ptr, expert_map_ptr, num_slots, num_experts, num_local_experts, CHUNK, BINS
     )
     place_expert(
         tl.program_id(0),
+        ids,
         counts,
         block_m,
         capacity,
         tl.num_programs(0),
-        topk_ids_ptr,
-        expert_map_ptr,
         sorted_token_ids_ptr,
         expert_ids_ptr,
         num_tokens_post_padded_ptr,
         expert_counts_ptr,
         num_slots,
-        num_experts,
         num_local_experts,
         CHUNK,
         BINS,

@@ -12,6 +12,7 @@ with each other in registers: 256 compares a thread, no atomics, no sort.
 import triton
 import triton.language as tl
 from rampwrap.kernels.triton.align_kernels import count_ids, fill, local_expert_ids
+from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 
 @triton.jit(do_not_specialize=["pieces", "num_slots", "num_experts", "num_local_experts", "most_rows"])
@@ -27,11 +28,13 @@ def count_and_fill_kernel(
     most_rows,
     PIECE: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Sentinels in all `most_rows` rows; in the scratch memory the histograms of the chunks, then all local ids.
 
     There the ids go on up to a multiple of PIECE, so that they are read four at a time without a mask.
     """
+    wait_for_launch_before(PDL)
     chunk = tl.program_id(0)
     fill(sorted_token_ids_ptr, chunk * 1024, most_rows, num_slots, tl.num_programs(0) * 1024, 1024)
     counts = tl.zeros((BINS,), dtype=tl.int32)
@@ -135,8 +138,10 @@ def place_kernel(
     ROWS: tl.constexpr,
     IDS: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The second launch of an alignment without selection."""
+    wait_for_launch_before(PDL)
     counts, before = counts_before(scratch_ptr, num_chunks, BINS, ROWS)
     place_chunk(
         counts,

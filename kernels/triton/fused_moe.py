@@ -2,7 +2,8 @@
 
 Launches of a layer: alignment, [quantise x], up, [quantise h], down, sum; up to `DIRECT_FACTOR` the alignment
 is left out. Every grid is sized from capacity and CTAs past the last block leave at once, so nothing ever
-waits for the host, and the whole layer can be captured in a CUDA graph.
+waits for the host, and the whole layer can be captured in a CUDA graph. Each launch starts while the one before it
+ends (`pdl`).
 
 `fused_moe_candidates` launches several configs behind one alignment that was made for one of them: the GEMMs of
 the others find no rows and leave, and the sum runs once.
@@ -16,6 +17,7 @@ import torch
 
 import triton
 from rampwrap.grid import max_blocks
+from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align import ALIGNED, TokenBlocks, align_tokens
 from rampwrap.kernels.triton.configs import quantises_h, splits
 from rampwrap.kernels.triton.gemm import down_kernel, down_merged_kernel, sum_kernel, up_kernel, up_merged_kernel
@@ -47,6 +49,8 @@ class _Layer:
     expert_map: torch.Tensor | None
     out: torch.Tensor
     workspace: Workspace
+    launch: dict[str, Any]
+    "`pdl.arguments` of all launches."
 
     @classmethod
     def make(
@@ -61,8 +65,10 @@ class _Layer:
         expert_map: torch.Tensor | None,
         out: torch.Tensor | None,
         workspace: Workspace | None,
+        several: bool,
     ) -> "_Layer":
         """Allocates what is absent and, for FP8 weights, quantises the hidden states."""
+        launch = pdl.arguments(several)
         num_tokens, hidden = hidden_states.shape
         fp8 = w13_scale is not None
         if out is None:
@@ -81,8 +87,9 @@ class _Layer:
         if fp8 and num_tokens:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
             x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
-            quantise_rows(hidden_states, x, x_scale)
-        return cls(x, x_scale, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, expert_map, out, workspace)
+            quantise_rows(hidden_states, x, x_scale, launch=launch)
+        scales = (w13_scale, w2_scale)
+        return cls(x, x_scale, w13, w2, *scales, topk_weights, topk_ids, expert_map, out, workspace, launch)
 
     @property
     def num_slots(self) -> int:
@@ -114,7 +121,7 @@ class _Layer:
         )
         capacity = num_slots if blocks is None else max_blocks(num_slots, local, config["block_m"])
         persistent = most_ctas is not None and blocks is not None
-        tuning = {**tuning_arguments(config), "PERSISTENT": persistent}
+        tuning = {**tuning_arguments(config), "PERSISTENT": persistent, **self.launch}
 
         def grid(tiles: int) -> tuple[int]:
             return (min(capacity * tiles, most_ctas) if persistent and most_ctas else capacity * tiles,)
@@ -142,7 +149,7 @@ class _Layer:
         if h_scale is not None and not in_epilogue:
             assert workspace.h_fp8 is not None
             # Rows of slots without a local expert hold whatever was there; nothing reads what becomes of them.
-            quantise_rows(h, workspace.h_fp8[:num_slots], h_scale, unless_zero=post_padded)
+            quantise_rows(h, workspace.h_fp8[:num_slots], h_scale, unless_zero=post_padded, launch=self.launch)
             h = workspace.h_fp8[:num_slots]
         down_kernel[grid(triton.cdiv(hidden, block_n) * split_k)](
             workspace.y,
@@ -189,6 +196,7 @@ class _Layer:
                 "CONFIGS": rows,
                 "num_warps": warps,
                 "num_stages": max(row[7] for row in rows),
+                **self.launch,
             }
             h = self.workspace.h[:num_slots]
             up_merged_kernel[(min(limit, max(most)),)](
@@ -216,6 +224,7 @@ class _Layer:
             SPLIT_K=max(all_splits),
             SPLIT_OF=0 if same else sum(count << 4 * place for place, count in enumerate(all_splits)),
             BLOCK_H=block_h,
+            **self.launch,
         )
         return self.out
 
@@ -254,7 +263,9 @@ def fused_moe(
         most_ctas: grids of at most so many CTAs, each of which goes on to further tiles; same bits. Not used where
             the batch is so small that it runs without an alignment.
     """
-    layer = _Layer.make(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
+    tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
+    # A given alignment may be that of the chosen of several candidates, in a body of a conditional node.
+    layer = _Layer.make(*tensors, several=blocks is not None)
     num_tokens, top_k = topk_ids.shape
     if num_tokens == 0:
         return layer.out
@@ -296,7 +307,8 @@ def fused_moe_candidates(
         merged: one launch of each GEMM for all candidates, which then share registers and shared memory of the
             largest: nothing idle is launched. FP8 layers are launched one by one all the same.
     """
-    layer = _Layer.make(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
+    tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
+    layer = _Layer.make(*tensors, several=True)
     if layer.num_slots == 0:
         return layer.out
     limits = most_ctas or [None] * len(configs)

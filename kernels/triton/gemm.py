@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from rampwrap.kernels.triton.align_kernels import local_expert_ids
 from rampwrap.kernels.triton.interpreter import downcast
+from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.tiles import block_expert, down_tile, tile_of, up_tile
 
 
@@ -42,8 +43,10 @@ def up_kernel(
     GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The gate+up GEMM and SwiGLU, one `up_tile` a CTA, or in turn."""
+    wait_for_launch_before(PDL)
     TILES_N: tl.constexpr = (INTERMEDIATE + BLOCK_N // 2 - 1) // (BLOCK_N // 2)
     num_blocks = num_slots
     if num_tokens_post_padded_ptr is not None:
@@ -130,8 +133,10 @@ def down_kernel(
     SPLIT_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The down GEMM, one `down_tile` a CTA, or in turn; the SPLIT_K parts of a tile stand side by side."""
+    wait_for_launch_before(PDL)
     TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     num_blocks = num_slots
     if num_tokens_post_padded_ptr is not None:
@@ -208,12 +213,14 @@ def up_merged_kernel(
     INTERMEDIATE: tl.constexpr,
     STRIDE: tl.constexpr,
     CONFIGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The gate+up GEMM by whichever of CONFIGS has rows: a loop over tiles for each, all but one of them empty.
 
     CONFIGS: a tuple of (place, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP_AB, STAGES); the rows of each stand at
     post_padded[place * STRIDE].
     """
+    wait_for_launch_before(PDL)
     for i in tl.static_range(len(CONFIGS)):
         num_blocks = tl.load(post_padded_ptr + CONFIGS[i][0] * STRIDE) // CONFIGS[i][1]
         tiles_n = (2 * INTERMEDIATE + CONFIGS[i][2] - 1) // CONFIGS[i][2]
@@ -258,8 +265,10 @@ def down_merged_kernel(
     INTERMEDIATE: tl.constexpr,
     STRIDE: tl.constexpr,
     CONFIGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The down GEMM by whichever of CONFIGS has rows, as `up_merged_kernel`."""
+    wait_for_launch_before(PDL)
     for i in tl.static_range(len(CONFIGS)):
         num_blocks = tl.load(post_padded_ptr + CONFIGS[i][0] * STRIDE) // CONFIGS[i][1]
         tiles = (HIDDEN + CONFIGS[i][2] - 1) // CONFIGS[i][2] * CONFIGS[i][5]
@@ -306,11 +315,13 @@ def sum_kernel(
     SPLIT_K: tl.constexpr,
     SPLIT_OF: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out[token] = sum over its slots in order and the splits of each, float32; rows that no block wrote are not read.
 
     With `choice_ptr` the splits are those of candidate choice[0], four bits each in SPLIT_OF, at most SPLIT_K.
     """
+    wait_for_launch_before(PDL)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     splits = SPLIT_K

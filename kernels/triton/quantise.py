@@ -7,11 +7,15 @@ scale = max(|x|) / 448, q = round(x / scale): the numbers that DeepSeek-style W8
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
 # ruff: noqa: N803
 
+from typing import Any
+
 import torch
 
 import triton
 import triton.language as tl
+from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.interpreter import downcast
+from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 GROUP = 128
 FP8_MAX = 448.0
@@ -39,8 +43,10 @@ def quantise_rows_kernel(
     unless_zero_ptr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row a CTA along axis 0, GROUPS groups of it along axis 1."""
+    wait_for_launch_before(PDL)
     if unless_zero_ptr is not None:  # noqa: SIM102  (only the outer one is known when it compiles)
         if tl.load(unless_zero_ptr) == 0:
             return
@@ -54,13 +60,20 @@ def quantise_rows_kernel(
 
 
 def quantise_rows(
-    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, *, unless_zero: torch.Tensor | None = None
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    unless_zero: torch.Tensor | None = None,
+    launch: dict[str, Any] | None = None,
 ) -> None:
     """Quantises x [rows, columns] into q (e4m3, same shape) and scale (float32 [rows, columns / 128]).
 
-    Writes nothing where the integer in `unless_zero` (one element, on the device) is zero.
+    Writes nothing where the integer in `unless_zero` (one element, on the device) is zero. `launch` are other
+    `pdl.arguments` than those for one config.
     """
     rows, columns = x.shape
     groups = min(8, triton.next_power_of_2(columns // GROUP))
     grid = (rows, triton.cdiv(columns // GROUP, groups))
-    quantise_rows_kernel[grid](q, scale, x, unless_zero, COLUMNS=columns, GROUPS=groups, num_warps=min(4, groups))
+    more = {"num_warps": min(4, groups), **(launch or pdl.arguments())}
+    quantise_rows_kernel[grid](q, scale, x, unless_zero, COLUMNS=columns, GROUPS=groups, **more)

@@ -17,7 +17,7 @@ import torch
 import triton
 from rampwrap.errors import InputError
 from rampwrap.ingraph import TALLY, Packed
-from rampwrap.kernels.triton import align
+from rampwrap.kernels.triton import align, pdl
 from rampwrap.kernels.triton.align import ALIGNED, TokenBlocks
 from rampwrap.kernels.triton.align_kernels import count_chunks_kernel, place_chunks_kernel
 from rampwrap.kernels.triton.chunk_kernels import count_and_fill_kernel
@@ -235,6 +235,7 @@ def align_and_select(
             BINS=bins,
             **align._one_launch(num_slots),
             **constants,
+            **pdl.arguments(several=True),
         )
         return selected
     if path == "chunks":
@@ -251,6 +252,7 @@ def align_and_select(
             sorted_token_ids.numel(),
             PIECE=align.PIECE,
             BINS=bins,
+            **pdl.arguments(several=True),
         )
         select_and_place_kernel[(num_chunks + 1,)](
             first.scratch,
@@ -265,6 +267,7 @@ def align_and_select(
             BINS=bins,
             **align._placing(bins),
             **constants,
+            **pdl.arguments(several=True),
         )
         return selected
     num_chunks = triton.cdiv(num_slots, align.CHUNK_SLOTS)

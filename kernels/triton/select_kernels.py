@@ -10,8 +10,9 @@ Each kernel makes a histogram as `align` does, loads the candidates before it, a
 import triton
 import triton.language as tl
 from rampwrap.ingraph import TALLY
-from rampwrap.kernels.triton.align_kernels import expert_histogram, place_expert, scan_own, sum3, sum_chunks
+from rampwrap.kernels.triton.align_kernels import ids_and_histogram, place_expert, scan_own, sum3, sum_chunks
 from rampwrap.kernels.triton.chunk_kernels import counts_before, place_chunk
+from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.scoring import choose_candidate, load_tables
 
 _TALLY = tl.constexpr(TALLY)
@@ -86,11 +87,13 @@ def select_by_expert_kernel(
     LAUNCHES: tl.constexpr,
     MARGINS: tl.constexpr,
     STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Selection and alignment in one launch of num_local_experts + 1 CTAs, of which the last writes the record."""
+    wait_for_launch_before(PDL)
     tables = load_tables(ints_ptr, reals_ptr, C, S, LAUNCHES, MARGINS)
-    counts = expert_histogram(
-        topk_ids_ptr, expert_map_ptr, 0, num_slots, num_slots, num_experts, num_local_experts, CHUNK, BINS
+    ids, counts = ids_and_histogram(
+        topk_ids_ptr, expert_map_ptr, num_slots, num_experts, num_local_experts, CHUNK, BINS
     )
     choice, block_m, static_us, chosen_us, active, outside = choose_candidate(counts, tables, fallback, C, LAUNCHES)
     capacity = tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m)
@@ -115,18 +118,16 @@ def select_by_expert_kernel(
     else:
         place_expert(
             tl.program_id(0),
+            ids,
             counts,
             block_m,
             capacity,
             num_local_experts,
-            topk_ids_ptr,
-            expert_map_ptr,
             sorted_token_ids_ptr,
             expert_ids_ptr,
             None,
             None,
             num_slots,
-            num_experts,
             num_local_experts,
             CHUNK,
             BINS,
@@ -159,8 +160,10 @@ def select_and_place_kernel(
     LAUNCHES: tl.constexpr,
     MARGINS: tl.constexpr,
     STRIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The second launch of the two-launch path with selection before it; one CTA more than chunks, for the record."""
+    wait_for_launch_before(PDL)
     tables = load_tables(ints_ptr, reals_ptr, C, S, LAUNCHES, MARGINS)
     counts, before = counts_before(scratch_ptr, num_chunks, BINS, ROWS)
     choice, block_m, static_us, chosen_us, active, outside = choose_candidate(counts, tables, fallback, C, LAUNCHES)

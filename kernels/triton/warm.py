@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from rampwrap.kernel import Config, MoEShape
+from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.fused_moe import DIRECT_FACTOR, fused_moe, fused_moe_candidates
 from rampwrap.kernels.triton.quantise import GROUP
 from rampwrap.kernels.triton.select import allocate_selected
 from rampwrap.kernels.triton.workspace import TORCH_DTYPES
+from rampwrap.spawn import main_hidden
 
 
 def warm(
@@ -64,7 +66,9 @@ def _in_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rampwrap.kernels.triton.warm"])
     parts = [list(items[i::count]) for i in range(count)]
-    with context.Pool(count) as pool:
+    # The setting of this process, not the environment's that the server may have seen: it is part of what is compiled.
+    # All the while: a pool starts processes anew, from a thread, where one has died.
+    with main_hidden(), context.Pool(count, pdl.use, (pdl.setting(),)) as pool:
         found = pool.starmap(run, [(shape, part, *more) for part in parts])
     reasons: list[str | None] = [None] * len(items)
     for i, part in enumerate(found):
@@ -102,18 +106,24 @@ def run_once(
 ) -> list[str | None]:
     """Runs each config with and without alignment; for each None, or the first line of the error."""
     arguments = [_zeros(shape, num_tokens, ids_dtype, device) for num_tokens in _batches(shape)]
+    ways: list[tuple[str, int | None]] = [(pdl.setting(), None)]
+    if persistent:
+        # Candidates are launched as those of several, whole grids of them too: a body of a conditional node has these.
+        several = pdl.setting() if pdl.setting() == pdl.EVERYWHERE else pdl.NOWHERE
+        ways = list(dict.fromkeys([*ways, (several, None), (several, 1)]))
     reasons: list[str | None] = []
     for config in configs:
         with _reason(reasons, device):
             for args, scales in arguments:
-                for most_ctas in (None, 1) if persistent else (None,):
-                    fused_moe(
-                        config,
-                        *args,
-                        w13_scale=scales.get("w13_scale"),
-                        w2_scale=scales.get("w2_scale"),
-                        most_ctas=most_ctas,
-                    )
+                for setting, most_ctas in ways:
+                    with pdl.using(setting):
+                        fused_moe(
+                            config,
+                            *args,
+                            w13_scale=scales.get("w13_scale"),
+                            w2_scale=scales.get("w2_scale"),
+                            most_ctas=most_ctas,
+                        )
     return reasons
 
 
