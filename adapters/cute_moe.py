@@ -15,7 +15,16 @@ from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, MoEShape, check_configs, format_config
 from rampwrap.kernels.cute import reference
-from rampwrap.kernels.cute.configs import FORMS, GROUP_MS, SCALE, CuteConfig, all_configs, from_keys, why_illegal
+from rampwrap.kernels.cute.configs import (
+    FORMS,
+    GROUP_MS,
+    SCALE,
+    CuteConfig,
+    Variant,
+    all_configs,
+    from_keys,
+    why_illegal,
+)
 from rampwrap.kernels.cute.launch import MAX_CTAS, run_layer
 from rampwrap.kernels.cute.library import Library, load
 from rampwrap.kernels.triton.align import TokenBlocks
@@ -121,11 +130,19 @@ class CuteFusedMoE:
         """Memory for `launch(..., workspace=...)` with any config and up to `num_tokens` tokens; fits Triton's too."""
         return workspace(self.shape, num_tokens, device)
 
+    def must_compile(self, configs: Sequence[Config]) -> bool:
+        """Whether `precompile` would compile, seconds a kernel, rather than find all of them built."""
+        return self.library.must_compile(self._variants(configs))
+
     def precompile(self, configs: Sequence[Config], **_: Any) -> list[str | None]:
         """Compiles what the library lacks, in parallel; for each config None, or why it cannot run."""
         found = [from_keys(config, self.shape.dtype) for config in configs]
-        self.library.ensure(v for config in found if isinstance(config, CuteConfig) for v in config.variants)
+        self.library.ensure(self._variants(configs))
         return [config if isinstance(config, str) else self.library.why_absent(config) for config in found]
+
+    def _variants(self, configs: Sequence[Config]) -> list[Variant]:
+        found = [from_keys(config, self.shape.dtype) for config in configs]
+        return [variant for config in found if isinstance(config, CuteConfig) for variant in config.variants]
 
     def launch(
         self,

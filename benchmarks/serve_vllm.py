@@ -10,8 +10,10 @@ Arms, each an engine in a process of its own:
     plugin      vLLM with rampwrap and a plan, and nothing else changed
 
 As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the same
-clocks; only one runs at a time. `--restart` starts the plugin's engine and the installed one once more at the end, for
-the start-up cost with warm caches. Needs vLLM 0.26 importable; models are spread over the GPUs given with `--gpus`.
+clocks; only one runs at a time. `--restart` starts the plugin's engine and the installed one once more at the end, each
+alone on the GPU, for the start-up cost with warm caches and the memory that the driver sees. Needs vLLM 0.26 importable;
+models are spread over the GPUs given with `--gpus`. The FP8 model needs the CuTe kernels (`rampwrap build-kernels`,
+$RAMPWRAP_CUTE_LIBRARY).
 """
 
 import argparse
@@ -27,10 +29,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from serve_vllm_setup import ARMS, MODELS, environment_of, free_gb, needed_gb, prepare, settings_of
+
+PROFILED = 6
+"Steps of a cell that run under torch's profiler."
 
 
 class Arm:
@@ -98,11 +104,7 @@ def measure_group(
             say(start, f"{name}: the time allows {number} rounds of {arguments.rounds}")
             break
         for routing, batch in itertools.product(arguments.routing, arguments.batch_size):
-            for arm in order:
-                found = arms[arm]("decode", batch=batch, routing=routing, steps=arguments.steps, warm=8)
-                rows.append(
-                    {"what": "decode", "arm": arm, "routing": routing, "batch": batch, "round": number, **found}
-                )
+            rows += [{"round": number, **row} for row in decode(arms, order, routing, batch, arguments)]
         for routing in arguments.routing if arguments.mixed else ():
             for arm in order:
                 found = arms[arm]("mixed", routing=routing, requests=arguments.mixed, concurrency=128)
@@ -110,12 +112,24 @@ def measure_group(
         longest = max(longest, time.monotonic() - began)
         order = order[1:] + order[:1]
         say(start, f"{name}: round {number + 1} of {', '.join(arms)}")
-    for routing, batch in itertools.product(arguments.routing, arguments.profile):
+
+
+def decode(
+    arms: dict[str, Arm], order: list[str], routing: str, batch: int, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One cell: every engine holds the batch, and a few steps of each are timed in turn, so that a slow moment of the
+    host meets all of them; then the GPU time of a step, which does not depend on the host."""
+    total = (arguments.steps + 1) * arguments.turns + (PROFILED + 1)
+    for arm in order:
+        arms[arm]("begin", batch=batch, routing=routing, steps=total)
+    where = {"routing": routing, "batch": batch}
+    for turn in range(arguments.turns):
         for arm in order:
-            if time.monotonic() > deadline:
-                return
-            found = arms[arm]("decode", batch=batch, routing=routing, steps=6, warm=8, profile=True)
-            rows.append({"what": "share", "arm": arm, "routing": routing, "batch": batch, **found})
+            yield {"what": "decode", "arm": arm, "turn": turn, **where} | arms[arm]("go", steps=arguments.steps)
+        order = order[1:] + order[:1]
+    for arm in order:
+        yield {"what": "share", "arm": arm, **where} | arms[arm]("go", steps=PROFILED, profile=True)
+        arms[arm]("end")
 
 
 def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, results: dict[str, Any]) -> None:
@@ -134,7 +148,14 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
         rows: list[dict[str, Any]] = []
         starts: dict[str, Any] = {}
         choices: dict[str, Any] = {}
-        results[name] = {"rows": rows, "starts": starts, "choices": choices, "shipped": made["shipped"]}
+        memory: dict[str, Any] = {}
+        results[name] = {
+            "rows": rows,
+            "starts": starts,
+            "memory": memory,
+            "choices": choices,
+            "shipped": made["shipped"],
+        }
         logs = arguments.logs or folder
         logs.mkdir(parents=True, exist_ok=True)
         share = (arguments.budget_s - (time.monotonic() - start)) / len(groups)
@@ -145,6 +166,10 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
                 for arm, engine in arms.items():
                     starts[arm] = engine.started()
                     say(start, f"{name}: {arm} is up after {starts[arm]['wall_s']:.0f} s")
+                cpus = sorted(os.sched_getaffinity(0))
+                each = max(1, len(cpus) // len(arms))
+                for place, engine in enumerate(arms.values()):
+                    engine("pin", cpus=cpus[place * each : (place + 1) * each][:2])
                 if "plugin" in arms and not any(its["layers"] for its in arms["plugin"]("choices")["engines"]):
                     log = (logs / f"{name}-plugin.log").read_text(errors="replace")
                     said = [line for line in log.splitlines() if "rampwrap" in line]
@@ -152,18 +177,43 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
                         "the plugin attached to no layer: " + "; ".join(said[-3:] or ["it says nothing"])
                     )
                 measure_group(name, arms, arguments, deadline, start, rows)
+                memory |= {arm: engine("memory") for arm, engine in arms.items()}
                 if "plugin" in arms:
                     choices |= arms["plugin"]("choices")
             finally:
                 for engine in arms.values():
                     engine.stop()
-        if arguments.restart:
-            for arm in ("installed", "plugin"):
-                again = Arm(arm, settings, environment_of(arm, folder, gpu), logs / f"{name}-{arm}-again.log")
-                try:
-                    starts[f"{arm} again"] = again.started()
-                finally:
-                    again.stop()
+        for number, arm in itertools.product(range(arguments.restart), ("installed", "plugin")):
+            free = free_gb(gpu)
+            again = Arm(arm, settings, environment_of(arm, folder, gpu), logs / f"{name}-{arm}-again.log")
+            try:
+                found = again.started()
+                starts[f"{arm} again{number or ''}"] = found | {"device_gb": free - free_gb(gpu)}
+            finally:
+                again.stop()
+
+
+def costs(result: dict[str, Any]) -> dict[str, float]:
+    """What the plugin adds to the installed engine: GPU memory, and seconds of a start with warm caches.
+
+    Memory of torch's allocator after all measurements, of the driver after a start; medians over restarts.
+    """
+    out: dict[str, float] = {}
+    memory, starts = result["memory"], result["starts"]
+    if {"plugin", "installed"} <= set(memory):
+        for field in ("reserved_gb", "allocated_gb", "peak_gb"):
+            out[field] = memory["plugin"][field] - memory["installed"][field]
+        out["reserved_share"] = out["reserved_gb"] / memory["plugin"]["card_gb"]
+    again = {
+        arm: [its for name, its in starts.items() if name.startswith(f"{arm} again")] for arm in ("plugin", "installed")
+    }
+    if all(again.values()):
+        for field in ("wall_s", "engine_s", "device_gb"):
+            ours, theirs = (statistics.median(its[field] for its in again[arm]) for arm in ("plugin", "installed"))
+            out[field] = ours - theirs
+        out["plugin_s"] = statistics.median(its["plugin_s"] for its in again["plugin"])
+        out["device_share"] = out["device_gb"] / again["plugin"][0]["card_gb"]
+    return out
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -177,13 +227,17 @@ def pooled(rows: list[dict[str, Any]], percent: float, **where: Any) -> float:
 
 
 def ratio(rows: list[dict[str, Any]], arm: str, **where: Any) -> float:
-    """How much more tokens per second than an arm: the median over rounds, each of which compares like with like."""
+    """How much more tokens per second than an arm: the median over turns, each of which compares like with like."""
     speed = {
-        (row["arm"], row["round"]): row["tokens_per_s"]
+        (row["arm"], row["round"], row.get("turn")): row["tokens_per_s"]
         for row in rows
         if all(row.get(key) == value for key, value in where.items())
     }
-    found = [speed["plugin", r] / value for (name, r), value in speed.items() if name == arm and ("plugin", r) in speed]
+    found = [
+        speed["plugin", *turn] / value
+        for (name, *turn), value in speed.items()
+        if name == arm and ("plugin", *turn) in speed
+    ]
     return statistics.median(found) if found else float("nan")
 
 
@@ -203,9 +257,10 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
         print(
             f"  {routing:16s}"
             + "".join(f"{arm:>30s}" for arm in arms)
-            + "   plugin/installed  plugin/static  MoE share"
+            + "   tok/s over installed, static    GPU time over installed, static    MoE share, MoE time over installed"
         )
         ratios: dict[str, dict[Any, float]] = {arm: {} for arm in arms}
+        on_gpu: dict[str, dict[Any, float]] = {arm: {} for arm in arms}
         for what, batch in cells:
             where = {"what": what, "routing": routing, **({"batch": batch} if batch else {})}
             line = f"  {what if batch is None else batch:>16}"
@@ -216,8 +271,15 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
                 ratios[arm][batch or what] = ratio(rows, arm, **where)
             for arm in ("installed", "static"):
                 line += f"{ratios.get(arm, {}).get(batch or what, float('nan')):15.3f}x"
-            share = median_of(rows, "moe_share", what="share", arm="plugin", routing=routing, batch=batch)
-            print(line + ("" if math.isnan(share) else f"{share:11.1%}"))
+            if batch:
+                at = {"what": "share", "routing": routing, "batch": batch}
+                us, moe = ({a: median_of(rows, f, arm=a, **at) for a in arms} for f in ("gpu_us", "moe_us"))
+                for arm in arms:
+                    on_gpu[arm][batch] = us[arm] / us.get("plugin", math.nan)
+                line += "".join(f"{on_gpu.get(arm, {}).get(batch, math.nan):15.3f}x" for arm in ("installed", "static"))
+                if {"plugin", "installed"} <= set(arms):
+                    line += f"{moe['installed'] / us['installed']:14.1%}{moe['installed'] / moe['plugin']:10.3f}x"
+            print(line)
         gains[routing] = {}
         for arm in ("installed", "static"):
             its = {key: value for key, value in ratios.get(arm, {}).items() if not math.isnan(value)}
@@ -226,6 +288,8 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
                 "all": geometric_mean([value for key, value in its.items() if isinstance(key, int)]),
                 "batch>=64": geometric_mean(large),
                 "worst": min(its.values(), default=float("nan")),
+                "GPU time": geometric_mean(list(on_gpu.get(arm, {}).values())),
+                "GPU time, batch>=64": geometric_mean([x for size, x in on_gpu.get(arm, {}).items() if size >= 64]),
             }
             if its:
                 print(
@@ -233,6 +297,18 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
                 )
     for arm, its in result["starts"].items():
         print(f"  start {arm}: " + ", ".join(f"{key} {value:.2f}" for key, value in its.items()))
+    extra = result["costs"] = costs(result)
+    if "reserved_gb" in extra:
+        print(
+            f"  memory, plugin - installed: reserved {extra['reserved_gb']:+.2f} GB ({extra['reserved_share']:+.2%} of the "
+            f"card), allocated {extra['allocated_gb']:+.2f} GB, peak {extra['peak_gb']:+.2f} GB"
+        )
+    if "wall_s" in extra:
+        print(
+            f"  start-up cost of the plugin, warm caches: wall {extra['wall_s']:+.1f} s, engine {extra['engine_s']:+.1f} s, "
+            f"its own {extra['plugin_s']:.1f} s; of the whole device {extra['device_gb']:+.2f} GB "
+            f"({extra['device_share']:+.2%} of the card)"
+        )
     return gains
 
 
@@ -244,10 +320,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--routing", nargs="+", default=["uniform", "dirichlet:0.1"], help="also trace:FILE, lognormal:1.0"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="at most; fewer where the time is over")
-    parser.add_argument("--steps", type=int, default=64, help="decode steps of one measurement")
+    parser.add_argument("--rounds", type=int, default=2, help="at most; fewer where the time is over")
+    parser.add_argument("--turns", type=int, default=8, help="of each engine at a batch, in each round")
+    parser.add_argument("--steps", type=int, default=12, help="decode steps of a turn")
     parser.add_argument("--mixed", type=int, default=0, metavar="N", help="also a mixed load of so many requests")
-    parser.add_argument("--profile", nargs="*", type=int, default=[], metavar="M", help="MoE share at these batches")
     parser.add_argument("--mode", default="default", choices=["default", "piecewise", "eager"])
     parser.add_argument("--capture-sizes", nargs="+", type=int, help="instead of vLLM's own list: starts sooner")
     parser.add_argument("--layers", type=int, help="instead of the model's: more engines fit at the same time")
@@ -257,7 +333,9 @@ def parse_arguments() -> argparse.Namespace:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     parser.add_argument("--gpus", default=visible, help="0,1: models are spread over them, a model stays on its GPU")
     parser.add_argument("--budget-s", type=float, default=230.0, help="no further round is begun after this time")
-    parser.add_argument("--restart", action="store_true", help="measure the start with warm caches too")
+    parser.add_argument(
+        "--restart", nargs="?", type=int, const=1, default=0, metavar="N", help="start both N times more, caches warm"
+    )
     parser.add_argument("--logs", type=pathlib.Path, help="keep vLLM's logs in this folder")
     parser.add_argument("--out", type=pathlib.Path)
     return parser.parse_args()

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,17 @@ import triton.language as tl
 STRATEGY = "rampwrap_pool"
 POOL = 32768  # choices a layer; 64 windows of 512 tokens before one repeats
 STRIDE = 7919
-# Kernels between the router and the sum over experts: vLLM's, and ours.
+WARM = 8  # tokens of each request before a batch is measured
+# Kernels between the router and the sum over experts: vLLM's, our Triton kernels, and our CuTe kernels, whose names
+# begin with the function of the DSL and the module of their class. vLLM's own CUTLASS is cutlass::device_kernel.
 MOE_KERNELS = re.compile(
-    r"fused_moe|moe_align|count_and_sort_expert|act_and_mul|moe_sum|up_kernel|down_kernel|up_merged|down_merged"
-    r"|^sum_kernel|align_by_expert|count_chunks|scan_chunks|place_chunks|select_by_expert|select_chunks|quantise_rows"
+    r"fused_moe|moe_align|count_and_sort_expert|act_and_mul|silu_and_mul_per_block_quant|moe_sum"
+    r"|up_kernel|down_kernel|up_merged|down_merged|^sum_kernel|^prepare_kernel|^sum_after_kernel|^narrow_after_kernel"
+    r"|align_by_expert|count_chunks|scan_chunks|place_chunks|select_by_expert|select_chunks|quantise_rows"
+    r"|^kernel_cutlass_\w*rampwrap"
 )
+# Of dense layers too: they are the experts' where the next kernel is, as the quantisation of their input is in vLLM.
+SHARED_KERNELS = re.compile(r"per_token_group_quant|FillFunctor|^Memset")
 ROUTER_KERNELS = re.compile(r"take_choices")
 
 
@@ -90,6 +96,23 @@ class Pools:
         torch.cuda.synchronize()
 
 
+@torch.inference_mode()
+def fill_fp8(model: torch.nn.Module) -> int:
+    """Random values for the weights of FP8 layers; how many tensors.
+
+    vLLM's dummy weights are within 0.001, of which FP8 keeps zeros alone but for 2 %: they would draw less power than
+    weights do, and long steps would run at higher clocks. With the dummy scales these are of standard deviation 0.04.
+    """
+    drawn = (64 * torch.randn(1 << 22, device="cuda")).to(torch.float8_e4m3fn).view(torch.uint8)
+    filled = 0
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float8_e4m3fn and parameter.is_contiguous():
+            for part in parameter.data.view(torch.uint8).view(-1).split(len(drawn)):
+                part.copy_(drawn[: len(part)])
+            filled += 1
+    return filled
+
+
 class Engine:
     """vLLM in this process, driven step by step."""
 
@@ -128,13 +151,20 @@ class Engine:
         self.requests = 0
         now = time.perf_counter()
         self.started = {"import_s": imported - start, "engine_s": now - imported, **self.memory()}
+        self.started["plugin_s"] = sum(its["seconds"] for its in self.choices().get("engines", ()))
+        if settings["fp8"]:
+            self.llm.apply_model(fill_fp8)
+        # Drawing the pools and the weights is no part of an engine.
+        torch.cuda.empty_cache()
 
     @staticmethod
     def memory() -> dict[str, float]:
+        """Of torch's allocator in this process, graphs included; what the driver keeps besides is not in it."""
         return {
             "allocated_gb": torch.cuda.memory_allocated() / 1e9,
             "reserved_gb": torch.cuda.memory_reserved() / 1e9,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "card_gb": torch.cuda.mem_get_info()[1] / 1e9,
         }
 
     def add(self, prompt: int, output: int, rng: np.random.Generator) -> str:
@@ -154,26 +184,31 @@ class Engine:
             if outputs:
                 yield time.perf_counter(), outputs
 
-    def decode(self, batch: int, routing: str, steps: int, warm: int, profile: bool = False) -> dict[str, Any]:
-        """`steps` decode steps of a full batch, after `warm` of them; with `profile`, under torch's profiler."""
+    def begin(self, batch: int, routing: str, steps: int) -> dict[str, Any]:
+        """Starts a full batch that decodes for `steps` steps at least; returns when every request has 8 tokens."""
         self.pools.use(routing)
         rng = np.random.default_rng(batch)
-        names = [self.add(16, warm + 2 * steps + 64, rng) for _ in range(batch)]
-        seen: dict[str, int] = dict.fromkeys(names, 0)
-        walk = self.steps()
-        for _, outputs in walk:
+        self.batch = [self.add(16, steps + 128, rng) for _ in range(batch)]
+        seen: dict[str, int] = dict.fromkeys(self.batch, 0)
+        self.walk = self.steps()
+        for _, outputs in self.walk:
             for output in outputs:
-                seen[output.request_id] = seen.get(output.request_id, 0) + len(output.outputs[0].token_ids)
-            if min(seen.values()) >= warm:
+                seen[output.request_id] += len(output.outputs[0].token_ids)
+            if min(seen.values()) >= WARM:
                 break
         gc.collect()
+        return {}
+
+    def go(self, steps: int, profile: bool = False) -> dict[str, Any]:
+        """`steps` steps of the batch after one that is not counted; with `profile`, under torch's profiler."""
         gc.disable()
-        times, tokens = [time.perf_counter()], 0
         kernels: Any = None
+        next(self.walk)
         if profile:
             kernels = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             kernels.__enter__()
-        for now, outputs in walk:
+        times, tokens = [time.perf_counter()], 0
+        for now, outputs in self.walk:
             times.append(now)
             tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
             if len(times) > steps:
@@ -182,12 +217,22 @@ class Engine:
         if profile:
             kernels.__exit__(None, None, None)
         gc.enable()
-        self.engine.abort_request(names)
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
         latency = np.diff(times) * 1e3
         found = {"tokens_per_s": tokens / (times[-1] - times[0]), "ms": latency.round(4).tolist()}
         return found if not profile else shares(kernels, len(latency)) | found
+
+    def end(self) -> dict[str, Any]:
+        """Drops the batch."""
+        self.engine.abort_request(self.batch)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return {}
+
+    @staticmethod
+    def pin(cpus: list[int]) -> dict[str, Any]:
+        """Keeps the thread that drives the engine on some CPUs: it is what a step waits for at large batches."""
+        os.sched_setaffinity(0, cpus)
+        return {}
 
     def mixed(self, routing: str, requests: int, concurrency: int) -> dict[str, Any]:
         """A stream of requests, prompts of 64-1024 and outputs of 16-128 tokens, a new one whenever one ends."""
@@ -219,6 +264,7 @@ class Engine:
         """What the plugin attached and chose so far; empty in the other arms."""
         try:
             from rampwrap.engines import vllm as plugin
+            from rampwrap.kernel import format_config
         except ImportError:
             return {}
         rows = []
@@ -235,23 +281,49 @@ class Engine:
             its["chosen_us"] += chosen_us
             for index, count in counts.items():
                 its["counts"][index] = its["counts"].get(index, 0) + count
-        return {"engines": plugin.engines(), "buckets": buckets}
+        configs = {
+            selector.kernel.name: dict(enumerate(map(format_config, selector.plan.configs)))
+            for selector in plugin.selectors()
+        }
+        return {"engines": plugin.engines(), "configs": configs, "buckets": buckets}
+
+
+def of_experts(names: Sequence[str]) -> list[bool]:
+    """Which kernels of a stream, in the order of their starts, are the MoE layers' own."""
+    found, following = [], False
+    for name in reversed(names):
+        own = bool(MOE_KERNELS.search(name)) or (following and bool(SHARED_KERNELS.search(name)))
+        found.append(own)
+        following = own
+    return found[::-1]
 
 
 def shares(kernels: Any, steps: int) -> dict[str, Any]:
-    """Microseconds of GPU time a step, of all kernels and of the MoE layers' own, and the longest names of both."""
+    """Microseconds of GPU time a step, of all kernels and of the MoE layers' own, and the longest names of both.
+
+    Kernels that overlap, as ours launched by programmatic dependent launch do, count whole: a kernel that waits for the
+    one before it takes no time from it, so shares of such layers are upper bounds.
+    """
+    events = [its for its in kernels.events() if its.device_type == torch.autograd.DeviceType.CUDA]
+    events = sorted(
+        (its for its in events if not ROUTER_KERNELS.search(its.name)), key=lambda its: its.time_range.start
+    )
     total: dict[str, float] = {}
-    for event in kernels.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            total[event.name] = total.get(event.name, 0.0) + event.time_range.elapsed_us()
-    moe = {name: us for name, us in total.items() if MOE_KERNELS.search(name)}
-    ranked = sorted(total.items(), key=lambda item: -item[1])[:12]
-    everything = sum(us for name, us in total.items() if not ROUTER_KERNELS.search(name))
+    experts: dict[str, float] = {}
+    for event, own in zip(events, of_experts([its.name for its in events]), strict=True):
+        for sums in (total, experts) if own else (total,):
+            sums[event.name] = sums.get(event.name, 0.0) + event.time_range.elapsed_us()
+
+    def ranked(sums: dict[str, float]) -> dict[str, float]:
+        return {name[:80]: us / steps for name, us in sorted(sums.items(), key=lambda item: -item[1])[:12]}
+
+    everything, moe = sum(total.values()), sum(experts.values())
     return {
         "gpu_us": everything / steps,
-        "moe_us": sum(moe.values()) / steps,
-        "moe_share": sum(moe.values()) / everything if everything else float("nan"),
-        "kernels": {name[:80]: us / steps for name, us in ranked},
+        "moe_us": moe / steps,
+        "moe_share": moe / everything if everything else float("nan"),
+        "kernels": ranked(total),
+        "moe_kernels": ranked(experts),
     }
 
 

@@ -32,6 +32,33 @@ COMMON = {
 }
 
 
+QWEN3_30B = COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
+}
+# As the published FP8 checkpoint has it: routers and the output stay in bf16.
+BLOCK_FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(48))],
+}
+
+
 @attrs.frozen
 class Model:
     """A published architecture without its weights, and the tables that its plan and its static table come from."""
@@ -65,26 +92,15 @@ MODELS = {
         13.0,
     ),
     "qwen3-30b": Model(
-        COMMON
-        | {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "vocab_size": 151936,
-        },
+        QWEN3_30B,
         "benchmarks/results/h200-triton_fused_moe-qwen3-30b-bf16.npz",
         "benchmarks/results/h200-triton_vs_vllm-bf16.json",
+        9.0,
+    ),
+    "qwen3-30b-fp8": Model(
+        QWEN3_30B | {"quantization_config": BLOCK_FP8},
+        "benchmarks/results/h200-sweep-cute-qwen3-30b-fp8.npz",
+        "benchmarks/results/h200-sweep-vllm-qwen3-30b-fp8.npz",
         9.0,
     ),
 }
@@ -109,10 +125,10 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (shape,) = read_model(folder / "model")
     timings = Timings.load(arguments.timings or ROOT / model.timings)
+    assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
     if arguments.profile_budget:
-        profiled(folder, arguments.profile_budget, gpu)
+        profiled(folder, arguments.profile_budget, gpu, timings.kernel)
     else:
-        assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
         make_plan(timings, source=model.timings).save(folder / "plans" / f"{name}.plan.json")
     device = timings.device.name
     table = folder / "static" / config_file_name(shape, device)
@@ -124,10 +140,10 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     return {"config": config, "shape": shape, "shipped": str(config_file(shape, device) or "")}
 
 
-def profiled(folder: pathlib.Path, seconds: float, gpu: str) -> None:
-    """Makes the plan on this machine, for a kernel or GPU that no table was measured with."""
+def profiled(folder: pathlib.Path, seconds: float, gpu: str, kernel: str) -> None:
+    """Makes the plan on this machine, for a version of a kernel or a GPU that no table was measured with."""
     command = [sys.executable, "-m", "rampwrap", "profile", "--engine", "vllm", "--model", str(folder / "model")]
-    command += ["--budget", f"{seconds:g}s", "--out", str(folder / "plans"), "--quiet"]
+    command += ["--kernel", kernel, "--budget", f"{seconds:g}s", "--out", str(folder / "plans"), "--quiet"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpu})
 
@@ -144,6 +160,9 @@ def environment_of(arm: str, folder: pathlib.Path, gpu: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "rampwrap_pool",
     }
+    # Of FP8 dense layers only, in all arms alike: DeepGEMM compiles them with nvcc as it goes, for minutes at a first
+    # start, without it they run CUTLASS. Experts on Hopper run TritonExperts with and without it.
+    out.setdefault("VLLM_USE_DEEP_GEMM", "0")
     out.pop("VLLM_TUNED_CONFIG_FOLDER", None)
     if arm == "static":
         out["VLLM_TUNED_CONFIG_FOLDER"] = str(folder / "static")
@@ -166,6 +185,7 @@ def settings_of(name: str, made: dict[str, Any], folder: pathlib.Path, arguments
     kv_gb = MODELS[name].kv_gb * config["num_hidden_layers"] / MODELS[name].config["num_hidden_layers"]
     return {
         "model": str(folder / "model"),
+        "fp8": shape.dtype == "fp8",
         "layers": config["num_hidden_layers"],
         "experts": shape.num_experts,
         "top_k": shape.top_k,

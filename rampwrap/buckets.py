@@ -62,7 +62,8 @@ class Buckets:
         if routed and stored and {its.mode for its in lists if len(its.candidates) > 1} <= set(modes):
             self._lists = lists
         else:
-            self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if self._costs else ())
+            # A kernel without graph modes has one config a bucket too: the best over skews, not the uniform-tuned one.
+            self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if routed else ())
         self._firsts = [its.first for its in self._lists]
         self._made: list[Bucket | None] = [None] * len(self._lists)
 

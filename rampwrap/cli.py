@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a one-sentence error, 2 wrong usage, 130 interrupted.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -60,11 +61,18 @@ def _profile(a: argparse.Namespace) -> dict[str, Any]:
     if a.engine:
         return _profile_model(a)
     shape = _shape(a)
-    return _profile_shape(a, shape, a.out or f"{catalog.make_kernel(a.kernel, shape).name}-{_shape_name(shape)}.npz")
+    return _profile_shape(a, shape, a.out or f"{_kernel(a, shape).name}-{_shape_name(shape)}.npz")
+
+
+def _kernel(a: argparse.Namespace, shape: MoEShape) -> Kernel:
+    """The kernel to profile: the one asked for, else what serves the shape best."""
+    from rampwrap.engines.profiling import default_kernel
+
+    return catalog.make_kernel(a.kernel or default_kernel(a.engine, shape)[0], shape)
 
 
 def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
-    from rampwrap.engines.profiling import profile_model
+    from rampwrap.engines.profiling import default_kernel, profile_model
     from rampwrap.engines.warming import compile_for
     from rampwrap.models import read_model
 
@@ -77,19 +85,18 @@ def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
 
     def measure(shape: MoEShape, out: str) -> tuple[Kernel, Timings]:
         _profile_shape(a, shape, out)
-        return catalog.make_kernel(a.kernel, shape), Timings.load(out)
+        return _kernel(a, shape), Timings.load(out)
 
-    def kernel(shape: MoEShape) -> Kernel:
-        return catalog.make_kernel(a.kernel, shape)
-
-    return profile_model(a.model, kernel, measure, folder=a.out, prepare=compile_for, **sizes)
+    done = profile_model(a.model, functools.partial(_kernel, a), measure, folder=a.out, prepare=compile_for, **sizes)
+    hints = {default_kernel(a.engine, shape)[1] for shape in read_model(a.model, **sizes) if not a.kernel}
+    return {**done, "text": "\n".join([done["text"], *sorted(hints - {""})])}
 
 
 def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str, Any]:
     from rampwrap.active import profile_active
     from rampwrap.profiler import plan_profile, profile
 
-    kernel = catalog.make_kernel(a.kernel, shape)
+    kernel = _kernel(a, shape)
     workloads = workload_grid(a.batch_size, _routings(a.routing), "train", a.seed)
     workloads += workload_grid(a.eval_batch_size, _routings(a.eval_routing), "eval", a.seed)
     workloads += _recorded(a.recorded, shape, a, "train") + _recorded(a.eval_recorded, shape, a, "eval")
@@ -344,7 +351,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("profile", _profile, "time every config on every workload; resumes where a killed run stopped")
     p.add_argument(
-        "--kernel", default="triton_fused_moe", help=f"{', '.join(catalog.KERNELS)} or package.module:factory"
+        "--kernel",
+        help=f"{', '.join(catalog.KERNELS)} or package.module:factory; by default triton_fused_moe, "
+        "with --engine vllm the fastest one that runs here",
     )
     p.add_argument(
         "--engine",

@@ -1,11 +1,12 @@
 """The compiled kernels at run time: found, loaded in milliseconds, looked up by symbol."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rampwrap.errors import ConfigError, InputError
@@ -68,14 +69,23 @@ class Library:
 
     def ensure(self, variants: Iterable[Variant]) -> None:
         """Compiles those that are missing, in parallel, and loads them; where the CuTe DSL is installed."""
-        missing = [v for v in dict.fromkeys(variants) if v.symbol not in self.kernels and v.symbol not in self.refused]
+        missing = self._missing(variants)
         if not missing or not self.can_compile:
             return
-        name = missing[0].symbol if len(missing) == 1 else f"{missing[0].symbol}-{len(missing)}-{os.getpid()}"
+        folder = _first_use(missing)
         try:
-            self._add(build(missing, default_folder() / "first_use" / name).library)
+            self._add(folder / LIBRARY if _holds(folder, missing) else build(missing, folder).library)
         except ConfigError as error:
             self.refused |= {variant.symbol: str(error) for variant in missing}
+
+    def must_compile(self, variants: Iterable[Variant]) -> bool:
+        """Whether `ensure` would compile, rather than find all loaded or what it made for the same variants before."""
+        missing = self._missing(variants)
+        return bool(missing) and self.can_compile and not _holds(_first_use(missing), missing)
+
+    def _missing(self, variants: Iterable[Variant]) -> list[Variant]:
+        known = {*self.kernels, *self.refused}
+        return [variant for variant in dict.fromkeys(variants) if variant.symbol not in known]
 
     def function(self, variant: Variant) -> Function:
         """A compiled kernel; its arguments are positional and checked by it.
@@ -97,6 +107,21 @@ class Library:
                     return function  # type: ignore[no-any-return]
         reason = self.refused.get(variant.symbol, f"it is not in {self.path}; run 'rampwrap build-kernels'.")
         raise ConfigError(f"The kernel {variant.symbol} cannot be used: {reason}")
+
+
+def _first_use(variants: Sequence[Variant]) -> pathlib.Path:
+    """Where `ensure` puts a library of these, the same in every process."""
+    symbols = sorted(variant.symbol for variant in variants)
+    digest = hashlib.sha256(" ".join(symbols).encode()).hexdigest()[:16]
+    return default_folder() / "first_use" / (symbols[0] if len(symbols) == 1 else digest)
+
+
+def _holds(folder: pathlib.Path, variants: Iterable[Variant]) -> bool:
+    try:
+        manifest = read_manifest(folder / LIBRARY)
+    except InputError:
+        return False
+    return all(variant.symbol in manifest["kernels"] or variant.symbol in manifest["refused"] for variant in variants)
 
 
 def read_manifest(library: pathlib.Path) -> dict[str, Any]:

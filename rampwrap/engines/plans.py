@@ -45,11 +45,18 @@ def plans_path() -> pathlib.Path:
 
 @attrs.frozen(eq=False)
 class Fit:
-    """A plan that may choose for a layer, and the kernel it was made for."""
+    """A plan that may choose for a layer, and the kernel it was made for.
+
+    Attributes:
+        path, plan, kernel: the plan's file, what it holds, and its kernel for the layer's shape.
+        passed_over: a sentence for each kernel that is preferred and has plans for this layer and GPU, none of which
+            can be used: not built here, say, or of another version.
+    """
 
     path: str
     plan: Plan
     kernel: Kernel
+    passed_over: tuple[str, ...] = ()
 
 
 @attrs.frozen(eq=False)
@@ -85,16 +92,21 @@ class Plans:
 
         Of several that fit, the kernel named first in `kernels` counts, then the newest, then the last by name.
         """
+        passed_over: list[str] = []
         for name in kernels:
-            usable = []
+            usable, refused = [], ""
             for path, plan in self.found:
                 if plan.kernel == name and plan.shape == shape and _same(plan.device, device):
                     kernel = _kernel(name, shape)
-                    if isinstance(kernel, str) or _refusal(plan, kernel, device, shape) is not None:
+                    reason = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
+                    if isinstance(kernel, str) or reason is not None:
+                        refused = f"{path}: {reason}"
                         continue
                     usable.append(Fit(path, plan, kernel))
             if usable:
-                return max(usable, key=lambda fit: (str(fit.plan.provenance.get("made", "")), fit.path))
+                best = max(usable, key=lambda fit: (str(fit.plan.provenance.get("made", "")), fit.path))
+                return attrs.evolve(best, passed_over=tuple(passed_over))
+            passed_over += [refused] if refused else []
         return None
 
     def why_not(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> str:
@@ -127,7 +139,7 @@ def _kernel(name: str, shape: MoEShape) -> Kernel | str:
     try:
         return make_kernel(name, shape)
     except (InputError, ConfigError) as error:
-        return str(error)
+        return str(error).removesuffix(".")
 
 
 def _refusal(plan: Plan, kernel: Kernel, device: Device, shape: MoEShape) -> str | None:

@@ -5,15 +5,42 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from rampwrap.catalog import make_kernel
 from rampwrap.device import device_of
 from rampwrap.engines.plans import SUFFIX, Plans, plans_path
+from rampwrap.errors import ConfigError, InputError
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.kernels.cute.library import find
 from rampwrap.models import read_model
 from rampwrap.timings import Timings
 
+FP8_ENGINES = ("vllm",)
+"Engines whose hooks serve plans of the CuTe kernels, which are the faster ones in FP8."
 Measure = Callable[[MoEShape, str], tuple[Kernel, Timings]]
 "``measure(shape, table)``: profiles a shape into a table's file; the kernel and what was measured."
+
+
+def default_kernel(engine: str | None, shape: MoEShape) -> tuple[str, str]:
+    """The kernel that is profiled where the user names none, and in a sentence what would be faster; "" for nothing.
+
+    Our Triton kernel, but in FP8 the CuTe kernels, for engines that serve them and where their library was built:
+    without it their hundreds of configs would be compiled before anything is measured.
+    """
+    usual = "triton_fused_moe"
+    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+    if engine not in FP8_ENGINES or shape.dtype != "fp8" or not hopper:
+        return usual, ""
+    try:
+        # Asked first: with the CuTe DSL installed the adapter works without a library too.
+        if find() is None:
+            raise InputError("run 'rampwrap build-kernels' first")
+        return make_kernel("cute_moe", shape).name, ""
+    except (InputError, ConfigError) as error:
+        reason = str(error).removesuffix(".")
+        return usual, f"In FP8 the CuTe kernels are faster, but cannot be profiled here: {reason}."
 
 
 def plan_name(kernel: str, device: str, shape: MoEShape) -> str:

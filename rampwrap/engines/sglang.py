@@ -25,6 +25,7 @@ import torch
 from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
 from rampwrap.buckets import capturing
 from rampwrap.device import Device
+from rampwrap.drift import Sums
 from rampwrap.engines.plans import OneWarning, Plans, disabled
 from rampwrap.kernel import MoEShape
 from rampwrap.lagged import Lagged
@@ -129,6 +130,7 @@ class Around:
         if shape is None:
             return None
         if shape not in self._layers:
+            self._layers[shape] = None  # where the search fails it is not made again at every step
             self._layers[shape] = self._find(shape, given)
         layers = self._layers[shape]
         return None if layers is None else layers.choose(given["topk_ids"], given["w1"].data_ptr())
@@ -207,6 +209,7 @@ class Layers:
         self._seen: dict[tuple[int, int], Lagged] = {}
         self._names: dict[int, str] = {}
         self._counts: dict[tuple[str, int, str], dict[int, int]] = {}
+        self._sums: dict[tuple[str, int, str], Sums] = {}
         watch(self)
 
     def choose(self, topk_ids: torch.Tensor, address: int) -> Mapping[str, Any] | None:
@@ -223,6 +226,11 @@ class Layers:
             if state is None:
                 state = self._seen[address, position] = Lagged(self.shape.num_local_experts)
             counts, mode = state.latest(), "lagged"
+            if counts is not None:
+                sums = self._sums.get((name, position, mode))
+                if sums is None:
+                    sums = self._sums[name, position, mode] = Sums.of(self.plan.model)
+                sums.add(counts)
             if counts is None or not counts.any():
                 index = self.plan.static.index(num_tokens)
             else:
@@ -233,11 +241,13 @@ class Layers:
         return self.plan.configs[index]
 
     def telemetry(self) -> list[Telemetry]:
-        """Host launches; replays of a captured graph are not seen."""
-        return [
-            Telemetry(name, self._tokens[position], mode, dict(ran), sum(ran.values()))
-            for (name, position, mode), ran in list(self._counts.items())
-        ]
+        """Host launches, and of eager ones the routing; replays of a captured graph are not seen."""
+        rows = []
+        for key, counted in list(self._counts.items()):
+            (name, position, mode), ran = key, dict(counted)
+            sums = self._sums.get(key, Sums()).numbers()
+            rows.append(Telemetry(name, self._tokens[position], mode, ran, sum(ran.values()), **sums))
+        return rows
 
 
 class Named:

@@ -6,7 +6,8 @@ launch in place of its own `_fused_experts`; all others stay as they are. A laye
 
 - vLLM itself runs it with `TritonExperts` (its choice on Hopper; elsewhere start it with ``--moe-backend triton``),
 - it is SiLU-gated without biases, in bf16, fp16 or FP8 with 128x128 scale blocks, without LoRA,
-- a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set.
+- a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set. Where plans of
+  several kernels do, `preference` says which serves; one whose kernel cannot run here is passed over with a warning.
 
 With tensor parallelism the shape is that of a rank's slice, with expert parallelism the histogram is that of the local
 experts. The choice is made on the GPU, so it lives in full and piecewise CUDA graphs as in eager mode: vLLM runs every
@@ -39,8 +40,11 @@ from rampwrap.selector import Selector, graph_modes
 
 TESTED = ("0.26",)
 "Releases (major.minor) whose sources this module was checked against, and which it serves."
-KERNELS = ("triton_fused_moe", "vllm_fused_moe")
-"In order of preference where plans for both fit: ours is 1.12x faster than vLLM's on an H200 in geometric mean."
+KERNELS = ("triton_fused_moe", "cute_moe", "vllm_fused_moe")
+"""In order of preference where plans for several fit: our Triton kernel is 1.12x faster than vLLM's on an H200 in
+geometric mean, the CuTe kernels are level with it (0.91-1.04x) and choose no config inside a graph."""
+FP8_KERNELS = ("cute_moe", "triton_fused_moe", "vllm_fused_moe")
+"The same for FP8, where the CuTe kernels are 1.11x faster than our Triton kernel and 1.29x faster than vLLM's."
 REFUSED = "RAMPWRAP_REFUSED_VLLM"
 "Set for child processes, which load the plugin again, once a version was refused: the operator reads it once."
 
@@ -154,6 +158,11 @@ def _engine() -> _Engine:
     return made
 
 
+def preference(shape: MoEShape) -> tuple[str, ...]:
+    """Kernels whose plans may serve a layer, the fastest first."""
+    return FP8_KERNELS if shape.dtype == "fp8" else KERNELS
+
+
 @attrs.frozen
 class Refusal:
     """Why a layer stays with vLLM; `level` says who needs to know."""
@@ -218,18 +227,21 @@ def _attach(kernel: Any) -> None:
     if isinstance(shape, Refusal):
         _warn(shape.reason, "rampwrap leaves a layer to vLLM: %s.", shape.reason, level=shape.level)
         return
-    engine, device = _engine(), Device.current()
-    fit = engine.plans.find(shape, device, KERNELS)
+    engine, device, kernels = _engine(), Device.current(), preference(shape)
+    fit = engine.plans.find(shape, device, kernels)
     if fit is None:
         if config.tp_rank == config.ep_rank == config.dp_rank == 0:
             _warn(
                 f"plan for {engine.model}",
                 "rampwrap leaves vLLM's MoE layers (%s) as they are: %s; make a plan with '%s'.",
                 shape,
-                engine.plans.why_not(shape, device, KERNELS),
+                engine.plans.why_not(shape, device, kernels),
                 command(engine.model, config),
             )
         return
+    if config.tp_rank == config.ep_rank == config.dp_rank == 0:
+        for sentence in fit.passed_over:
+            _warn(sentence, "rampwrap passes over a plan: %s; it chooses by %s instead.", sentence, fit.path)
     if (refusal := _refusal(impl, experts, shape, engine)) is not None:
         _warn(refusal.reason, "rampwrap leaves a layer with a plan to vLLM: %s.", refusal.reason, level=refusal.level)
         return
@@ -326,6 +338,7 @@ class Experts:
             # The caller's own output saves the copy that vLLM makes of what its experts return.
             alias = call.get("output_alias")
             usable = alias is not None and (alias.shape, alias.dtype) == (hidden.shape, hidden.dtype)
+            usable = usable and call["output_alias"].is_contiguous()
             out["out"] = alias if usable else torch.empty_like(hidden)
         if self._takes_memory and (memory := self._memory(len(ids))) is not None:
             out["workspace"] = memory
@@ -371,9 +384,15 @@ def _layout(
 
 
 def engines() -> list[dict[str, Any]]:
-    """What was attached in this process: layers, plans and seconds spent at start, one entry for each engine."""
+    """What was attached in this process, one entry for each engine: layers, plans, kernels and seconds spent at start."""
     return [
-        {"model": its.model, "layers": its.layers, "plans": sorted(its.selectors), "seconds": its.seconds}
+        {
+            "model": its.model,
+            "layers": its.layers,
+            "plans": sorted(its.selectors),
+            "kernels": sorted({selector.kernel.name for selector in its.selectors.values()}),
+            "seconds": its.seconds,
+        }
         for _, its in _engines.values()
     ]
 

@@ -1,7 +1,8 @@
 """Compiles what a selector launches before an engine needs it, in parallel, and only where it was not yet done.
 
 In the engine's own process the kernels of a plan take a minute or two one by one; sixteen processes take seconds, and
-Triton's disk cache keeps them for every later start on the machine.
+Triton's disk cache keeps them for every later start on the machine. CuTe kernels come compiled in their library; those
+that it lacks are compiled the same way where the CuTe DSL is installed, and kept in the cache of its object files.
 
     python -m rampwrap.engines.warming PLAN.json MAX_TOKENS
 """
@@ -21,6 +22,7 @@ import torch
 
 from rampwrap._version import __version__
 from rampwrap.catalog import make_kernel
+from rampwrap.errors import RampwrapError
 from rampwrap.kernel import Config, Kernel, MoEShape
 from rampwrap.plan import Plan
 from rampwrap.selector import Selector
@@ -38,17 +40,20 @@ def ensure_compiled(selector: Selector, path: str) -> bool:
     the engine then compiles as it goes.
 
     Args:
-        selector: of a plan for our Triton kernel; others have their own way and are left alone.
+        selector: of a plan for our Triton or CuTe kernels; others have their own way and are left alone.
         path: the plan's file, which the processes read.
 
     Returns:
         Whether something had to be compiled.
     """
-    if selector.kernel.name != "triton_fused_moe" or not torch.cuda.is_available():
+    name = selector.kernel.name
+    if name not in ("triton_fused_moe", "cute_moe") or not torch.cuda.is_available():
         return False
     try:
+        if name == "cute_moe":
+            return _ensure_cute(selector, path)
         return _ensure(selector, _mark(selector, path), path)
-    except OSError as error:  # a cache that cannot be written, say
+    except (OSError, RampwrapError) as error:  # a cache that cannot be written, say
         logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", error)
         return False
 
@@ -58,20 +63,44 @@ def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
         # The mark holds the largest batch compiled for; larger ones may take buckets that are not.
         if mark.exists() and int(mark.read_text() or 0) >= selector.max_tokens:
             return False
-        logger.info("rampwrap compiles the kernels of %s, once on this machine.", path)
-        run = [sys.executable, "-m", "rampwrap.engines.warming", path, str(selector.max_tokens)]
-        found = [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))}
-        try:
-            done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
-            failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-        except (OSError, subprocess.TimeoutExpired) as error:
-            failed = [str(error)]
-        if failed:
-            logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", failed[0])
-            return True
-        mark.write_text(str(selector.max_tokens))
+        if _run(path, selector.max_tokens):
+            mark.write_text(str(selector.max_tokens))
     return True
+
+
+def _ensure_cute(selector: Selector, path: str) -> bool:
+    from rampwrap.kernels.cute.build import cache_folder
+
+    kernel: Any = selector.kernel
+    # Not only what its buckets launch: in mode lagged the host may choose any.
+    configs = selector.plan.configs
+    compiles, done = kernel.must_compile(configs), True
+    if compiles:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with _locked(cache_folder() / "warming.lock"):
+            done = _run(path, selector.max_tokens)
+    if done:
+        # Linked and loaded in one piece; at its first launch each would be by itself.
+        kernel.precompile(configs)
+    return bool(compiles)
+
+
+def _run(path: str, max_tokens: int) -> bool:
+    """Compiles a plan in a process of its own; whether all could be."""
+    from rampwrap.kernels.triton import pdl
+
+    logger.info("rampwrap compiles the kernels of %s, once on this machine.", path)
+    run = [sys.executable, "-m", "rampwrap.engines.warming", path, str(max_tokens)]
+    found = [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found)), pdl.VARIABLE: pdl.setting()}
+    try:
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        failed = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        failed = [str(error)]
+    if failed:
+        logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", failed[0])
+    return not failed
 
 
 def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool:
@@ -82,7 +111,10 @@ def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool
 
 
 def compile_plan(selector: Selector) -> list[str]:
-    """Compiles every bucket of a selector for our Triton kernel up to its `max_tokens`; the errors, as sentences."""
+    """Compiles what the buckets of a selector launch up to its `max_tokens`; the errors, as sentences."""
+    if selector.kernel.name == "cute_moe":
+        kernel: Any = selector.kernel
+        return [reason for reason in kernel.precompile(selector.plan.configs) if reason]
     from rampwrap.kernels.triton.warm import warm, warm_merged
 
     single, several, merged = launched(selector)
@@ -135,8 +167,10 @@ def _mark(selector: Selector, path: str) -> pathlib.Path:
     """Stands for these kernels in Triton's cache: named by all that decides what is compiled."""
     import triton
 
+    from rampwrap.kernels.triton import pdl
+
     root = pathlib.Path(os.environ.get("TRITON_CACHE_DIR") or pathlib.Path.home() / ".triton" / "cache")
-    said = hashlib.sha256(f"{__version__} {triton.__version__}".encode())
+    said = hashlib.sha256(f"{__version__} {triton.__version__} {pdl.setting()}".encode())
     sources = (pathlib.Path(__file__).parents[1] / "kernels" / "triton").glob("*.py")
     for file in (pathlib.Path(path), *sorted(sources)):
         said.update(file.read_bytes())

@@ -27,6 +27,7 @@ from rampwrap.catalog import make_kernel
 from rampwrap.device import Device
 from rampwrap.engines import plans as places
 from rampwrap.engines import vllm as plugin
+from rampwrap.errors import ConfigError, InputError
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -40,6 +41,14 @@ pytestmark = [
 SHAPE = MoEShape(16, 4, 512, 256)
 TOKENS = 48
 ROOT = pathlib.Path(plugin.__file__).parents[2]
+
+
+def need_cute(shape):
+    """Skips where the CuTe kernels are not built."""
+    try:
+        return make_kernel("cute_moe", shape)
+    except (InputError, ConfigError) as error:
+        pytest.skip(str(error))
 
 
 def synthetic_plan(shape, kernel_name="triton_fused_moe"):
@@ -143,22 +152,26 @@ def error_of(out, want):
     return float((out.double() - want.double()).norm() / want.double().norm())
 
 
-@pytest.mark.parametrize("case", ["bf16", "fp8", "experts elsewhere", "vllm's kernel"])
+@pytest.mark.parametrize("case", ["bf16", "fp8", "experts elsewhere", "vllm's kernel", "cute bf16", "cute fp8"])
 def test_same_result_as_vllm(place, monkeypatch, case):
     """Our launch inside vLLM's layer against vLLM's own launch of the same layer."""
-    shape = attrs.evolve(SHAPE, dtype="fp8") if case == "fp8" else SHAPE
+    fp8 = case.endswith("fp8")
+    shape = attrs.evolve(SHAPE, dtype="fp8") if fp8 else SHAPE
     shape = attrs.evolve(shape, num_local_experts=8) if case == "experts elsewhere" else shape
     name = "vllm_fused_moe" if case == "vllm's kernel" else "triton_fused_moe"
+    if case.startswith("cute"):
+        name = need_cute(shape).name
     synthetic_plan(shape, name).save(place / "x.plan.json")
     its = make_kernel("triton_fused_moe", shape).inputs(shape, ids_over(16))
-    scales = (its["w13_scale"], its["w2_scale"]) if case == "fp8" else ()
+    scales = (its["w13_scale"], its["w2_scale"]) if fp8 else ()
     made, apply = layer(shape, scales)
     assert isinstance(made.impl._fused_experts, plugin.Experts)
     ours = apply(its)
     monkeypatch.setenv(places.DISABLE, "1")
     plain, theirs = layer(shape, scales)
     assert "_fused_experts" not in vars(plain.impl)
-    assert error_of(ours, theirs(its)) < (3e-2 if case == "fp8" else 1e-2)
+    assert made.impl._fused_experts.selector.kernel.name == name
+    assert error_of(ours, theirs(its)) < (3e-2 if fp8 else 1e-2)
     assert sum(row.steps for row in made.impl._fused_experts.selector.telemetry()) == 1
 
 
@@ -186,6 +199,29 @@ def test_one_graph_follows_the_routing(place):
     assert len(seen) == 2
     counted = [row for row in made.impl._fused_experts.selector.telemetry() if row.on_device]
     assert sum(row.steps for row in counted) == 7
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
+def test_cute_kernels_in_a_graph(place, caplog, dtype):
+    """One config a bucket, launched once eagerly and then captured: replays have the bits of the config alone."""
+    shape = attrs.evolve(SHAPE, dtype=dtype)
+    kernel = need_cute(shape)
+    plan = synthetic_plan(shape, "cute_moe")
+    plan.save(place / "x.plan.json")
+    its = kernel.inputs(shape, ids_over(16))
+    made, apply = layer(shape, (its["w13_scale"], its["w2_scale"]) if dtype == "fp8" else ())
+    (config,) = made.impl._fused_experts.selector.bucket(TOKENS).configs
+    apply(its)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = apply(its)
+    for active in (4, 10, 16):
+        its["topk_ids"].copy_(ids_over(active, seed=active))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, kernel.launch(config, **its))
+    assert not [record for record in caplog.records if "leaves" in record.getMessage()]
 
 
 def test_an_unprepared_size_is_captured_by_vllm(place, caplog):
@@ -229,6 +265,7 @@ print("FOUND", json.dumps({
     "names": sorted({row.layer for row in rows}),
     "on_device": sum(row.steps for row in rows if row.on_device),
     "on_host": sum(row.steps for row in rows if not row.on_device),
+    "modes": sorted({row.mode for row in rows}),
 }))
 """
 CONFIG = {
@@ -254,19 +291,29 @@ CONFIG = {
 }
 
 
-def run_engine(tmp_path, plans, shape=SHAPE, options=None, **environment):
+BLOCK_FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
+}
+
+
+def run_engine(tmp_path, plans, shape=SHAPE, options=None, kernel="triton_fused_moe", **environment):
     """Starts vLLM as a user would, the plugin found by its entry point; what it said and found."""
     model, site = tmp_path / "model", tmp_path / "site" / "rampwrap-0.dist-info"
     model.mkdir()
     site.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps(CONFIG))
+    quantised = {"quantization_config": BLOCK_FP8} if shape.dtype == "fp8" else {}
+    (model / "config.json").write_text(json.dumps(CONFIG | quantised))
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: rampwrap\nVersion: 0\n")
     (site / "entry_points.txt").write_text("[vllm.general_plugins]\nrampwrap = rampwrap.engines.vllm:register\n")
     (tmp_path / "plans").mkdir()
     if plans:
-        synthetic_plan(shape).save(tmp_path / "plans" / "x.plan.json")
+        synthetic_plan(shape, kernel).save(tmp_path / "plans" / "x.plan.json")
     path = os.pathsep.join([str(ROOT), str(site.parent), os.environ.get("PYTHONPATH", "")])
     more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1"}
+    more |= {"VLLM_USE_DEEP_GEMM": "0"}  # which would compile dense FP8 layers with nvcc
     more |= {"HF_HUB_OFFLINE": "1", places.PLANS: str(tmp_path / "plans"), "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", ENGINE, str(model), json.dumps(options or {})],
@@ -292,6 +339,22 @@ def test_engine(tmp_path, mode):
     # 23 decode steps of 41 requests are replays that only the GPU's own counters see.
     assert found["on_device"] >= 2 * 23
     assert "leaves" not in "".join(line for line in text.splitlines() if "rampwrap" in line)
+
+
+@pytest.mark.parametrize("mode", ["default", "piecewise", "eager"])
+def test_engine_with_the_cute_kernels(tmp_path, mode):
+    """An FP8 model from vLLM's own loader: both layers run the CuTe kernels in every mode, and vLLM's run nowhere."""
+    shape = attrs.evolve(SHAPE, dtype="fp8")
+    need_cute(shape)
+    options = {"default": {}, "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}}
+    options = options.get(mode, {"enforce_eager": True})
+    found, text = run_engine(tmp_path, True, shape=shape, options=options, kernel="cute_moe")
+    (engine,) = found["engines"]
+    assert engine["layers"] == 2 and engine["kernels"] == ["cute_moe"] and engine["seconds"] < 60
+    assert [name.split(".")[2] for name in found["names"]] == ["0", "1"]
+    assert found["modes"] == (["lagged"] if mode == "eager" else ["single"]) and found["on_host"] > 0
+    said = [line for line in text.splitlines() if "rampwrap" in line]
+    assert not [line for line in said if "leaves" in line or "passes over" in line]
 
 
 @pytest.mark.parametrize("case", ["no plan", "kill switch", "batch invariant"])
