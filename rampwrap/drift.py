@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from rampwrap.cost import CostModel
 from rampwrap.grid import IntArray
 
 # Ranges narrower than this are taken as this wide: with few tokens every profiled batch has the same numbers.
@@ -74,6 +75,47 @@ def profiled_ranges(num_tokens: IntArray, counts: IntArray) -> tuple[Profiled, .
         ranges = [(round(float(v[rows].min()), 9), round(float(v[rows].max()), 9)) for v in (active, concentration)]
         found.append(Profiled(int(here), *ranges))
     return tuple(found)
+
+
+class Sums:
+    """What histograms that the host read add up to, as the GPU keeps it for launches of its own.
+
+    Args:
+        least_slots, most_slots: of what any config was profiled on; twice as far each way may be served.
+        least_active: experts with tokens below which nothing was profiled.
+
+    Attributes:
+        seen: histograms.
+        active_experts, concentration: sums of `routing_numbers`; an empty histogram adds 0.
+        outside: histograms with no slots, with more or fewer than are served, or with fewer active experts.
+    """
+
+    def __init__(self, least_slots: int = 0, most_slots: int = 1 << 62, least_active: int = 0) -> None:
+        self.seen = self.outside = 0
+        self.active_experts = self.concentration = 0.0
+        self._bounds = least_slots, most_slots, least_active
+        self._last: IntArray | None = None
+
+    @classmethod
+    def of(cls, model: CostModel) -> "Sums":
+        """Empty, with the bounds of a plan's model."""
+        return cls(int(model.span[:, 0].min()), int(model.span[:, 1].max()), model._least_active)
+
+    def numbers(self) -> dict[str, Any]:
+        """The attributes, as `Telemetry` takes them."""
+        return {name: getattr(self, name) for name in ("active_experts", "concentration", "outside", "seen")}
+
+    def add(self, counts: IntArray) -> None:
+        """Adds int64 [experts]; the very array that was added last counts once. 3 us for 256 experts."""
+        if counts is self._last:
+            return
+        self._last = counts
+        slots, active = int(counts.sum()), int(np.count_nonzero(counts))
+        least, most, least_active = self._bounds
+        self.outside += slots == 0 or active < least_active or not least <= 2 * slots <= 4 * most
+        self.active_experts += active
+        self.concentration += int(counts @ counts) / max(slots * slots, 1)
+        self.seen += 1
 
 
 def drift(

@@ -1,6 +1,7 @@
 """`Lane` and `Layer`: the callers of a `Selector`. A lane owns memory, a layer owns the record of its choices."""
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from rampwrap import conditional
 from rampwrap.buckets import Bucket, Buckets, capturing
 from rampwrap.dispatch import Dispatcher
+from rampwrap.drift import Sums
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.ingraph import TALLY
 from rampwrap.kernel import Kernel, MoEShape
@@ -20,6 +22,9 @@ from rampwrap.telemetry import Telemetry
 
 # Layouts of alignment memory that a lane remembers; making one takes 20 us of host time.
 KEPT_LAYOUTS = 256
+
+Kinds = frozenset[tuple[str, torch.dtype, bool]]
+"Of each tensor of a launch its name, its type, and whether it starts at a multiple of 16 bytes."
 
 
 @attrs.frozen(eq=False)
@@ -33,7 +38,7 @@ class Served:
         max_tokens: the largest batch.
         device: where tensors are.
         parameters: names of the positional parameters of `kernel.launch` after the config.
-        warmed: by types of the tensors, a byte for each token count whose kernels were compiled.
+        warmed: by what of the tensors decides which kernels are compiled, a byte for each token count whose were.
     """
 
     kernel: Kernel
@@ -45,7 +50,7 @@ class Served:
     max_tokens: int
     device: torch.device
     parameters: tuple[str, ...]
-    warmed: dict[frozenset[tuple[str, torch.dtype]], bytearray] = attrs.field(factory=dict)
+    warmed: dict[Kinds, bytearray] = attrs.field(factory=dict)
 
 
 class Lane:
@@ -84,7 +89,15 @@ class Lane:
 
     def telemetry(self) -> list[Telemetry]:
         """What each layer chose, by bucket. Waits for the GPU."""
-        return [row for layer in self._layers.values() for row in layer.telemetry()]
+        return [row for layer in tuple(self._layers.values()) for row in layer.telemetry()]
+
+    def counts(self) -> dict[int, Counter[int]]:
+        """`Layer.counts` of all its layers together. Waits for the GPU."""
+        found: dict[int, Counter[int]] = {}
+        for layer in tuple(self._layers.values()):
+            for position, counts in layer.counts().items():
+                found.setdefault(position, Counter()).update(counts)
+        return found
 
     def _scratch(self) -> Any:
         if self._workspace is None:
@@ -142,6 +155,7 @@ class Layer:
         buckets = self._served.buckets
         self._on_host: dict[int, dict[int, int]] = {}
         self._lagged: dict[int, Lagged] = {}
+        self._sums: dict[int, Sums] = {}
         # All buckets at once: a tally that was made under capture would belong to the graph.
         self._tallies: torch.Tensor | None = None
         if self._served.mode not in ("eager", "lagged"):
@@ -169,15 +183,20 @@ class Layer:
         bucket = served.buckets.of(num_tokens)
         if served.mode == "lagged":
             return self._launch_lagged(bucket, kwargs)
-        self._check_warm(num_tokens, kwargs)
+        under, kinds = capturing(), _kinds(kwargs)
+        if under:
+            self._check_warm(num_tokens, kinds)
         out = self._launch(bucket, num_tokens, kwargs)
-        self._warmed(num_tokens, kwargs)
+        if not under:  # after it has returned: what failed is not warm
+            warmed = served.warmed.get(kinds)
+            if warmed is None:
+                warmed = served.warmed[kinds] = bytearray(served.max_tokens + 1)
+            warmed[num_tokens] = 1
         return out
 
     def _launch(self, bucket: Bucket, num_tokens: int, given: Mapping[str, Any]) -> Any:
         """A graph mode: one config, or the candidates of a bucket behind the kernel that selects."""
         served, lane, kwargs, topk_ids = self._served, self._lane, dict(given), given["topk_ids"]
-        # A portfolio has no workspace that all its members take: each allocates its own.
         if hasattr(served.kernel, "workspace") and "workspace" in served.parameters and kwargs.get("workspace") is None:
             kwargs["workspace"] = lane._scratch()
         if bucket.candidates is None or num_tokens == 0:
@@ -240,41 +259,50 @@ class Layer:
         rows: dict[tuple[int, str], Telemetry] = {}
         tallies = [] if self._tallies is None else self._tallies.tolist()
         for bucket in served.buckets:
-            its, host = bucket.shortlist, self._on_host.get(bucket.position, {})
+            its, host = bucket.shortlist, dict(self._on_host.get(bucket.position, {}))
             found = []
             if bucket.candidates is not None and sum(tallies[bucket.position][:MAX_IN_GRAPH]):
                 tally = tallies[bucket.position]
                 found.append(Telemetry.of_tally(self.name, its.num_tokens, bucket.mode, its.candidates, tally))
             if host:
                 mode = served.mode if served.mode in ("eager", "lagged") else SINGLE
-                found.append(Telemetry(self.name, its.num_tokens, mode, dict(host), sum(host.values())))
+                sums = self._sums.get(bucket.position, Sums()).numbers()
+                found.append(Telemetry(self.name, its.num_tokens, mode, host, sum(host.values()), **sums))
             for row in found:
                 key = (row.num_tokens, row.mode)
                 rows[key] = rows[key] + row if key in rows else row
         return list(rows.values())
 
+    def counts(self) -> dict[int, dict[int, int]]:
+        """By position of the bucket, how often each config of the plan was chosen. Waits for the GPU.
+
+        Buckets with one config are left out: of their launches only those that the host made are known.
+        """
+        if self._tallies is None:
+            return {position: dict(counts) for position, counts in tuple(self._on_host.items())}
+        tallies = self._tallies.tolist()
+        return {
+            its.position: {
+                index: int(n) for index, n in zip(its.shortlist.candidates, tallies[its.position], strict=False)
+            }
+            for its in self._served.buckets
+            if its.candidates is not None
+        }
+
     def _count(self, position: int, index: int) -> None:
         counts = self._on_host.setdefault(position, {})
         counts[index] = counts.get(index, 0) + 1
 
-    def _check_warm(self, num_tokens: int, kwargs: Mapping[str, Any]) -> None:
+    def _check_warm(self, num_tokens: int, kinds: Kinds) -> None:
         """Compiling under capture would fail, or worse, be captured."""
-        if not capturing():
-            return
-        seen = self._served.warmed.get(_types(kwargs))
-        if seen is None or not seen[num_tokens]:
+        warmed = self._served.warmed.get(kinds)
+        if warmed is None or not warmed[num_tokens]:
+            odd = sorted(name for name, _, aligned in kinds if not aligned)
+            starts = f" and the same alignment ({', '.join(odd)} not at a multiple of 16 bytes)" if odd else ""
             raise CaptureError(
-                f"the kernels for {num_tokens} tokens were not compiled before this capture; run one "
-                "eager step with tensors of the same types, or Selector.warm, first."
+                f"the kernels for {num_tokens} tokens were not compiled before this capture; run one eager step with "
+                f"tensors of the same types{starts}, or Selector.warm, first."
             )
-
-    def _warmed(self, num_tokens: int, kwargs: Mapping[str, Any]) -> None:
-        """After a launch has returned: what failed is not warm."""
-        if not capturing():
-            types, warmed = _types(kwargs), self._served.warmed
-            if types not in warmed:
-                warmed[types] = bytearray(self._served.max_tokens + 1)
-            warmed[types][num_tokens] = 1
 
     def _launch_eager(self, kwargs: dict[str, Any]) -> Any:
         dispatcher, topk_ids = self._served.dispatcher, kwargs["topk_ids"]
@@ -293,6 +321,11 @@ class Layer:
         state = self._lagged.setdefault(len(topk_ids).bit_length(), Lagged(served.shape.num_local_experts))
         policy, dispatcher = served.dispatcher.policy, served.dispatcher
         counts = state.latest()
+        if counts is not None:
+            sums = self._sums.get(bucket.position)
+            if sums is None:
+                sums = self._sums[bucket.position] = Sums.of(served.plan.model)
+            sums.add(counts)
         index = served.plan.static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))
         dispatcher.launch_counts[index] += 1
         self._count(bucket.position, index)
@@ -301,6 +334,8 @@ class Layer:
         return out
 
 
-def _types(kwargs: Mapping[str, Any]) -> frozenset[tuple[str, torch.dtype]]:
-    """Types of the tensors, in whatever order they were given."""
-    return frozenset((name, v.dtype) for name, v in kwargs.items() if isinstance(v, torch.Tensor))
+def _kinds(kwargs: Mapping[str, Any]) -> Kinds:
+    """What a compiler specialises on, in whatever order tensors were given: Triton compiles aligned pointers apart."""
+    return frozenset(
+        [(name, v.dtype, not v.data_ptr() & 15) for name, v in kwargs.items() if isinstance(v, torch.Tensor)]
+    )

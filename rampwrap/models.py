@@ -16,10 +16,11 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 _HIDDEN = ("hidden_size", "d_model", "n_embd")
 _INTERMEDIATE = ("moe_intermediate_size", "expert_intermediate_size", "ffn_hidden_size", "intermediate_size")
-_ACTIVATION = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
+_ACTIVATION = ("ffn_act_fn", "mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
 _SILU = ("silu", "swish", "swiglu", "swish_glu")
 # Where composite configs keep the language model, and DBRX its feed-forward sizes.
-_NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "ffn_act_fn")
+_NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config")
+_QUANTISED = ("quantization_config", "compression_config")
 # float32 checkpoints are served in bf16 where the GPU has it.
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "bf16", "float": "bf16"}
 # Layers whose arithmetic is not SiLU(gate) * up without biases, whatever else the config says.
@@ -29,6 +30,9 @@ _UNSUPPORTED = {
     "llama4_text": "it weights the tokens before the experts",
 }
 GROUP = 128
+_BLOCK_FP8 = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [GROUP, GROUP]}
+MOST = 1 << 24
+"No size of a layer is larger; a config that says so is damaged."
 
 
 def read_model(
@@ -51,9 +55,13 @@ def read_model(
     kind = str(config.get("model_type", ""))
     if kind in _UNSUPPORTED:
         raise InputError(f"model {kind} of {where} cannot be profiled: {_UNSUPPORTED[kind]}; leave it to the engine.")
-    activation = _first(config, _ACTIVATION)
+    field, activation = _first(config, _ACTIVATION)
+    if isinstance(activation, Mapping):  # DBRX: {"name": "silu"}, which is what it has without a name too
+        field, activation = f"{field}.name", activation.get("name")
     if activation is not None and str(activation).lower() not in _SILU:
-        raise InputError(f"{where} has the activation {activation!r}; our kernels compute SiLU-gated experts only.")
+        raise InputError(
+            f"{where} has the activation {field}={_short(activation)}; our kernels compute SiLU-gated experts only."
+        )
     experts, top_k, hidden, inter = (
         _numbers(config, names, where) for names in (_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE)
     )
@@ -61,7 +69,7 @@ def read_model(
     if tp_size < 1:
         raise InputError(f"tp_size is {tp_size}; give at least 1.")
     shapes = []
-    for num_experts, k, intermediate_size, hidden_size in _together(experts, top_k, inter, hidden):
+    for num_experts, k, intermediate_size, hidden_size in _together(where, experts, top_k, inter, hidden):
         whole = MoEShape(num_experts, k, hidden_size, intermediate_size, stored)
         shapes += _on_a_rank(whole, tp_size, expert_parallel, where)
     if not shapes:
@@ -79,7 +87,7 @@ def read_config(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     path = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is no readable model config ({error}); give the folder of a model with its config.json."
         ) from error
@@ -98,24 +106,39 @@ def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _first(config: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((config[name] for name in names if config.get(name) is not None), None)
+def _first(config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    """The first of some fields that is there and not null, and its value; the last name and None without any."""
+    return next(((name, config[name]) for name in names if config.get(name) is not None), (names[-1], None))
+
+
+def _short(value: Any) -> str:
+    """A value of somebody's config in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _numbers(config: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[int, ...]:
     """One number for all layers, or one for each."""
-    found = _first(config, names)
-    values = found if isinstance(found, list) else [found]
-    if not values or not all(isinstance(value, int) and value >= 0 for value in values):
+    name, found = _first(config, names)
+    if found is None:
         raise InputError(f"{where} names none of {', '.join(names)} as whole numbers; is it a mixture of experts?")
+    values = found if isinstance(found, list) else [found]
+    if not values or not all(type(value) is int and 0 <= value <= MOST for value in values):
+        raise InputError(
+            f"{where} has {name}={_short(found)}; give whole numbers from 0 to {MOST}, one for all layers or one for each."
+        )
     return tuple(values)
 
 
-def _together(*columns: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _together(where: str, *columns: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Layer by layer: a single number stands for every layer; layers without experts are left out."""
-    layers = max(len(column) for column in columns)
-    wide = [column * layers if len(column) == 1 else column for column in columns]
-    return [row for row in zip(*wide, strict=False) if row[0] > 1]
+    lengths = sorted({len(column) for column in columns} - {1})
+    if len(lengths) > 1:
+        raise InputError(
+            f"{where} has experts, top_k or sizes for {' and for '.join(map(str, lengths))} layers; they must be as many."
+        )
+    wide = [column * lengths[0] if lengths and len(column) == 1 else column for column in columns]
+    return [row for row in zip(*wide, strict=True) if row[0] > 1]
 
 
 def _on_a_rank(whole: MoEShape, tp_size: int, expert_parallel: bool, where: str) -> list[MoEShape]:
@@ -138,35 +161,41 @@ def _dtype(config: Mapping[str, Any], where: str) -> str:
     Raises:
         InputError: another quantisation, or an unknown type.
     """
-    quantised = config.get("quantization_config") or config.get("compression_config")
-    if isinstance(quantised, Mapping) and quantised:
-        if _block_fp8(quantised):
+    field, quantised = next(((name, config[name]) for name in _QUANTISED if config.get(name)), ("", None))
+    if quantised is not None:
+        why = _why_not_block_fp8(quantised)
+        if why is None:
             return "fp8"
         raise InputError(
-            f"{where} is quantised as {_method(quantised)}; our kernels run bf16, fp16 and FP8 with 128x128 scale blocks."
+            f"{where} is quantised, {field}{why}; our kernels run bf16, fp16 and FP8 with {GROUP}x{GROUP} scale blocks."
         )
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if stored not in _DTYPES:
-        raise InputError(f"{where} has the dtype {stored!r}; use bfloat16, float16 or FP8 weights, or pass --dtype.")
-    return _DTYPES[stored]
+    field, stored = _first(config, ("dtype", "torch_dtype"))
+    name = "bfloat16" if stored is None else str(stored).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InputError(
+            f"{where} has {field}={_short(stored)}; use bfloat16, float16 or FP8 weights, or pass --dtype."
+        )
+    return _DTYPES[name]
 
 
-def _block_fp8(quantised: Mapping[str, Any]) -> bool:
-    if quantised.get("quant_method") == "fp8":
-        return list(quantised.get("weight_block_size") or ()) == [GROUP, GROUP]
+def _why_not_block_fp8(quantised: Any) -> str | None:
+    """None for weights in FP8 with blocks of scales as our kernels read them, else which field says otherwise."""
+    if not isinstance(quantised, Mapping):
+        return f"={_short(quantised)}"
+    method = quantised.get("quant_method")
+    if method == "fp8":
+        block = quantised.get("weight_block_size")
+        return None if block == [GROUP, GROUP] else f" of quant_method 'fp8' with weight_block_size={_short(block)}"
+    if method != "compressed-tensors":
+        return f".quant_method={_short(method)}"
     groups = quantised.get("config_groups")
-    if quantised.get("quant_method") != "compressed-tensors" or not isinstance(groups, Mapping):
-        return False
-    weights = [group.get("weights") or {} for group in groups.values()]
-    return bool(weights) and all(
-        its.get("type") == "float"
-        and its.get("num_bits") == 8
-        and its.get("strategy") == "block"
-        and list(its.get("block_structure") or ()) == [GROUP, GROUP]
-        for its in weights
-    )
-
-
-def _method(quantised: Mapping[str, Any]) -> str:
-    block = quantised.get("weight_block_size")
-    return f"{quantised.get('quant_method', 'something unnamed')}{f' in blocks of {block}' if block else ''}"
+    if not isinstance(groups, Mapping) or not groups:
+        return f".config_groups={_short(groups)}"
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            return f".config_groups.{name} has no weights"
+        for key, wanted in _BLOCK_FP8.items():
+            if weights.get(key) != wanted:
+                return f".config_groups.{name}.weights.{key}={_short(weights.get(key))}"
+    return None

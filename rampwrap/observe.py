@@ -8,6 +8,7 @@ Reading waits for the GPU, so it is left out while a CUDA graph is captured. Dri
 once for each plan, with the command that profiles anew.
 """
 
+import itertools
 import logging
 import os
 import sys
@@ -31,7 +32,11 @@ PATIENCE_S = 60.0
 "How long `stats` waits for a capture to end: an engine's take seconds."
 
 _log = logging.getLogger("rampwrap")
-_sources: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_sources: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+"Each with its number, which is never given again: a label of Prometheus' counters."
+_numbers = itertools.count()
+_changing = threading.Lock()
+"Held while `_sources` is changed or listed; threads of an engine make selectors while the log's thread reads."
 _said: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _reading = threading.Lock()
 "Held while counters are read, and while the log is on also while a CUDA graph is captured."
@@ -39,7 +44,8 @@ _reading = threading.Lock()
 
 def watch(source: Any) -> None:
     """Counts a `Selector` or `Dispatcher` in, for as long as it lives; starts the log where $RAMPWRAP_STATS asks for it."""
-    _sources.add(source)
+    with _changing:
+        _sources.setdefault(source, next(_numbers))
     if _running is None and os.environ.get(INTERVAL):
         start_log()
 
@@ -49,7 +55,8 @@ _running: "Log | None" = None
 
 def unwatch(source: Any) -> None:
     """Leaves it out: something that is watched counts for it."""
-    _sources.discard(source)
+    with _changing:
+        _sources.pop(source, None)
 
 
 def stats() -> dict[str, Any]:
@@ -57,11 +64,12 @@ def stats() -> dict[str, Any]:
 
     Returns:
         ``{"rampwrap": version, "sources": [...]}``, a source for each that launched something: ``kernel``, ``shape``,
-        ``kind``, ``plan`` and ``layers``, an entry for each layer, bucket of token counts and mode. In it ``configs``
-        (``config``, ``launches``, ``share``, ``static``), and where the GPU counted: means over launches of
-        ``static_us`` and ``chosen_us`` (predicted), ``active_experts`` and ``concentration``, ``predicted_gain``
-        (static over chosen, minus 1), ``outside`` (share of launches beyond the profiled slots) and ``drift``
-        (`rampwrap.drift.drift`); None where nothing is known.
+        ``kind``, ``number`` (its own as long as the process lives), ``plan`` and ``layers``, an entry for each layer,
+        bucket of token counts and mode. In it ``configs`` (``config``, ``launches``, ``share``, ``static``), ``observed``
+        (launches whose routing was seen: all that the GPU counted, what reached the host in lagged modes) and over these
+        the means ``active_experts`` and ``concentration``, ``outside`` (share beyond what was profiled) and ``drift``
+        (`rampwrap.drift.drift`); where the GPU counted also the means of ``static_us`` and ``chosen_us`` (predicted) and
+        ``predicted_gain`` (static over chosen, minus 1); None where nothing is known.
 
     Raises:
         CaptureError: a CUDA graph is being captured.
@@ -71,51 +79,66 @@ def stats() -> dict[str, Any]:
     if under or not _reading.acquire(timeout=PATIENCE_S):
         raise CaptureError("counters cannot be read while a CUDA graph is captured; call stats() afterwards.")
     try:
-        found = _read()
+        measured = _read()
     finally:
         _reading.release()
-    say_drift(found)
-    return found
+    say_drift(measured)
+    return _found(measured)
 
 
-def _read() -> dict[str, Any]:
-    found = [_of_selector(s) if hasattr(s, "telemetry") else _of_dispatcher(s) for s in _alive()]
-    return {"rampwrap": __version__, "sources": [source for source in found if source["layers"]]}
+Measured = list[tuple[Any, dict[str, Any]]]
+"Each source that launched something, and what `stats` says of it."
 
 
-def _alive() -> list[Any]:
-    return sorted(_sources, key=lambda source: (source.kernel.name, str(source.shape), id(source)))
+def _read() -> Measured:
+    found = [(s, _of_selector(s, n) if hasattr(s, "telemetry") else _of_dispatcher(s, n)) for s, n in _alive()]
+    return [(source, its) for source, its in found if its["layers"]]
 
 
-def _of_selector(selector: Any) -> dict[str, Any]:
+def _found(measured: Measured) -> dict[str, Any]:
+    return {"rampwrap": __version__, "sources": [its for _, its in measured]}
+
+
+def _alive() -> list[tuple[Any, int]]:
+    with _changing:
+        alive = list(_sources.items())
+    return sorted(alive, key=lambda its: (its[0].kernel.name, str(its[0].shape), its[1]))
+
+
+def _of_selector(selector: Any, number: int) -> dict[str, Any]:
     plan, layers = selector.plan, []
     serves = selector.policy
+    static = _static(serves)
     for row in selector.telemetry():
-        steps = max(row.steps, 1)
-        entry = _entry(row.layer, row.num_tokens, row.mode, row.counts, serves.configs, plan.static)
+        entry = _entry(row.layer, row.num_tokens, row.mode, row.counts, serves.configs, static)
+        if row.observed:
+            names = ("active_experts", "concentration", "outside")
+            means = {name: getattr(row, name) / row.observed for name in names}
+            moved = drift(plan.profiled, row.num_tokens, *means.values())
+            entry |= {**means, "observed": row.observed, "drift": moved}
         if row.on_device and row.steps:
-            means = {
-                name: getattr(row, name) / steps
-                for name in ("static_us", "chosen_us", "active_experts", "concentration", "outside")
-            }
-            moved = drift(
-                plan.profiled, row.num_tokens, means["active_experts"], means["concentration"], means["outside"]
-            )
             gain = row.static_us / row.chosen_us - 1 if row.chosen_us else 0.0
-            entry |= {**means, "predicted_gain": gain, "drift": moved}
+            entry |= {name: getattr(row, name) / row.steps for name in ("static_us", "chosen_us")}
+            entry["predicted_gain"] = gain
         layers.append(entry)
-    return _source(selector, "selector", {**plan.provenance, "device": plan.device.name}, layers)
+    return _source(selector, number, "selector", {**plan.provenance, "device": plan.device.name}, layers)
 
 
-def _of_dispatcher(dispatcher: Any) -> dict[str, Any]:
+def _static(policy: Any) -> Any:
+    """The static table in the numbering of the policy's own configs: a refused plan's is not served."""
+    return getattr(policy, "static", getattr(policy, "table", None))
+
+
+def _of_dispatcher(dispatcher: Any, number: int) -> dict[str, Any]:
     counts = {index: count for index, count in enumerate(dispatcher.launch_counts) if count}
     policy = dispatcher.policy
-    entry = _entry("", None, type(policy).__name__, counts, policy.configs, getattr(policy, "static", None))
-    return _source(dispatcher, "dispatcher", None, [entry] if counts else [])
+    entry = _entry("", None, type(policy).__name__, counts, policy.configs, _static(policy))
+    return _source(dispatcher, number, "dispatcher", None, [entry] if counts else [])
 
 
-def _source(source: Any, kind: str, plan: Any, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"kernel": source.kernel.name, "shape": str(source.shape), "kind": kind, "plan": plan, "layers": layers}
+def _source(source: Any, number: int, kind: str, plan: Any, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    named = {"kernel": source.kernel.name, "shape": str(source.shape), "kind": kind, "number": number}
+    return {**named, "plan": plan, "layers": layers}
 
 
 def _entry(
@@ -130,6 +153,7 @@ def _entry(
         "num_tokens": tokens,
         "mode": mode,
         "steps": steps,
+        "observed": 0,
         "configs": [
             {
                 "config": format_config(configs[index]),
@@ -158,9 +182,10 @@ def prometheus(found: Mapping[str, Any] | None = None) -> str:
         "rampwrap_active_experts": ("gauge", []),
         "rampwrap_concentration": ("gauge", []),
     }
-    for number, source in enumerate(found["sources"]):
+    for source in found["sources"]:
         for entry in source["layers"]:
-            labels = {"source": number, "kernel": source["kernel"], "shape": source["shape"], "layer": entry["layer"]}
+            labels = {"source": source["number"], "kernel": source["kernel"], "shape": source["shape"]}
+            labels |= {"layer": entry["layer"]}
             labels |= {"tokens": "" if entry["num_tokens"] is None else entry["num_tokens"], "mode": entry["mode"]}
             for ran in entry["configs"]:
                 metrics["rampwrap_launches_total"][1].append(
@@ -193,7 +218,9 @@ def _labelled(labels: Mapping[str, Any], value: float) -> str:
 
 def line(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
     """One line for the log: launches since an earlier `stats()`, how many were not the static config, gain and drift."""
-    steps = _steps(found) - (_steps(before) if before else 0)
+    # By source: one that is gone since takes back none of the others' launches.
+    earlier = {its["number"]: _steps({"sources": [its]}) for its in (before or {"sources": []})["sources"]}
+    steps = sum(_steps({"sources": [its]}) - earlier.get(its["number"], 0) for its in found["sources"])
     routed = [entry for entry in _entries(found) if entry["chosen_us"]]
     total = sum(entry["steps"] for entry in _entries(found))
     moved = sum(ran["launches"] for entry in _entries(found) for ran in entry["configs"] if ran["static"] is False)
@@ -216,25 +243,24 @@ def _steps(found: Mapping[str, Any]) -> int:
     return sum(entry["steps"] for entry in _entries(found))
 
 
-def say_drift(found: Mapping[str, Any]) -> None:
-    """Warns, once for each plan, where launches lie beyond the profiled range."""
-    for selector in [source for source in _alive() if hasattr(source, "telemetry") and source not in _said]:
-        name, shape = selector.kernel.name, str(selector.shape)
-        its = [s for s in found["sources"] if (s["kind"], s["kernel"], s["shape"]) == ("selector", name, shape)]
+def say_drift(measured: Measured) -> None:
+    """Warns, once for each selector, where launches lie beyond the range its plan was profiled on."""
+    for selector, its in measured:
         moved = [
-            entry
-            for entry in _entries({"sources": its})
-            if (entry["drift"] or 0.0) > DRIFTED and entry["steps"] >= ENOUGH_STEPS
+            entry for entry in its["layers"] if (entry["drift"] or 0.0) > DRIFTED and entry["observed"] >= ENOUGH_STEPS
         ]
         if not moved:
             continue
-        _said.add(selector)
+        with _changing:
+            if selector in _said:
+                continue
+            _said.add(selector)
         most = max(moved, key=lambda entry: entry["drift"])
         _log.warning(
             "rampwrap serves routing that its plan for %s was not profiled on: %s at %s tokens has %.1f active experts "
             "and concentration %.4f, drift %.2f. Record histograms with the engine (formats: rampwrap.recorded) and "
             "make the plan anew with '%s --recorded FILE', then 'rampwrap fit'.",
-            shape,
+            its["shape"],
             most["layer"] or "a layer",
             most["num_tokens"],
             most["active_experts"],
@@ -263,15 +289,16 @@ class Log(threading.Thread):
         if not _reading.acquire(blocking=False):
             return
         try:
-            found = _read()
+            measured = _read()
         except Exception as error:  # the engine goes on whatever becomes of its log
             _log.debug("rampwrap cannot read its counters: %s", error)
             return
         finally:
             _reading.release()
+        found = _found(measured)
         if _steps(found) != (0 if self._before is None else _steps(self._before)):
             _log.info("%s", line(found, self._before))
-            say_drift(found)
+            say_drift(measured)
         self._before = found
 
     def stop(self) -> None:
@@ -315,29 +342,36 @@ def _keep_apart_from_capture() -> None:
     """
     import torch
 
-    graph, holding = torch.cuda.CUDAGraph, set()
+    # Several captures may be under way, on streams of one thread too: the first takes the lock, the last returns it.
+    graph, holding, counting = torch.cuda.CUDAGraph, set[int](), threading.Lock()
     if hasattr(graph.capture_begin, "rampwrap"):
         return
     begin: Callable[..., Any] = graph.capture_begin
     end: Callable[..., Any] = graph.capture_end
 
+    def leave(self: Any) -> None:
+        with counting:
+            if id(self) in holding:  # a capture that began before this was in place holds nothing
+                holding.discard(id(self))
+                if not holding:
+                    _reading.release()
+
     def capture_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _reading.acquire()
-        holding.add(id(self))
+        with counting:
+            if not holding:
+                _reading.acquire()
+            holding.add(id(self))
         try:
             return begin(self, *args, **kwargs)
         except BaseException:
-            holding.discard(id(self))
-            _reading.release()
+            leave(self)
             raise
 
     def capture_end(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return end(self, *args, **kwargs)
         finally:
-            if id(self) in holding:  # a capture that began before this was in place holds nothing
-                holding.discard(id(self))
-                _reading.release()
+            leave(self)
 
     capture_begin.rampwrap = True  # type: ignore[attr-defined]
     graph.capture_begin, graph.capture_end = capture_begin, capture_end  # type: ignore[method-assign]

@@ -19,6 +19,8 @@ DEFAULT_LAYOUT = "vllm"
 "w13 [E, 2I, H] with gate rows first, w2 [E, H, I], scales beside them: what a kernel that says nothing reads."
 WEIGHTS = ("w13", "w2", "w13_scale", "w2_scale")
 FORWARDED = ("inputs", "reference", "device")
+OPTIONAL = ("workspace", "blocks", "out")
+"Arguments that change where a launch works, not what it computes: a member that does not take one runs without."
 
 
 def layout_of(kernel: Kernel) -> str:
@@ -32,7 +34,7 @@ class Portfolio:
     >>> portfolio = Portfolio([TritonFusedMoE(shape), VllmFusedMoE(shape)])
     >>> out = Dispatcher(portfolio, plan)(hidden_states, w13, w2, topk_weights, topk_ids)
 
-    It is called with the first kernel's arguments. Members with the same `weight_layout` read the same weights. A member
+    It is called with the first kernel's arguments; of those in `OPTIONAL` each member gets what it takes. Members with the same `weight_layout` read the same weights. A member
     with another one needs its own copy of what differs, which its `convert_weights(**weights)` makes from the first's
     layout: once for each layer, at its first launch or in `prepare`.
 
@@ -68,6 +70,8 @@ class Portfolio:
         )
         # By identity: a Dispatcher launches these very objects, and hashing a dict's content costs microseconds.
         flat = [(kernel, config) for kernel in kernels for config in kernel.configs]
+        # The objects stay with it: a config that is dropped from `configs` must not leave its address to another.
+        self._mine = self.configs
         self._known = {id(mine): pair for mine, pair in zip(self.configs, flat, strict=True)}
         self._names = _positional(self.first)
         for kernel in kernels[1:]:
@@ -77,9 +81,19 @@ class Portfolio:
                     f"like {self.first.name!r}; wrap it so that they are called alike."
                 )
         self._copies: dict[tuple[str, Any], _Copy] = {}
+        self._lacks = {kernel.name: tuple(name for name in OPTIONAL if not _takes(kernel, name)) for kernel in kernels}
         self.launch: Callable[..., Any] = functools.partial(Portfolio._launch, self)
-        # So that a Dispatcher finds topk_ids where the members have it.
-        self.launch.__signature__ = inspect.signature(self.first.launch)  # type: ignore[attr-defined]
+        # So that a Dispatcher finds topk_ids where the members have it, and a Selector who takes which memory.
+        self.launch.__signature__ = self._signature()  # type: ignore[attr-defined]
+
+    def _signature(self) -> inspect.Signature:
+        """The first kernel's, with a workspace where any member takes one."""
+        its = inspect.signature(self.first.launch)
+        if _takes(self.first, "workspace") or all("workspace" in lacking for lacking in self._lacks.values()):
+            return its
+        return its.replace(
+            parameters=[*its.parameters.values(), inspect.Parameter("workspace", inspect.Parameter.KEYWORD_ONLY)]
+        )
 
     def _check_layout(self, kernel: Kernel, extra_memory: bool) -> None:
         layout = layout_of(kernel)
@@ -168,9 +182,42 @@ class Portfolio:
         reasons = {name: getattr(kernel, "capturable", True) for name, kernel in self.members.items()}
         return next((f"{name}: {why}" for name, why in reasons.items() if why is not True), True)
 
+    def workspace(self, num_tokens: int, device: Any) -> "Memory":
+        """Memory for `launch(..., workspace=...)` of any member that takes some, for up to `num_tokens` tokens.
+
+        Members whose workspaces are of one type and one size, as those of our Triton and CuTe kernels, share one.
+        """
+        made: dict[Any, Any] = {}
+        by_member = {}
+        for name, kernel in self.members.items():
+            make = getattr(kernel, "workspace", None)
+            if make is None or "workspace" in self._lacks[name]:
+                continue
+            key = _size(make, num_tokens) or name
+            if key not in made:
+                made[key] = make(num_tokens, device)
+            by_member[name] = made[key]
+        return Memory(by_member)
+
     def _launch(self, config: Config, /, *args: Any, **kwargs: Any) -> Any:
         """The member's launch, with its own copy of the weights where it has one."""
         kernel, own = self.untagged(config)
+        memory = kwargs.get("workspace")
+        if isinstance(memory, Memory):
+            del kwargs["workspace"]
+            kwargs.update(memory.arguments(kernel.name))
+        lacks = self._lacks[kernel.name]
+        if not lacks:
+            return self._launch_member(kernel, own, args, kwargs)
+        out = kwargs.get("out")
+        for name in lacks:
+            kwargs.pop(name, None)
+        result = self._launch_member(kernel, own, args, kwargs)
+        if out is None or "out" not in lacks:
+            return result
+        return out.copy_(result)
+
+    def _launch_member(self, kernel: Kernel, own: Config, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if layout_of(kernel) != self.weight_layout:
             weights = {name: value for name, value in zip(self._names, args, strict=False) if name in WEIGHTS}
             weights |= {name: kwargs[name] for name in WEIGHTS if kwargs.get(name) is not None}
@@ -183,8 +230,9 @@ class Portfolio:
         """Makes the copies that members with other layouts need of these weights, before a CUDA graph is captured.
 
         Args:
-            weights: w13, w2 and the scales, as `launch` gets them.
+            weights: w13, w2 and the scales, as `launch` gets them; None stands for none.
         """
+        weights = {name: value for name, value in weights.items() if value is not None}
         for kernel in self.members.values():
             if layout_of(kernel) != self.weight_layout:
                 self._converted(kernel, weights)
@@ -221,11 +269,45 @@ class Portfolio:
 
 
 @attrs.frozen
+class Memory:
+    """Scratch memory of a portfolio's members, by their names; some may be the same object."""
+
+    by_member: dict[str, Any]
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """What a member's launch gets of it."""
+        found = self.by_member.get(name)
+        return {} if found is None else {"workspace": found}
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held, as far as the members' workspaces say."""
+        distinct = {id(its): its for its in self.by_member.values()}
+        return sum(int(getattr(its, "num_bytes", 0)) for its in distinct.values())
+
+
+@attrs.frozen
 class _Copy:
     """Converted weights, and whether what they were made of still exists."""
 
     source: Any
     weights: dict[str, Any]
+
+
+def _takes(kernel: Kernel, name: str) -> bool:
+    """Whether a kernel's launch has this parameter, or takes any."""
+    parameters = inspect.signature(kernel.launch).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _size(make: Callable[..., Any], num_tokens: int) -> tuple[type, int] | None:
+    """Type and bytes of a workspace, without allocating it; None where that cannot be told."""
+    try:
+        planned = make(num_tokens, "meta")
+    except Exception:  # somebody else's kernel that knows no meta tensors: it gets memory of its own
+        return None
+    size = getattr(planned, "num_bytes", None)
+    return None if size is None else (type(planned), int(size))
 
 
 def _positional(kernel: Kernel) -> list[str]:

@@ -36,7 +36,8 @@ def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> In
         int64 [num_local_experts].
 
     Raises:
-        InputError: an id lies outside 0 .. num_experts - 1, or ids are not integers.
+        InputError: an id lies outside 0 .. num_experts - 1, ids are not integers, or the map does not give each local
+            expert once.
     """
     ids = to_numpy(topk_ids).reshape(-1)
     if ids.size == 0:
@@ -50,15 +51,23 @@ def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> In
         if not np.issubdtype(ids.dtype, np.integer):
             raise InputError(f"topk_ids has dtype {ids.dtype}; give integers.")
         bad = ids[(ids < 0) | (ids >= num_experts)]
-        raise InputError(f"topk_ids holds {int(bad[0])}; give ids from 0 to {num_experts - 1}.")
+        if bad.size:
+            raise InputError(f"topk_ids holds {int(bad[0])}; give ids from 0 to {num_experts - 1}.")
+        counts = np.bincount(ids.astype(np.int64), minlength=num_experts)  # uint64, which numpy 1 does not count
     if expert_map is None:
         return counts
     local = to_numpy(expert_map)
     if local.shape != (num_experts,):
         raise InputError(f"expert_map has shape {local.shape}; give one local id for each of {num_experts} experts.")
     here = local >= 0
-    out = np.zeros(int(here.sum()), dtype=np.int64)
-    out[local[here]] = counts[here]
+    out = np.zeros(int(np.count_nonzero(here)), dtype=np.int64)
+    places = local[here]
+    if local.dtype.kind not in "iu" or (np.bincount(places, minlength=out.size) != 1).any():
+        raise InputError(
+            f"expert_map gives its {out.size} local experts the ids {sorted(places.tolist())[:8]}...; give integers, each "
+            f"from 0 to {out.size - 1} once and -1 for experts of other ranks."
+        )
+    out[places] = counts[here]
     return out
 
 
@@ -77,9 +86,12 @@ def check_counts(counts: Any, num_experts: int, num_slots: int | None = None) ->
         InputError: wrong length, a fraction, a negative count or another sum.
     """
     raw = to_numpy(counts)
+    if raw.dtype.kind not in "iufb":
+        raise InputError(f"expert_counts has dtype {raw.dtype}; give integers.")
     if raw.shape != (num_experts,):
         raise InputError(f"expert_counts has shape {raw.shape}; give one count for each of {num_experts} experts.")
-    out = raw.astype(np.int64)
+    with np.errstate(invalid="ignore"):  # what is not finite is told apart below
+        out = raw.astype(np.int64)
     if not np.array_equal(out, raw):
         raise InputError(f"expert_counts holds {raw[out != raw][0]}; give whole numbers of tokens.")
     if out.size and out.min() < 0:
@@ -157,7 +169,10 @@ class Routing:
         if self.kind == "dirichlet":
             return rng.dirichlet(np.full(num_experts, float(self.value)))
         if self.kind == "lognormal":
-            return np.exp(rng.normal(0.0, float(self.value), num_experts))
+            logs = rng.normal(0.0, float(self.value), num_experts)
+            # Loads are relative, and exp(710) is infinite.
+            loads: FloatArray = np.exp(logs - max(logs.max() - 700.0, 0.0))
+            return loads
         if self.kind == "hot":
             num_hot = int(float(self.value))
             if num_hot > num_experts:
@@ -166,8 +181,8 @@ class Routing:
                 )
             return rng.permutation(np.arange(num_experts) < num_hot).astype(np.float64)
         file, layer = split_layer(self.value)
-        loads = read_trace(file, num_experts, layer)
-        return np.asarray(loads[rng.integers(len(loads))], dtype=np.float64)
+        recorded = read_trace(file, num_experts, layer)
+        return np.asarray(recorded[rng.integers(len(recorded))], dtype=np.float64)
 
     def sample(self, num_tokens: int, num_experts: int, top_k: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
         """Draws which experts each token visits: int32 [num_tokens, top_k], no expert twice in a row.

@@ -22,6 +22,7 @@ measures them on the machine at hand, to be given as `costs`.
 
 import inspect
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ class Selector:
 
     Raises:
         PlanError: the plan cannot choose on the GPU, or is poisoned.
-        InputError: an unknown mode, or one that the kernel does not allow.
+        InputError: an unknown mode, one that the kernel does not allow, or no tokens.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Selector:
         strict: bool = False,
         where: torch.device | str | None = None,
     ) -> None:
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; give the largest batch, at least 1.")
         if mode not in MODES:
             raise InputError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}.")
         self.kernel, self.max_tokens, self.mode = kernel, max_tokens, mode
@@ -188,14 +191,18 @@ class Selector:
     def explain(self) -> str:
         """For people: what each prepared bucket chooses from, why, and what ran so far. Waits for the GPU."""
         lines = [f"{self.kernel.name} ({self.shape}), mode {self.mode}"]
-        counted = self.counts()
+        # By position, not by token count: spans of the plan may share a bucket and differ in their candidates.
+        counted: dict[int, Counter[int]] = {}
+        for lane in self._lanes:
+            for position, counts in lane.counts().items():
+                counted.setdefault(position, Counter()).update(counts)
         for bucket in self._buckets:
-            its = bucket.shortlist
+            its, ran = bucket.shortlist, counted.get(bucket.position, Counter[int]())
             lines.append(f"  from {its.first} tokens, {bucket.mode}: {its.why}")
-            ran = counted.get(its.num_tokens, {}) if bucket.candidates is not None else {}
             total = sum(ran.values())
-            for index, config in zip(its.candidates, bucket.configs, strict=True):
+            # What the host chose, in modes lagged and eager, need not be a candidate of a graph.
+            for index in sorted({*its.candidates, *ran}):
                 share = f"{ran.get(index, 0) / total:6.1%} {ran.get(index, 0):8d}  " if total else ""
                 static = "  (static)" if index == its.static else ""
-                lines.append(f"    {share}{format_config(config)}{static}")
+                lines.append(f"    {share}{format_config(self.policy.configs[index])}{static}")
         return "\n".join(lines)

@@ -19,7 +19,9 @@ class Telemetry:
         active_experts: experts with at least one token.
         concentration: sum_e (c_e / slots)^2: 1 / experts for even routing, 1 with all tokens on one expert.
         outside: launches with no slots, or more or fewer than any candidate was profiled for, so that static served.
-        on_device: whether the GPU did the counting; otherwise only `counts` and `steps` are kept.
+        on_device: whether the GPU did the counting; otherwise times are not known.
+        seen: where the host counted, histograms that reached it; active_experts, concentration and outside are sums
+            over these.
     """
 
     layer: str
@@ -33,6 +35,12 @@ class Telemetry:
     concentration: float = 0.0
     outside: int = 0
     on_device: bool = False
+    seen: int = 0
+
+    @property
+    def observed(self) -> int:
+        """Launches whose routing is in the sums."""
+        return self.steps if self.on_device else self.seen
 
     @classmethod
     def of_tally(
@@ -64,5 +72,5 @@ class Telemetry:
     def __add__(self, other: "Telemetry") -> "Telemetry":
         """Both together, of one layer, bucket and mode."""
         counts = {key: self.counts.get(key, 0) + other.counts.get(key, 0) for key in {**self.counts, **other.counts}}
-        names = ("steps", "static_us", "chosen_us", "active_experts", "concentration", "outside")
+        names = ("steps", "static_us", "chosen_us", "active_experts", "concentration", "outside", "seen")
         return attrs.evolve(self, counts=counts, **{name: getattr(self, name) + getattr(other, name) for name in names})

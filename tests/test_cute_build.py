@@ -1,9 +1,11 @@
 """Building, inspecting and loading the CuTe kernels: the real compiler where the CuTe DSL is installed; no GPU."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import struct
+import subprocess
 import sys
 import time
 
@@ -56,7 +58,12 @@ def compile(variant, objects):
     if "_n64_" in variant.symbol:
         return "It cannot be compiled: ValueError: no."
     (objects / f"{variant.symbol}.o").write_bytes(b"object")
+    if "_n128_" in variant.symbol:
+        os._exit(9)  # its file is whole, its answer never comes
     return None
+
+def stillborn():
+    os._exit(9)
 '''
 
 
@@ -128,6 +135,66 @@ def test_a_kernel_on_which_the_compiler_dies_is_refused_alone(stand_in, home):
     done = building.build(wanted, home / "out", processes=2)
     assert done.kernels == 4 and set(done.refused) == {"up_fp8_m8_n32_w4_s6"}
     assert "died on it twice" in done.refused["up_fp8_m8_n32_w4_s6"]
+
+
+def test_a_worker_that_dies_after_its_file_was_whole_costs_nothing(stand_in, home):
+    seen = []
+    done = building.build(
+        narrow(8, 16, block_n=128), home / "out", processes=1, progress=lambda *step: seen.append(step)
+    )
+    assert (done.kernels, done.refused) == (2, {}) and seen[-1] == (2, 2)
+
+
+def test_processes_that_do_not_start_are_not_blamed_on_a_kernel(stand_in, home, monkeypatch):
+    import stand_in_compiler
+
+    monkeypatch.setattr(building, "_prepare", stand_in_compiler.stillborn)
+    with pytest.raises(InputError, match=r"die when they start .*build-kernels"):
+        building.build(narrow(8, 16), home / "out", processes=2)
+    assert not (home / "log").exists()
+
+
+def test_a_daemon_says_what_to_do(stand_in, home, monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(InputError, match="daemonic process"):
+        building.build(narrow(8), home / "out", processes=1)
+
+
+SCRIPT = """
+import pathlib, sys
+import stand_in_compiler
+from rampwrap.kernels.cute import build as building
+from rampwrap.kernels.cute.configs import CuteConfig, Variant
+
+with open("ran", "a") as log:
+    log.write("x")
+building._compile = stand_in_compiler.compile
+wanted = [Variant("up", CuteConfig("two", "fp8", block_m, 16, 4, 6)) for block_m in (8, 16, 32)]
+failed = building._compile_all(wanted, pathlib.Path("objects"), 2, 3, lambda *step: None)
+print(failed, len(list(pathlib.Path("objects").iterdir())), sys.modules["__main__"].__dict__.get("__file__"))
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "stdin", "module"])
+def test_a_script_without_a_guard_compiles(stand_in, home, how):
+    """The processes that compile do not run the script that asked for them, and it finds itself as it was."""
+    (home / "objects").mkdir()
+    (home / "unguarded.py").write_text(SCRIPT)
+    arguments = {"script": ["unguarded.py"], "stdin": ["-"], "module": ["-m", "unguarded"]}[how]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home), *filter(None, sys.path)])}
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        input=SCRIPT if how == "stdin" else None,
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env=environment,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("{} 3 ") and ("unguarded.py" in run.stdout) == (how != "stdin")
+    assert (home / "ran").read_text() == "x"
 
 
 def test_nothing_built_is_an_error(stand_in, home):

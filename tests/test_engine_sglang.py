@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import rampwrap
+from rampwrap import observe
 from rampwrap.adapters.vllm_fused_moe import CONFIGS, KEYS
 from rampwrap.device import Device
 from rampwrap.engines import sglang as engine
@@ -130,14 +131,16 @@ def _around(hook: Callable[..., Any], function: Callable[..., Any]) -> Callable[
     return lambda *args, **kwargs: hook(function, *args, **kwargs)
 
 
+ROUTINGS = ("uniform", "dirichlet:0.3", "dirichlet:0.1", "hot:1", "hot:2")
 WEIGHTS = [(torch.zeros(8, 64, 64), torch.zeros(8, 64, 32)) for _ in range(2)]
 
 
-def save_plan(folder: pathlib.Path, shape: MoEShape = SHAPE, kernel: str = "vllm_fused_moe") -> pathlib.Path:
+def save_plan(
+    folder: pathlib.Path, shape: MoEShape = SHAPE, kernel: str = "vllm_fused_moe", names: tuple[str, ...] = ROUTINGS
+) -> pathlib.Path:
     """A plan by which even routing favours low blocks and skewed routing high ones."""
     seen: set[int] = set()
     configs = [c for c in CONFIGS[shape.dtype] if not (c["BLOCK_SIZE_M"] in seen or seen.add(c["BLOCK_SIZE_M"]))]  # type: ignore[func-returns-value]
-    names = ("uniform", "dirichlet:0.3", "dirichlet:0.1", "hot:1", "hot:2")
     rows = workload_grid([4, 16, 64, 256], [Routing.parse(routing) for routing in names])
     counts = np.stack([expert_counts(w.topk_ids(shape.num_experts, shape.top_k), shape.num_experts) for w in rows])
     heights = [config["BLOCK_SIZE_M"] for config in configs]
@@ -193,6 +196,26 @@ def test_choices_count_by_layer(served: Engine) -> None:
     assert {entry["layer"]: entry["steps"] for entry in source["layers"]} == {"experts.0": 2, "experts.1": 1}
 
 
+def test_drift_is_reported(
+    plans: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What reached the host is compared with what was profiled, and beyond it the command is named, once."""
+    save_plan(plans, names=("uniform", "dirichlet:1"))
+    served = Engine(monkeypatch)
+    engine.register()
+    for _ in range(observe.ENOUGH_STEPS + 1):
+        served.step("uniform")
+        served.step(None, layer=1)
+    (source,) = [s for s in rampwrap.stats()["sources"] if s["kernel"] == "vllm_fused_moe" and "E=8" in s["shape"]][-1:]
+    even, two = sorted(source["layers"], key=lambda entry: entry["layer"])
+    assert even["observed"] == two["observed"] == observe.ENOUGH_STEPS
+    assert even["drift"] == 0 and even["active_experts"] == 8 and even["chosen_us"] is None
+    assert two["drift"] > observe.DRIFTED and (two["active_experts"], two["concentration"]) == (2, 0.5)
+    rampwrap.stats()
+    said = [record.getMessage() for record in caplog.records if "drift" in record.getMessage()]
+    assert len(said) == 1 and "experts.1 at 64 tokens" in said[0] and "profile --kernel vllm_fused_moe" in said[0]
+
+
 def test_under_capture_the_static_config_stands(served: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     static = served.step()
     served.step(None)
@@ -242,7 +265,10 @@ def test_a_layer_that_no_plan_may_serve_stays_and_it_is_said_once(
         del process.package.tables.get_exec
         said = "get_exec"
     engine.register()
-    assert [process.step() for _ in range(3)] == [OWN] * 3
+    searched = []
+    find = engine.Around._find
+    monkeypatch.setattr(engine.Around, "_find", lambda *args: searched.append(1) or find(*args))
+    assert [process.step() for _ in range(3)] == [OWN] * 3 and len(searched) == 1
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1 and said in warned[0].getMessage()
 

@@ -5,7 +5,10 @@ import pathlib
 
 import attrs
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from rampwrap import models
 from rampwrap.cli import main
 from rampwrap.device import SIMULATED
 from rampwrap.engines import plans as places
@@ -41,6 +44,17 @@ DEEPSEEK = {
     "n_routed_experts": 256,
     "num_experts_per_tok": 8,
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+}
+FP8 = DEEPSEEK["quantization_config"]
+DBRX = {
+    "model_type": "dbrx",
+    "d_model": 6144,
+    "ffn_config": {
+        "ffn_act_fn": {"name": "silu"},
+        "ffn_hidden_size": 10752,
+        "moe_num_experts": 16,
+        "moe_top_k": 4,
+    },
 }
 BLOCKS = {
     "quant_method": "compressed-tensors",
@@ -86,6 +100,16 @@ def write(folder: pathlib.Path, **config: object) -> pathlib.Path:
             {},
             [MoEShape(16, 4, 6144, 10752)],
         ),
+        (DBRX, {}, [MoEShape(16, 4, 6144, 10752)]),
+        (DBRX | {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": None}}, {}, [MoEShape(16, 4, 6144, 10752)]),
+        (QWEN3 | {"num_experts": None, "num_local_experts": 128}, {}, [SHAPES["qwen3-30b"]]),
+        (QWEN3 | {"quantization_config": None, "dtype": None}, {}, [SHAPES["qwen3-30b"]]),
+        (
+            {"model_type": "omni", "thinker_config": {"hidden_size": 1, "text_config": QWEN3}},
+            {},
+            [SHAPES["qwen3-30b"]],
+        ),
+        ({**QWEN3, "text_config": None, "ffn_config": [1]}, {}, [SHAPES["qwen3-30b"]]),
         (
             QWEN3 | {"num_experts": [1, 128, 64], "moe_intermediate_size": [6144, 768, 768]},
             {},
@@ -111,12 +135,98 @@ def test_shapes(tmp_path: pathlib.Path, config: dict, options: dict, want: list[
         (OLMOE, {"tp_size": 3}, "do not divide intermediate_size=1024"),
         (OLMOE, {"tp_size": 65, "expert_parallel": True}, "fewer than 65 ranks"),
         (OLMOE, {"tp_size": 0}, "tp_size is 0"),
-        (OLMOE | {"num_experts": "many"}, {}, "whole numbers"),
+        (OLMOE | {"num_experts": "many"}, {}, "num_experts='many'; give whole numbers"),
+        (OLMOE | {"num_experts": None}, {}, "names none of num_experts"),
+        (OLMOE | {"num_experts": True}, {}, "num_experts=True"),
+        (OLMOE | {"num_experts": 64.0}, {}, "num_experts=64.0"),
+        (OLMOE | {"num_experts": [64, None]}, {}, r"num_experts=\[64, None\]"),
+        (OLMOE | {"num_experts": []}, {}, r"num_experts=\[\]"),
+        (OLMOE | {"hidden_size": 10**30}, {}, "hidden_size=10+; give whole numbers"),
+        (OLMOE | {"num_experts": [64, 64], "num_experts_per_tok": [8, 8, 8]}, {}, "for 2 and for 3 layers"),
+        (DBRX | {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": {"name": "gelu"}}}, {}, "ffn_act_fn.name='gelu'"),
+        (DBRX | {"ffn_config": DBRX["ffn_config"] | {"ffn_act_fn": "gelu"}}, {}, "ffn_act_fn='gelu'"),
+        (DBRX | {"ffn_config": None}, {}, "names none of num_experts"),
+        (DEEPSEEK | {"quantization_config": FP8 | {"weight_block_size": 128}}, {}, "weight_block_size=128;"),
+        (DEEPSEEK | {"quantization_config": FP8 | {"weight_block_size": None}}, {}, "weight_block_size=None;"),
+        (
+            DEEPSEEK | {"quantization_config": FP8 | {"weight_block_size": [64, 128]}},
+            {},
+            r"weight_block_size=\[64, 128\]",
+        ),
+        (DEEPSEEK | {"quantization_config": "fp8"}, {}, "quantization_config='fp8'"),
+        (
+            QWEN3 | {"quantization_config": BLOCKS | {"config_groups": None}},
+            {},
+            "quantization_config.config_groups=None",
+        ),
+        (QWEN3 | {"quantization_config": BLOCKS | {"config_groups": {"a": 1}}}, {}, "config_groups.a has no weights"),
+        (QWEN3 | {"quantization_config": BLOCKS | {"config_groups": {"a": {"weights": [1]}}}}, {}, "a has no weights"),
+        (QWEN3 | {"compression_config": [BLOCKS]}, {}, "compression_config="),
+        (QWEN3 | {"dtype": {"a": "bfloat16"}}, {}, "dtype={'a': 'bfloat16'}"),
     ],
 )
 def test_what_cannot_be_profiled_says_why(tmp_path: pathlib.Path, config: dict, options: dict, says: str) -> None:
     with pytest.raises(InputError, match=says):
         read_model(write(tmp_path, **config), **options)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+SOME = st.sampled_from([0, 1, 2, 8, 64, 128, 768, [128, 128], "silu", "fp8", "compressed-tensors", "float", "block"])
+JSON = st.recursive(
+    SCALARS | SOME, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+FIELDS = (
+    *(*models._EXPERTS, *models._TOP_K, *models._HIDDEN, *models._INTERMEDIATE, *models._ACTIVATION),
+    *(*models._QUANTISED, *models._NESTED, "dtype", "torch_dtype", "model_type"),
+)
+QUANTISED = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["fp8", "compressed-tensors"]) | JSON},
+    optional={
+        "weight_block_size": JSON,
+        "config_groups": st.dictionaries(
+            st.sampled_from(["group_0", "group_1"]),
+            JSON
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    "weights": JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(models._BLOCK_FP8, JSON)),
+                },
+            ),
+        )
+        | JSON,
+    },
+)
+ODD = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)
+NESTED = st.dictionaries(st.sampled_from(models._NESTED), ODD, max_size=1)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([OLMOE, QWEN3, DEEPSEEK, DBRX, QWEN3 | {"quantization_config": BLOCKS}, {}]),
+    ODD,
+    NESTED,
+    st.none() | QUANTISED,
+    st.sampled_from([{}, {"tp_size": 2}, {"tp_size": 3, "expert_parallel": True}]),
+)
+def test_no_config_is_a_traceback(
+    tmp_path: pathlib.Path, base: dict, odd: dict, nested: dict, quantised: dict | None, options: dict
+) -> None:
+    """Whatever JSON stands in the known fields: shapes, or one sentence of ours."""
+    more = {} if quantised is None else {"quantization_config": quantised}
+    folder = write(tmp_path, **{**base, **odd, **nested, **more})
+    try:
+        shapes = read_model(folder, **options)
+    except InputError as error:
+        assert "\n" not in str(error).replace(str(tmp_path), "")
+    else:
+        assert shapes and all(isinstance(its, MoEShape) for its in shapes)
+
+
+def test_nesting_without_end_is_refused(tmp_path: pathlib.Path) -> None:
+    for depth in (900, 100_000):
+        (tmp_path / "config.json").write_text('{"text_config": ' * depth + "1" + "}" * depth)
+        with pytest.raises(InputError, match=r"config\.json"):
+            read_model(tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]"])

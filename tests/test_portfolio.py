@@ -133,6 +133,17 @@ def test_unknown_configs(portfolio):
     assert portfolio.capturable == "prefill: it reads the host"
 
 
+def test_a_config_that_was_dropped_is_no_other(portfolio):
+    """Configs are known by identity; one that was left out must not be taken for a new one at its address."""
+    where = id(portfolio.configs[0])
+    portfolio.configs = portfolio.configs[1:]
+    for _ in range(100):
+        fresh = {"kernel": "prefill", **LARGE[0]}
+        assert portfolio.untagged(fresh) == (portfolio.members["prefill"], LARGE[0])
+        if id(fresh) == where:
+            break
+
+
 class Plain:
     """A layer that returns its weights' sum, so that a test sees which weights it got."""
 
@@ -202,3 +213,82 @@ def test_converted_once_per_layer():
     assert len(portfolio._copies) <= 2  # the layer that is gone took its copy along
     portfolio.forget()
     assert portfolio.launch(doubled, None, w13, w2, None)[1] is not first[1]
+    before = member.conversions
+    other_w13 = torch.ones(4, 8, 8)
+    portfolio.prepare(w13=other_w13, w2=w2, w13_scale=None, w2_scale=None)
+    portfolio.launch(doubled, None, other_w13, w2, None)
+    assert member.conversions == before + 1  # scales that are None are none
+
+
+class Scratch:
+    """Memory of some bytes on a device."""
+
+    def __init__(self, num_bytes, device):
+        self.num_bytes, self.device = num_bytes, device
+
+
+class Working(Plain):
+    """Says which of the optional arguments it got."""
+
+    size, made = 64, 0
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def workspace(self, num_tokens, device):
+        self.made += device != "meta"
+        return Scratch(self.size * num_tokens, device)
+
+    def launch(self, config, /, x, w13, w2, topk_ids, *, workspace=None, blocks=None):
+        return (workspace, blocks)
+
+
+class Choosy(Working):
+    """Knows no meta tensors."""
+
+    def workspace(self, num_tokens, device):
+        if device == "meta":
+            raise NotImplementedError
+        return super().workspace(num_tokens, device)
+
+
+class Into(Plain):
+    """Takes memory for its result and for nothing else."""
+
+    name = "into"
+
+    def launch(self, config, /, x, w13, w2, topk_ids, *, out=None):
+        return x if out is None else out.copy_(x)
+
+
+def test_members_get_the_memory_they_take():
+    """Equal workspaces are one, others are each member's own, and what a launch does not take it does not get."""
+    alike, other, larger, choosy = Working("alike"), Working("other"), Working("larger"), Choosy("choosy")
+    larger.size = 128
+    kernels = [Plain(), alike, other, larger, choosy, Into()]
+    portfolio = Portfolio(kernels)
+    assert "workspace" in inspect.signature(portfolio.launch).parameters  # which the first member does not take
+    memory = portfolio.workspace(10, "cpu")
+    assert memory.num_bytes == 640 + 1280 + 640 and alike.made + other.made == 1
+    x = torch.arange(3.0)
+    given = {"x": x, "w13": None, "w2": None, "topk_ids": None, "workspace": memory, "blocks": "blocks"}
+    got = {config["kernel"]: portfolio.launch(config, **given) for config in portfolio.configs}
+    assert got["plain"] == ("plain", None, None, None) and got["into"] is x
+    assert {got[name][1] for name in ("alike", "other", "larger", "choosy")} == {"blocks"}
+    assert got["alike"][0] is got["other"][0] and got["larger"][0].num_bytes == 1280
+    assert got["choosy"][0] not in (got["alike"][0], got["larger"][0], None)
+    out = torch.zeros(3)
+    assert portfolio.launch(portfolio.configs[-1], **given, out=out) is out and torch.equal(out, x)
+    assert "workspace" not in inspect.signature(Portfolio([Plain(), Into()]).launch).parameters
+
+
+def test_a_result_goes_where_it_was_asked_for():
+    """Of a member that returns memory of its own too."""
+    plain = Plain()
+    plain.launch = lambda config, /, x, w13, w2, topk_ids: 2 * x
+    portfolio = Portfolio([Into(), plain])
+    x, out = torch.ones(3), torch.zeros(3)
+    for config, factor in zip(portfolio.configs, (1, 2), strict=True):
+        assert portfolio.launch(config, x, None, None, None, out=out) is out and torch.equal(out, factor * x)
+        assert torch.equal(portfolio.launch(config, x, None, None, None), factor * x)

@@ -51,6 +51,44 @@ def test_an_expert_map_counts_local_experts_only() -> None:
     assert expert_counts([[0, 3], [1, 3], [2, 0]], 4, expert_map=[-1, 1, -1, 0]).tolist() == [2, 1]
 
 
+@pytest.mark.parametrize("expert_map", [[0, 1, 5, -1], [0, 0, -1, -1], [1, 2, -1, -1], [0.0, 1.0, -1.0, -1.0]])
+def test_a_map_that_gives_no_local_id_to_somebody_is_refused(expert_map: list[float]) -> None:
+    with pytest.raises(InputError, match="expert_map gives its"):
+        expert_counts([[0, 1]], 4, expert_map)
+    assert expert_counts([[0, 1]], 4, [-1] * 4).tolist() == []
+
+
+def test_unsigned_ids_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where numpy refuses to count them."""
+    count = np.bincount
+
+    def numpy_1(ids: np.ndarray, **options: int) -> np.ndarray:
+        if ids.dtype == np.uint64:
+            raise TypeError("Cannot cast array data from dtype('uint64') to dtype('int64')")
+        return count(ids, **options)
+
+    monkeypatch.setattr(np, "bincount", numpy_1)
+    assert expert_counts(np.array([[0, 3], [1, 3]], dtype=np.uint64), 4).tolist() == [1, 1, 0, 2]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_widest_lognormal_is_the_most_skewed() -> None:
+    """No load overflows: a few experts take all tokens, and loads that fitted before are the same bits."""
+    popularity = Routing.parse("lognormal:1000").popularity(64, np.random.default_rng(0))
+    assert np.isfinite(popularity.sum()) and popularity.argmax() == np.random.default_rng(0).normal(0, 1, 64).argmax()
+    counts = np.sort(expert_counts(Workload(200, Routing.parse("lognormal:1000")).topk_ids(64, 8), 64))
+    assert counts[-1] == 200
+    usual = Routing.parse("lognormal:1.4").popularity(64, np.random.default_rng(0))
+    np.testing.assert_array_equal(usual, np.exp(np.random.default_rng(0).normal(0.0, 1.4, 64)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("counts", [["a", "b", "c"], [None] * 3, [float("nan"), 1, 2], [float("inf"), 1, 2]])
+def test_counts_that_are_no_numbers_are_named(counts: list[object]) -> None:
+    with pytest.raises(InputError, match=r"expert_counts (has dtype|holds)"):
+        check_counts(counts, 3)
+
+
 def test_an_empty_batch_has_an_empty_histogram() -> None:
     assert expert_counts(np.zeros((0, 8), dtype=np.int32), 4).tolist() == [0, 0, 0, 0]
 

@@ -1,6 +1,7 @@
 """`Selector` with the Triton kernel, on the GPU or in the interpreter; captures are in tests/gpu/test_select_gpu.py."""
 
 import gc
+import inspect
 import os
 
 import pytest
@@ -28,6 +29,7 @@ from rampwrap.lagged import Lagged
 from rampwrap.moe_op import compiled
 from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
+from rampwrap.portfolio import Portfolio
 from rampwrap.selector import Selector
 from rampwrap.shortlist import Shortlist, all_in_graph, in_graph, serving, token_spans
 from rampwrap.sim import SimKernel
@@ -303,6 +305,72 @@ def test_switch(kernel, plan, monkeypatch, kind):
         selector.lane()(**inputs)
 
 
+class Renamed(Small):
+    """Another kernel of the same layer; of its launches, the scratch memory is kept."""
+
+    def __init__(self, name, shape):
+        super().__init__(shape)
+        self.name, self.scratch = name, []
+
+    def launch(self, config, /, *args, workspace=None, **kwargs):
+        self.scratch.append(workspace)
+        return super().launch(config, *args, workspace=workspace, **kwargs)
+
+
+Renamed.launch.__signature__ = inspect.signature(Small.launch)
+
+
+class Bare:
+    """Takes neither scratch memory nor blocks nor a place for the result."""
+
+    name, version = "bare", "0"
+
+    def __init__(self, kernel):
+        self._kernel, self.shape, self.configs, self.grid = kernel, kernel.shape, kernel.configs[:1], kernel.grid
+
+    def launch(self, config, /, hidden_states, w13, w2, topk_weights, topk_ids):
+        return self._kernel.launch(config, hidden_states, w13, w2, topk_weights, topk_ids)
+
+
+def portfolio_plan(kernel, **more):
+    """A portfolio of three kernels with a config each, and a plan that chooses between them."""
+    first, second = Renamed("first", kernel.shape), Renamed("second", kernel.shape)
+    first.configs, second.configs = first.configs[1:2], second.configs[2:]
+    portfolio = Portfolio([first, second, Bare(kernel)])
+    order = ("bare", "first", "second")  # of `COEF`
+    portfolio.configs = tuple(sorted(portfolio.configs, key=lambda config: order.index(config["kernel"])))
+    return portfolio, small_plan(portfolio, kernel.shape, **more)
+
+
+@pytest.mark.parametrize("mode", ["auto", "switch"])
+def test_a_portfolio_shares_the_lanes_memory(kernel, monkeypatch, mode):
+    """All members that take scratch memory get the lane's, in a graph's branches too; others are called without."""
+    if DEVICE == "cuda" and mode == "switch":
+        pytest.skip("the real node is in tests/gpu")
+    monkeypatch.setattr(conditional, "require", lambda: None)
+    monkeypatch.setattr(conditional, "Switch", FakeSwitch)
+    portfolio, plan = portfolio_plan(kernel)
+    selector = Selector(portfolio, every(plan, mode) if mode == "switch" else plan, max_tokens=16, mode=mode)
+    chosen = set()
+    for capturing in (False, mode == "switch"):
+        monkeypatch.setattr(lane, "capturing", lambda capturing=capturing: capturing)
+        for active in (2, 4, 8):
+            inputs = kernel.inputs(SHAPE, ids_with(active, 12))
+            counts = np.bincount(inputs["topk_ids"].cpu().numpy().ravel(), minlength=8)
+            bucket = selector.bucket(12)
+            index = plan.policy().index(counts, 12) if mode == "switch" else bucket.shortlist.candidates[0]
+            chosen.add(index)
+            want = portfolio.launch(plan.configs[index], **inputs)
+            for member in list(portfolio.members.values())[:2]:
+                member.scratch.clear()
+            assert torch.equal(selector(**inputs), want)
+            used = [its for member in list(portfolio.members.values())[:2] for its in member.scratch]
+            assert all(its is selector._main._workspace.by_member["first"] for its in used)
+            assert bool(used) == (mode == "switch" or portfolio.configs[index]["kernel"] != "bare") or capturing
+    assert len(chosen) == (3 if mode == "switch" else 1)
+    assert selector.memory_bytes > kernel.workspace(16, DEVICE).num_bytes
+
+
 def test_any_token_count_is_looked_up(kernel):
     """Hundreds of batch sizes share the plan's few buckets; the first and the last size beyond reach are static."""
     many = small_plan(kernel, num_buckets=4)
@@ -385,6 +453,58 @@ def test_operator_needs_its_selector(kernel, plan):
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
     with pytest.raises(InputError, match="keep the Selector alive"):
         layer(**inputs)
+
+
+def test_each_span_explains_itself(kernel, plan):
+    """Two spans of one bucket, cut by the static table, differ in their candidates and in what ran."""
+    table = StaticTable("uniform", (8, 14), (0, 1))
+    cut = attrs.evolve(plan, static=table)
+    lists = [attrs.evolve(its, static=table.index(its.first)) for its in every(cut).in_graph]
+    pairs = {its.first: (0, 2) if table.index(its.first) == 0 else (1, 2) for its in lists if len(its.candidates) > 1}
+    lists = [attrs.evolve(its, candidates=pairs.get(its.first, its.candidates)) for its in lists]
+    selector = Selector(kernel, attrs.evolve(cut, in_graph=tuple(lists)), max_tokens=16)
+    for tokens in (8, 16, 16, 16):
+        selector(**kernel.inputs(SHAPE, ids_with(2, tokens)))
+    low, high = (selector.bucket(tokens).shortlist for tokens in (8, 16))
+    assert low.num_tokens == high.num_tokens and (low.candidates, high.candidates) == ((0, 2), (1, 2))
+    text = selector.explain()
+
+    def share(first):
+        after = text.split(f"from {first} tokens")[1].splitlines()[1:3]
+        return [int(line.split()[1]) for line in after]
+
+    assert (sum(share(low.first)), sum(share(high.first))) == (1, 3)
+
+
+def test_explain_tells_what_the_host_chose(kernel, plan):
+    """In modes lagged and eager all launches are known."""
+    eager = Selector(kernel, plan, max_tokens=16, mode="eager")
+    for active in (2, 8, 8, 8):
+        eager(**kernel.inputs(SHAPE, ids_with(active, 12)))
+    assert " 75.0%        3" in eager.explain() and " 25.0%        1" in eager.explain()
+
+
+def test_no_tokens_are_no_batch(kernel, plan):
+    with pytest.raises(InputError, match="max_tokens is 0"):
+        Selector(kernel, plan, max_tokens=0)
+
+
+def test_a_capture_with_other_alignment_is_refused(kernel, plan, monkeypatch):
+    """Triton compiles another kernel for a tensor that does not start at a multiple of 16 bytes."""
+    selector = Selector(kernel, plan, max_tokens=16)
+    inputs = kernel.inputs(SHAPE, ids_with(8, 12))
+    assert not any(tensor.data_ptr() % 16 for tensor in inputs.values())
+    selector(**inputs)
+    odd = inputs | {"topk_ids": torch.empty(13, 2, dtype=torch.int32, device=DEVICE)[1:].copy_(inputs["topk_ids"])}
+    assert odd["topk_ids"].data_ptr() % 16 == 8 and odd["topk_ids"].is_contiguous()
+    with monkeypatch.context() as captured:
+        captured.setattr("rampwrap.lane.capturing", lambda: True)
+        selector(**inputs)
+        with pytest.raises(CaptureError, match=r"same alignment \(topk_ids not at a multiple of 16"):
+            selector(**odd)
+    selector(**odd)
+    monkeypatch.setattr("rampwrap.lane.capturing", lambda: True)
+    selector(**odd)
 
 
 def test_warmth_does_not_depend_on_the_order_of_arguments(kernel, plan, monkeypatch):

@@ -4,11 +4,13 @@ import gc
 import json
 import logging
 import pathlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -17,11 +19,12 @@ from hypothesis import strategies as st
 
 import rampwrap
 from rampwrap import Dispatcher, Plan, observe
-from rampwrap.drift import Profiled, drift, profiled_ranges, routing_numbers
+from rampwrap.drift import Profiled, Sums, drift, profiled_ranges, routing_numbers
 from rampwrap.errors import CaptureError, PlanError
 from rampwrap.routing import Routing, Workload, expert_counts
 from rampwrap.selector import Selector
 from rampwrap.sim import SimKernel
+from rampwrap.static import StaticTable
 from rampwrap.telemetry import Telemetry
 from rampwrap.timings import Timings
 
@@ -31,7 +34,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sources, warnings and log of this test only."""
     gc.collect()
     for name in ("_sources", "_said"):
-        monkeypatch.setattr(observe, name, type(observe._sources)())
+        monkeypatch.setattr(observe, name, type(getattr(observe, name))())
     monkeypatch.setattr(observe, "_running", None)
     monkeypatch.setattr(observe, "_reading", threading.Lock())
     monkeypatch.delenv("RAMPWRAP_STATS", raising=False)
@@ -175,6 +178,150 @@ def test_drift_is_said_once_with_the_command(sim_plan: Plan, caplog: pytest.LogC
     assert "--recorded FILE" in said
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     assert len(lines) == 4 and "predicted gain 10.0%" in lines[-1] and "not the static config" in lines[-1]
+
+
+def test_drift_is_said_of_the_selector_that_has_it(sim_plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    """Of several for one shape: those that are silent, or stay inside, are not blamed, before and after."""
+    others = [Counted(sim_plan, []), Counted(sim_plan, [row(sim_plan)])]
+    far = Counted(attrs.evolve(sim_plan), [row(sim_plan, "eight", "layers.9")])
+    others.append(Counted(sim_plan, [row(sim_plan)]))
+    rampwrap.stats()
+    rampwrap.stats()
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "layers.9" in said and far in observe._said and not any(its in observe._said for its in others)
+
+
+def test_few_observed_launches_are_not_judged(sim_plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    """Of many launches on the host few routings may have been seen."""
+    far = row(sim_plan, "eight")
+    share = observe.ENOUGH_STEPS / 2 / far.steps
+    few = attrs.evolve(
+        far,
+        on_device=False,
+        seen=observe.ENOUGH_STEPS // 2,
+        active_experts=far.active_experts * share,
+        concentration=far.concentration * share,
+    )
+    source = Counted(sim_plan, [few])
+    (entry,) = rampwrap.stats()["sources"][0]["layers"]
+    assert entry["drift"] > observe.DRIFTED and entry["observed"] == 16 and entry["chosen_us"] is None
+    assert not caplog.records
+    source.rows = [few + few]
+    rampwrap.stats()
+    assert "8.0 active experts" in caplog.text
+
+
+def test_lagged_launches_have_drift(sim_plan: Plan) -> None:
+    """The host has seen the routing, so it says how far it lies outside."""
+    kernel = SimKernel(sim_plan.shape)
+    kernel.launch = lambda config, /, topk_ids: 0.0  # type: ignore[method-assign,assignment]
+    selector = Selector(kernel, sim_plan, max_tokens=64, mode="lagged")
+    inside, outside = torch.from_numpy(ids("uniform")), torch.arange(8).repeat(64, 1)
+    layers = {
+        "even": (inside, 3),
+        "eight": (outside, 3),
+        "once": (outside, 1),
+        "none": (torch.full_like(outside, -1), 2),
+    }
+    for name, (topk_ids, steps) in layers.items():
+        for _ in range(steps):
+            selector.layer(name)(topk_ids=topk_ids)
+    entries = {entry["layer"]: entry for entry in rampwrap.stats()["sources"][0]["layers"]}
+    assert {name: its["observed"] for name, its in entries.items()} == {"even": 2, "eight": 2, "once": 0, "none": 1}
+    assert entries["even"]["drift"] == 0 and entries["eight"]["drift"] > observe.DRIFTED
+    assert entries["eight"]["active_experts"] == 8 and entries["eight"]["concentration"] == 1 / 8
+    assert (
+        entries["once"]["drift"] is None and entries["none"]["outside"] == 1 and entries["none"]["active_experts"] == 0
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_sums_are_those_of_the_numbers(seed: int, rows: int) -> None:
+    counts = np.random.default_rng(seed).integers(0, 3, (rows, 4))
+    counts[:, 0] += 1
+    sums = Sums(4, 8, 2)
+    for histogram in counts:
+        for _ in range(2):
+            sums.add(histogram)
+    active, concentration = routing_numbers(counts)
+    slots = counts.sum(axis=1)
+    assert sums.seen == rows and sums.active_experts == active.sum()
+    assert sums.concentration == pytest.approx(concentration.sum())
+    assert sums.outside == ((active < 2) | (slots < 2) | (slots > 16)).sum()
+
+
+def test_static_is_what_serves_where_the_plan_is_refused(sim_plan: Plan) -> None:
+    """The plan's own table numbers other configs."""
+    kernel = SimKernel(sim_plan.shape)
+    foreign = attrs.evolve(sim_plan, kernel="another", static=StaticTable("uniform", (1,), (3,)))
+    with pytest.warns(RuntimeWarning, match="serves static configs"):
+        selector = Selector(kernel, foreign, max_tokens=64)
+    assert selector.policy.table.index(64) == 0  # type: ignore[attr-defined]
+    selector(topk_ids=ids())
+    (entry,) = rampwrap.stats()["sources"][0]["layers"]
+    assert [ran["static"] for ran in entry["configs"]] == [True]
+
+
+def test_a_source_keeps_its_number(sim_plan: Plan) -> None:
+    """A counter of Prometheus does not pass to another source when one comes or goes, and no launches are taken back."""
+    first, second = Counted(sim_plan, [row(sim_plan, layer="a")]), Counted(sim_plan, [row(sim_plan, layer="b")])
+    before = rampwrap.stats()
+
+    def label(layer: str) -> str:
+        lines = [line for line in observe.prometheus().splitlines() if f'layer="{layer}"' in line and "total" in line]
+        return lines[0].split(",")[0]
+
+    was = label("b")
+    second.rows = [second.rows[0] + second.rows[0]]
+    del first
+    gc.collect()
+    assert label("b") == was
+    assert observe.line(rampwrap.stats(), before).startswith("rampwrap: 100 launches, 200 in all")
+
+
+def test_sources_may_come_while_they_are_read(sim_plan: Plan) -> None:
+    """Threads of an engine make selectors while the log's thread lists them."""
+    over, kept = threading.Event(), [Counted(sim_plan, []) for _ in range(300)]
+    rest = sys.getswitchinterval()
+
+    def come() -> None:
+        for _ in range(300):
+            kept.append(Counted(sim_plan, []))
+        over.set()
+
+    thread = threading.Thread(target=come)
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        while not over.is_set():
+            observe._read()
+    finally:
+        sys.setswitchinterval(rest)
+        thread.join(5)
+    assert len(observe._sources) == len(kept)
+
+
+def test_captures_may_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two graphs under capture on one thread: the second does not wait for the first for ever."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("capture_begin", "capture_end"):
+        monkeypatch.setattr(Graph, name, Graph.__dict__[name])
+    observe._keep_apart_from_capture()
+    first, second, free = Graph(), Graph(), []
+
+    def both() -> None:
+        first.capture_begin()
+        second.capture_begin()
+        free.append(observe._reading.locked())
+        first.capture_end()
+        free.append(observe._reading.locked())
+        second.capture_end()
+        free.append(observe._reading.locked())
+
+    thread = threading.Thread(target=both, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert free == [True, True, False]
 
 
 def test_a_quiet_minute_says_nothing(sim_plan: Plan, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 
 import attrs
 
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernels.cute import gate
 from rampwrap.kernels.cute.configs import Variant, all_variants
+from rampwrap.spawn import main_hidden
 
 ARCH = "sm_90a"
 LIBRARY = "rampwrap_cute.so"
@@ -125,7 +127,8 @@ def build(
         progress: told how many of how many kernels are there, after each.
 
     Raises:
-        InputError: the CuTe DSL or a C++ compiler is not installed, or the folder cannot be written.
+        InputError: the CuTe DSL or a C++ compiler is not installed, the folder cannot be written, or no process that
+            compiles can be started.
         ConfigError: not one kernel could be built.
     """
     start = time.monotonic()
@@ -190,16 +193,23 @@ def _compile_all(
     crashes: dict[Variant, int] = {}
     left = list(missing)
     progress(total - len(left), total)
+    if left and multiprocessing.current_process().daemon:
+        raise InputError(
+            f"{len(left)} CuTe kernels must be compiled, and a daemonic process may start none that compile; run "
+            "'rampwrap build-kernels' before."
+        )
     # The DSL is not thread-safe; processes are started anew because a fork would inherit torch's threads.
     context = multiprocessing.get_context("spawn")
     while left:
         # After a crash one at a time, so that the one that crashes is known.
         workers = 1 if crashes else min(processes, len(left))
         done: set[Variant] = set()
+        broken = False
         with futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
-            some = left[: workers * TASKS_PER_WORKER]
-            running = {pool.submit(_compile, variant, objects): variant for variant in some}
             try:
+                with main_hidden():  # all processes of the pool start inside `submit`
+                    some = left[: workers * TASKS_PER_WORKER]
+                    running = {pool.submit(_compile, variant, objects): variant for variant in some}
                 for future in futures.as_completed(running):
                     variant, reason = running[future], future.result()
                     done.add(variant)
@@ -207,16 +217,41 @@ def _compile_all(
                         failures[variant.symbol] = reason
                     progress(total - len(left) + len(done), total)
             except BrokenProcessPool:
-                suspect = next(v for v in left if v not in done and not (objects / f"{v.symbol}.o").exists())
-                crashes[suspect] = crashes.get(suspect, 0) + 1
-                if crashes[suspect] >= MOST_CRASHES:
-                    failures[suspect.symbol] = "The compiler died on it twice; report it with the config."
-                    done.add(suspect)
+                broken = True
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         left = [v for v in left if v not in done and not (objects / f"{v.symbol}.o").exists()]
+        if broken and left:
+            if not done:
+                _check_processes(context)
+            # Each may die after its file was whole, so the first without a file is the one it died on.
+            suspect = left[0]
+            crashes[suspect] = crashes.get(suspect, 0) + 1
+            if crashes[suspect] >= MOST_CRASHES:
+                failures[suspect.symbol] = "The compiler died on it twice; report it with the config."
+                left.remove(suspect)
+        if broken:
+            progress(total - len(left), total)
     return failures
+
+
+def _check_processes(context: BaseContext) -> None:
+    """Whether a process that compiles starts at all, so that no kernel is blamed for one that does not.
+
+    Raises:
+        InputError: it dies.
+    """
+    with futures.ProcessPoolExecutor(1, mp_context=context, initializer=_prepare) as pool:
+        try:
+            with main_hidden():
+                started = pool.submit(os.getpid)
+            started.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"the processes that compile the CuTe kernels die when they start ({error}); what they wrote to stderr "
+                "says why, or run 'rampwrap build-kernels' from a shell."
+            ) from error
 
 
 def _prepare() -> None:

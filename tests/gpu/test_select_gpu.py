@@ -239,6 +239,46 @@ def test_two_streams(kernel, plan, mode):
     assert sum(row.steps for row in selector.telemetry()) == 2 + 100
 
 
+def test_a_portfolio_in_a_switch(kernel):
+    """Branches that launch different kernels share the lane's memory; one takes none and allocates in the graph."""
+    try:
+        conditional.require()
+    except InputError as error:
+        pytest.skip(str(error))
+    portfolio, made = small.portfolio_plan(kernel, num_buckets=5, coef=COEF)
+    selector = selecting(portfolio, made, "switch")
+    inputs, held = kernel.inputs(SHAPE, routing(64)), {}
+    selector(**inputs)
+    bytes_before = selector.memory_bytes
+    graph = captured(lambda: held.update(out=selector(**inputs)))
+    taken = set()
+    for step, active in enumerate(ACTIVE):
+        inputs["topk_ids"].copy_(routing(active, seed=step))
+        graph.replay()
+        index = chosen(made, selector, inputs["topk_ids"])
+        taken.add(made.configs[index]["kernel"])
+        assert torch.equal(held["out"], portfolio.launch(made.configs[index], **inputs))
+    assert taken == {"bare", "first", "second"} and selector.memory_bytes == bytes_before
+    members = portfolio.members
+    assert {id(its) for name in ("first", "second") for its in members[name].scratch if its is not None} == {
+        id(selector._main._workspace.by_member["first"])
+    }
+
+
+def test_a_capture_with_other_alignment_is_refused(kernel, plan):
+    """Triton has another kernel for ids that do not start at a multiple of 16 bytes; after an eager step it is there."""
+    selector = selecting(kernel, plan, "early-exit")
+    inputs = kernel.inputs(SHAPE, routing(20))
+    selector(**inputs)
+    memory = torch.empty(TOKENS * 8 + 1, dtype=torch.int32, device="cuda")
+    odd = inputs | {"topk_ids": memory[1:].view(TOKENS, 8).copy_(inputs["topk_ids"])}
+    with pytest.raises(CaptureError, match="topk_ids not at a multiple of 16 bytes"):
+        captured(lambda: selector(**odd))
+    want, held = selector(**odd), {}
+    captured(lambda: held.update(out=selector(**odd))).replay()
+    assert torch.equal(held["out"], want)
+
+
 def test_capture_of_what_is_not_ready(kernel, plan):
     """An unprepared size, and unwarmed types, are refused with the fix; the stream is left usable."""
     selector = selecting(kernel, plan, "early-exit")
