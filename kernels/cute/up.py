@@ -133,6 +133,10 @@ class Up(GroupedGemm):
                     num_slots, hidden, columns, group_m, num_blocks, tiles_n // self.cluster, start, stop, by, rank,
                     thread - PRODUCER_THREADS, warp - PRODUCER_THREADS // 32,
                 )  # fmt: skip
+            if const_expr(self.cluster > 1):
+                # A CTA has all maxima of its peers before it ends, but compute-sanitizer cannot see that.
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
 
     def allocate_exchange(self, memory):
         """Shared memory of the epilogue: slot of each token; FP8: 448 / maximum, and maxima of warps and of CTAs."""
