@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A GPU machine's own torch is used; everywhere else the CPU build of this release is enough.
 SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; torch.cuda.init(); print('--system-site-packages')" 2>/dev/null)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python writes the byte code of what it imports; that of everything takes 9 s for torch alone.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# Processes that run tests. With a GPU the tests in tests/gpu time kernels and fill its memory, one after the other.
+WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))"))
+# Each of them gets one thread: more would only wait for each other.
+TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
 .PHONY: demo test setup lint types unit kernels wheel clean
 
@@ -29,15 +34,15 @@ types: setup
 	$(BIN)/python -m mypy
 
 unit: setup
-	OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	$(TEST) -n $(WORKERS) --dist worksteal
 
 # Every CuTe kernel compiled for sm_90a and its instructions inspected: no GPU, four minutes on two cores.
 kernels: setup
-	OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow tests/test_cute_build.py
+	$(TEST) -m slow tests/test_cute_build.py
 
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup
-	BIN="$(abspath $(BIN))" bash tests/test_wheel.sh
+	BIN="$(abspath $(BIN))" WORKERS=$(WORKERS) bash tests/test_wheel.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

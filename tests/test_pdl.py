@@ -336,7 +336,7 @@ look("narrow", prepare.narrow_after_kernel, dict(COLUMNS=2048, BLOCK=1024))
 
 
 def test_each_kernel_waits_before_it_touches_memory(tmp_path):
-    """Compiled for sm_90, in PTX and in machine code: start the next, wait, and only then memory, branches and ends."""
+    """Compiled for sm_90, in PTX and in machine code: wait, and only then start the next, memory, branches and ends."""
     root = str(pathlib.Path(rampwrap.__file__).parent.parent)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {
@@ -357,4 +357,4 @@ def test_each_kernel_waits_before_it_touches_memory(tmp_path):
             continue
         assert built["waits"] == built["starts"] == 1, built
         for starts, waits, touches in (built["ptx"], built["sass"]):
-            assert starts < waits < touches, built
+            assert waits < min(starts, touches), built

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the wheel, installs it into a fresh environment, and runs the tests there without the source tree.
 # BIN: the folder of the development environment's programs, whose dependencies the fresh one borrows.
+# WORKERS: processes that run the tests; none besides pytest's own where it is absent.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -24,4 +25,6 @@ cp -r tests examples pyproject.toml "$work/"
 cd "$work"
 "$work/venv/bin/python" -c "import rampwrap; assert '$fresh' in rampwrap.__file__, rampwrap.__file__"
 "$work/venv/bin/python" -m rampwrap --version
-OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider tests -m "not gpu" -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging or native}"
+OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 "$work/venv/bin/python" -m pytest -q -p no:cacheprovider \
+  -n "${WORKERS:-0}" --dist worksteal tests -m "not gpu and not slow" \
+  -k "${WHEEL_TESTS:-dispatch or plan or cli or adapter or packaging or native}"

@@ -232,15 +232,13 @@ class Down(GroupedGemm):
         for t in cutlass.range_constexpr(self.pairs):
             for j in cutlass.range_constexpr(2):
                 token = t * 8 + lane % 4 * 2 + j
-                slot = shared_slots[token, place]
-                if slot >= 0:
-                    weight = shared_weights[token, place]
-                    values = []
-                    for m in cutlass.range_constexpr(self.mt):
-                        for half in cutlass.range_constexpr(2):
-                            values.append(total[m * self.regs + t * 4 + half * 2 + j] * weight)
-                    words = ptx.pack_words(values, False)
-                    ptx.store_global(address + Int64(slot) * (hidden * 2), words, self.mt * 4)
+                weight = shared_weights[token, place]
+                values = []
+                for m in cutlass.range_constexpr(self.mt):
+                    for half in cutlass.range_constexpr(2):
+                        values.append(total[m * self.regs + t * 4 + half * 2 + j] * weight)
+                words = ptx.pack_words(values, False)
+                ptx.store_row(address, shared_slots[token, place], hidden * 2, words, self.mt * 4)
 
 
 class DownFp8(Down):

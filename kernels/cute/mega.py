@@ -296,19 +296,16 @@ class Mega(Exchange):
         for t in cutlass.range_constexpr(self.pairs):
             for j in cutlass.range_constexpr(2):
                 token = t * 8 + lane % 4 * 2 + j
-                row = rows[token]
-                if row >= 0:
-                    factor = factors[token]
-                    for q in cutlass.range_constexpr(self.mt // self.side):
-                        by = factor
-                        if const_expr(self.fp8):
-                            by = factor * scales[q]
-                        values = []
-                        for m in cutlass.range_constexpr(self.side):
-                            for half in cutlass.range_constexpr(2):
-                                values.append(total[(q * self.side + m) * self.regs + t * 4 + half * 2 + j] * by)
-                        at = Int64(row) * (hidden * 4) + q * wide * 4
-                        mega_ptx.add_global(address + at, values)
+                row, factor = rows[token], factors[token]
+                for q in cutlass.range_constexpr(self.mt // self.side):
+                    by = factor
+                    if const_expr(self.fp8):
+                        by = factor * scales[q]
+                    values = []
+                    for m in cutlass.range_constexpr(self.side):
+                        for half in cutlass.range_constexpr(2):
+                            values.append(total[(q * self.side + m) * self.regs + t * 4 + half * 2 + j] * by)
+                    mega_ptx.add_row(address + q * wide * 4, row, hidden * 4, values)
 
 
 class MegaFp8(Mega):

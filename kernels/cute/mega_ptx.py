@@ -67,10 +67,18 @@ def arrive_peer(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def add_global(address, values, *, loc=None, ip=None):
-    """Adds 2 or 4 float32 to global memory, each atomically, at an address aligned to all of them; returns at once."""
-    floats = [Float32(value).ir_value(loc=loc, ip=ip) for value in values]
-    operands = [Int64(address).ir_value(loc=loc, ip=ip), *floats]
-    names = ", ".join(f"${place + 1}" for place in range(len(floats)))
-    text = f"red.relaxed.gpu.global.add.v{len(floats)}.f32 [$0], {{{names}}};"
-    _effect(operands, text, ",".join(["l", *"f" * len(floats)]), loc, ip)
+def add_row(base, row, row_bytes, values, *, loc=None, ip=None):
+    """Adds 2 or 4 float32 to global memory at base + row * row_bytes, aligned to all of them, each atomically; nothing
+    if row < 0. Returns at once, and without a branch, as `ptx.store_row`."""
+    operands = [
+        Int64(base).ir_value(loc=loc, ip=ip),
+        Int32(row).ir_value(loc=loc, ip=ip),
+        Int32(row_bytes).ir_value(loc=loc, ip=ip),
+        *(Float32(value).ir_value(loc=loc, ip=ip) for value in values),
+    ]
+    names = ", ".join(f"${place + 3}" for place in range(len(values)))
+    text = (
+        "{ .reg .pred some; .reg .s64 to; setp.ge.s32 some, $1, 0; mad.wide.s32 to, $1, $2, $0; "
+        f"@some red.relaxed.gpu.global.add.v{len(values)}.f32 [to], {{{names}}}; }}"
+    )
+    _effect(operands, text, ",".join(["l", "r", "r", *"f" * len(values)]), loc, ip)

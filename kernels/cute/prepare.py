@@ -160,8 +160,7 @@ def prepare(
         num_groups,
         GROUPS=groups,
         CHUNK=chunk,
-        # One more than the experts, for the slots that take no row.
-        BINS=max(32, 1 << num_local_experts.bit_length()),
+        BINS=max(32, triton.next_power_of_2(num_local_experts)),
         num_warps=8 if chunk > 1024 else 4,
         **pdl.arguments(),
     )

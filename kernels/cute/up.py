@@ -319,16 +319,14 @@ class Up(GroupedGemm):
         for t in cutlass.range_constexpr(self.pairs):
             for j in cutlass.range_constexpr(2):
                 token = t * 8 + lane % 4 * 2 + j
-                slot = slots[token, turn % 2]
-                if slot >= 0:
-                    values = []
-                    for m in cutlass.range_constexpr(self.mt):
-                        value = total[m * self.regs + t * 4 + j]
-                        if const_expr(self.fp8):
-                            value = value * inverse[token]
-                        values.append(value)
-                    words = ptx.pack_words(values, self.fp8)
-                    ptx.store_global(address + Int64(slot) * (columns * self.width), words, self.mt * self.width)
+                values = []
+                for m in cutlass.range_constexpr(self.mt):
+                    value = total[m * self.regs + t * 4 + j]
+                    if const_expr(self.fp8):
+                        value = value * inverse[token]
+                    values.append(value)
+                words = ptx.pack_words(values, self.fp8)
+                ptx.store_row(address, slots[token, turn % 2], columns * self.width, words, self.mt * self.width)
 
 
 class UpFp8(Up):

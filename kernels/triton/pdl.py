@@ -3,6 +3,8 @@
 A launch after another costs about 2 us inside a CUDA graph, most of it between the last CTA of the one and the first of
 the other. With PDL a kernel lets the next one start as soon as all its own CTAs run, and the next one waits inside.
 Every kernel does both before it touches memory: `wait_for_launch_before` is its first statement, ahead of any return.
+It waits first: otherwise whole chains of launches come to sit on the SMs, waiting, and take the room of the one that
+works (an alignment of 16384 slots took 18.0 us so, where it takes 9.5 without PDL).
 It therefore ends after the kernel before it, which holds for that one too, and so on: whatever runs behind the wait
 sees all that was launched earlier, and overwrites nothing that is still read. Results are the same bits.
 
@@ -51,10 +53,10 @@ _asked: str | None = None
 
 @triton.jit
 def wait_for_launch_before(PDL: tl.constexpr):
-    """Lets the launch after this one start, and waits until the one before it has ended and its writes are seen."""
+    """Waits until the launch before this one has ended and its writes are seen, then lets the one after it start."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def arguments(several: bool = False) -> dict[str, Any]:

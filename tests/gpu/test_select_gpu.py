@@ -350,7 +350,7 @@ def test_all_paths_of_alignment_agree(experts):
         scores = torch.rand(tokens, experts, device="cuda") ** rng.choice([1.0, 0.1, 8.0])
         ids = (scores * torch.rand(experts, device="cuda")).topk(8, dim=1).indices.int()
         found = {}
-        for path in align.PATHS if tokens <= 4096 else ("chunks", "scan"):
+        for path in align.PATHS if 8 * tokens <= align.BY_EXPERT_MAX_SLOTS else ("chunks", "scan"):
             for turn in range(2):
                 memory = torch.full((selection_ints(tokens, 8, experts, candidates.packed.block_ms),), -7).int().cuda()
                 selected = selected_in(memory, tokens, 8, experts, candidates.packed.block_ms)
