@@ -114,7 +114,7 @@ def build(kernel, pointers, constants, **options):
 ids = dict.fromkeys(("topk_ids_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr", "expert_counts_ptr"), "i32")
 for quantises, zeroes, chunk in itertools.product((0, 1), (0, 1), (256, 4096)):
     pointers = ids | {"x_ptr": "bf16"} | ({"q_ptr": "fp8e4nv", "scale_ptr": "fp32"} if quantises else {}) | ({"zero_ptr": "fp32"} if zeroes else {})
-    constants = {"GROUPS": prepare.MOST_GROUPS if chunk > 1024 else prepare.LEAST_GROUPS, "CHUNK": chunk, "BINS": 512}
+    constants = {"GROUPS": prepare.GROUPS, "CHUNK": chunk, "BINS": 512}
     build(prepare.prepare_kernel, pointers, constants, num_warps=8 if chunk > 1024 else 4)
 pointers = {"out_ptr": "bf16", "y_ptr": "bf16", "topk_ids_ptr": "i32"}
 build(gemm.sum_kernel, pointers, {"TOP_K": 8, "HIDDEN": 2048, "SPLIT_K": 1, "SPLIT_OF": 0, "BLOCK_H": 1024})
