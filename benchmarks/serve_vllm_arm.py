@@ -231,8 +231,11 @@ class Engine:
     @staticmethod
     def pin(cpus: list[int]) -> dict[str, Any]:
         """Keeps the thread that drives the engine on some CPUs: it is what a step waits for at large batches."""
-        os.sched_setaffinity(0, cpus)
-        return {}
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError:  # a sandbox may know no affinities
+            return {"pinned": False}
+        return {"pinned": True}
 
     def mixed(self, routing: str, requests: int, concurrency: int) -> dict[str, Any]:
         """A stream of requests, prompts of 64-1024 and outputs of 16-128 tokens, a new one whenever one ends."""
