@@ -166,10 +166,11 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
                 for arm, engine in arms.items():
                     starts[arm] = engine.started()
                     say(start, f"{name}: {arm} is up after {starts[arm]['wall_s']:.0f} s")
+                # The same for all arms, of which one runs at a time: other CPUs may be busier. Others for another GPU.
                 cpus = sorted(os.sched_getaffinity(0))
-                each = max(1, len(cpus) // len(arms))
-                for place, engine in enumerate(arms.values()):
-                    engine("pin", cpus=cpus[place * each : (place + 1) * each][:2])
+                first = 4 * int(gpu) % len(cpus) if gpu.isdigit() else 0
+                for engine in arms.values():
+                    engine("pin", cpus=cpus[first : first + 4])
                 if "plugin" in arms and not any(its["layers"] for its in arms["plugin"]("choices")["engines"]):
                     log = (logs / f"{name}-plugin.log").read_text(errors="replace")
                     said = [line for line in log.splitlines() if "rampwrap" in line]

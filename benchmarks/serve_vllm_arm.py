@@ -304,8 +304,8 @@ def of_experts(names: Sequence[str]) -> list[bool]:
 def shares(kernels: Any, steps: int) -> dict[str, Any]:
     """Microseconds of GPU time a step, of all kernels and of the MoE layers' own, and the longest names of both.
 
-    Kernels that overlap, as ours launched by programmatic dependent launch do, count whole: a kernel that waits for the
-    one before it takes no time from it, so shares of such layers are upper bounds.
+    Of kernels that overlap, as ours launched by programmatic dependent launch do, the later one counts from the end of
+    the earlier: it has waited until then. So all add up to the time in which the GPU was busy.
     """
     events = [its for its in kernels.events() if its.device_type == torch.autograd.DeviceType.CUDA]
     events = sorted(
@@ -313,9 +313,12 @@ def shares(kernels: Any, steps: int) -> dict[str, Any]:
     )
     total: dict[str, float] = {}
     experts: dict[str, float] = {}
+    until = float("-inf")
     for event, own in zip(events, of_experts([its.name for its in events]), strict=True):
+        us = max(0.0, event.time_range.end - max(event.time_range.start, until))
+        until = max(until, event.time_range.end)
         for sums in (total, experts) if own else (total,):
-            sums[event.name] = sums.get(event.name, 0.0) + event.time_range.elapsed_us()
+            sums[event.name] = sums.get(event.name, 0.0) + us
 
     def ranked(sums: dict[str, float]) -> dict[str, float]:
         return {name[:80]: us / steps for name, us in sorted(sums.items(), key=lambda item: -item[1])[:12]}

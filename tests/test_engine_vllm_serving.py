@@ -75,7 +75,7 @@ def test_small_batches_of_vllm(scripts):
 class Event:
     def __init__(self, name, start, us):
         self.name, self.device_type = name, torch.autograd.DeviceType.CUDA
-        self.time_range = type("Range", (), {"start": start, "elapsed_us": lambda _: us})()
+        self.time_range = type("Range", (), {"start": start, "end": start + us})()
 
 
 def test_shares_by_start(scripts):
@@ -86,6 +86,19 @@ def test_shares_by_start(scripts):
     found = scripts["serve_vllm_arm"].shares(kernels, 2)
     assert found["gpu_us"] == 5.0 and found["moe_us"] == 3.5 and found["moe_share"] == 0.7
     assert set(found["moe_kernels"]) == {"fused_moe_kernel", QUANTISE[:80]}
+
+
+def test_shares_count_overlapping_kernels_once(scripts):
+    """A kernel that was launched early counts from the end of the one that it waited for."""
+    events = [
+        Event("up_kernel", 10, 6.0),
+        Event("down_kernel", 11, 9.0),
+        Event("sum_kernel", 12, 3.0),
+        Event(CUTLASS, 21, 1.0),
+    ]
+    kernels = type("Profile", (), {"events": lambda self: events})()
+    found = scripts["serve_vllm_arm"].shares(kernels, 1)
+    assert found["gpu_us"] == 11.0 and found["moe_us"] == 10.0
 
 
 def test_costs_of_the_plugin(scripts):

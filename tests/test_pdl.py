@@ -335,6 +335,15 @@ look("narrow", prepare.narrow_after_kernel, dict(COLUMNS=2048, BLOCK=1024))
 """
 
 
+def test_many_chunks_are_launched_one_after_the_other(monkeypatch):
+    """128 CTAs that start early share the SMs that are free; 64 find one each."""
+    pdl.use(pdl.EVERYWHERE)
+    monkeypatch.setattr(pdl, "_possible", lambda: True)
+    for several in (False, True):
+        assert align._overlap(align.MOST_OVERLAPPING, several) is pdl.WITH
+        assert align._overlap(align.MOST_OVERLAPPING + 1, several) is pdl.WITHOUT
+
+
 def test_each_kernel_waits_before_it_touches_memory(tmp_path):
     """Compiled for sm_90, in PTX and in machine code: wait, and only then start the next, memory, branches and ends."""
     root = str(pathlib.Path(rampwrap.__file__).parent.parent)

@@ -252,7 +252,7 @@ def align_and_select(
             sorted_token_ids.numel(),
             PIECE=align.PIECE,
             BINS=bins,
-            **pdl.arguments(several=True),
+            **align._overlap(num_chunks, several=True),
         )
         select_and_place_kernel[(num_chunks + 1,)](
             first.scratch,
@@ -267,7 +267,7 @@ def align_and_select(
             BINS=bins,
             **align._placing(bins),
             **constants,
-            **pdl.arguments(several=True),
+            **align._overlap(num_chunks, several=True),
         )
         return selected
     num_chunks = triton.cdiv(num_slots, align.CHUNK_SLOTS)
