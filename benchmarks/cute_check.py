@@ -476,14 +476,23 @@ def child(library: str, configs: list[str], mode: str, shapes: list[str], tokens
     if mode == "time":
         time_configs(torch, functions, configs, shapes, tokens, say)
         return
-    cases: dict[str, Cases] = {}
+
+    def check(cases, name, block_m):
+        return check_config(cases, name, functions["up_" + name], functions["down_" + name], block_m, say)
+
+    check_in_turn(torch, Cases, configs, check, say)
+
+
+def check_in_turn(torch, cases_of, configs: list[str], check, say) -> None:
+    """Says what `check(cases, config, block_m)` finds, config by config; the cases of one dtype at a time fit the GPU."""
+    cases: dict = {}
     for name in configs:
         _, dtype, block_m, _ = parse("up_" + name)
         if dtype not in cases:
             cases.clear()
             torch.cuda.empty_cache()
-            cases[dtype] = Cases(torch, dtype)
-        result = check_config(cases[dtype], name, functions["up_" + name], functions["down_" + name], block_m, say)
+            cases[dtype] = cases_of(torch, dtype)
+        result = check(cases[dtype], name, block_m)
         say(result)
         if result.get("fatal"):
             return  # the CUDA context is gone; the parent starts another child

@@ -26,6 +26,7 @@ from cute_check import (
     Cases,
     Layer,
     check_all,
+    check_in_turn,
     copy_bandwidth,
     errors,
     graph_us,
@@ -215,17 +216,11 @@ def child(library: str, two: str, names: list[str], mode: str) -> None:
             timed += [name for name in found if name.startswith("up") and "down" + name.removeprefix("up") in found]
         time_configs(torch, functions, timed, say)
         return
-    cases: dict[str, Cases] = {}
-    for name in names:
-        _, dtype, block_m, _ = parse("mega_" + name)
-        if dtype not in cases:
-            cases.clear()
-            torch.cuda.empty_cache()
-            cases[dtype] = Cases(torch, dtype)
-        result = check_config(cases[dtype], name, functions["mega_" + name], block_m, say)
-        say(result)
-        if result.get("fatal"):
-            return  # the CUDA context is gone; the parent starts another child
+
+    def check(cases, name, block_m):
+        return check_config(cases, name, functions["mega_" + name], block_m, say)
+
+    check_in_turn(torch, Cases, names, check, say)
 
 
 # ---- the parent: watches

@@ -189,7 +189,7 @@ def test_selection_is_launched_early(path, launches, on_hopper, sim_plan):
 @pytest.mark.parametrize("small", [True, False])
 def test_around_the_cute_kernels_too(small, launches, on_hopper, monkeypatch):
     if not small:
-        monkeypatch.setattr(preparing, "BY_EXPERT_MAX_SLOTS", 0)
+        monkeypatch.setattr(preparing, "fits_one_launch", lambda *_: False)
     ids, x = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(4, 256, dtype=torch.bfloat16)
     quantised = (x.to(torch.float8_e4m3fn), torch.zeros(4, 2))
     memory = align.allocate_blocks(4, 2, 8, 16, "cpu")

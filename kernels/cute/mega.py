@@ -238,9 +238,7 @@ class Mega(Exchange):
             expert = expert_ids[block]
             if expert >= 0:
                 if const_expr(self.fp8):
-                    row = expert * (2 * columns // SCALE) + group
-                    gate_at = row * (hidden // SCALE)
-                    up_at = (row + columns // SCALE) * (hidden // SCALE)
+                    gate_at, up_at = self.scales_at(expert, group, hidden, columns)
                     stage, phase = self.multiply_fp8(
                         mma, weights, tokens, acc, total, shared_s, scale_of, scale_of, gate_at, up_at, full, empty,
                         stage, phase, steps, lane,

@@ -12,9 +12,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from rampwrap.kernels.cute import mega_ptx, ptx
-from rampwrap.kernels.cute.configs import PRODUCER_THREADS, SCALE, STEP_BYTES, CuteConfig
+from rampwrap.kernels.cute.configs import SCALE, STEP_BYTES, CuteConfig
 from rampwrap.kernels.cute.pipeline import CHUNK_BYTES, CHUNKS
-from rampwrap.kernels.cute.up import FP8_MAX, MIN_ABS, Up
+from rampwrap.kernels.cute.up import FP8_MAX, Up
 
 
 class Exchange(Up):
@@ -46,27 +46,14 @@ class Exchange(Up):
         return rows, factors, inverse, (of_warps, of_ctas), peers
 
     @cute.jit
-    def init_barriers(self, full, empty, peers, warp):
-        """Every thread calls it; afterwards the barriers of all CTAs of the cluster may be used.
+    def init_peers(self, peers):
+        """[0] completes when every CTA of the cluster has left the h of the tile before, in FP8 with the bytes of their
+        maxima; [1] with the bytes of h.
 
-        `peers`: [0] completes when every CTA of the cluster has left the h of the tile before, in FP8 with the bytes of
-        their maxima; [1] with the bytes of h. Neither can be a turn ahead: h comes after the maxima of its turn, and
-        the maxima of the next turn come after h.
+        Neither can be a turn ahead: h comes after the maxima of its turn, and the maxima of the next turn come after h.
         """
-        if warp == 0:
-            with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(full + stage, PRODUCER_THREADS + 1)
-                    cute.arch.mbarrier_init(empty + stage, self.config.warp_n)
-                if const_expr(self.cluster > 1):
-                    cute.arch.mbarrier_init(peers, 1 if self.fp8 else self.cluster)
-                    cute.arch.mbarrier_init(peers + 1, 1)
-            cute.arch.mbarrier_init_fence()
-        if const_expr(self.cluster > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        cute.arch.mbarrier_init(peers, 1 if self.fp8 else self.cluster)
+        cute.arch.mbarrier_init(peers + 1, 1)
 
     @cute.jit
     def share_rows(
@@ -77,16 +64,7 @@ class Exchange(Up):
         rows, factors, inverse, (of_warps, of_ctas), peers = exchange
         lane = consumer % 32
         if const_expr(self.fp8):
-            for t in cutlass.range_constexpr(self.pairs):
-                for j in cutlass.range_constexpr(2):
-                    most = Float32(MIN_ABS)
-                    for m in cutlass.range_constexpr(self.mt):
-                        value = total[m * self.regs + t * 4 + j]
-                        most = cute.arch.fmax(most, cute.arch.fmax(value, -value))
-                    for distance in cutlass.range_constexpr(3):
-                        most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, 4 << distance))
-                    if lane < 4:
-                        of_warps[t * 8 + lane * 2 + j, warp] = most
+            self.maxima_of_warp(total, of_warps, lane, warp)
         self.meet()
         if const_expr(self.cluster > 1):
             if consumer == 0:
@@ -103,9 +81,7 @@ class Exchange(Up):
                 row = slot // top_k
                 factor = topk_weights[slot]
             if const_expr(self.fp8):
-                most = of_warps[consumer, 0]
-                for other in cutlass.range_constexpr(1, self.config.warp_n):
-                    most = cute.arch.fmax(most, of_warps[consumer, other])
+                most = self.most_of_warps(of_warps, consumer)
                 if const_expr(self.cluster > 1):
                     most = self.most_of_peers(most, of_ctas, peers, turn, rank, consumer)
                 scale = most * (1.0 / FP8_MAX)

@@ -26,7 +26,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 
 from rampwrap.kernels.cute import ptx
-from rampwrap.kernels.cute.configs import PRODUCER_THREADS, SCALE, STEP_BYTES, CuteConfig
+from rampwrap.kernels.cute.configs import PRODUCER_THREADS, STEP_BYTES, CuteConfig
 
 # The producers gather 16 rows at a time: eight threads a row, 16 bytes a thread.
 CHUNK_BYTES = 16
@@ -117,7 +117,7 @@ class GroupedGemm:
     def init_barriers(self, full, empty, peers, warp):
         """Every thread calls it; afterwards the barriers of all CTAs of the cluster may be used.
 
-        `peers`: two barriers on which each of the cluster's CTAs arrives once for each token; None outside clusters.
+        `peers`: those of `init_peers`; None outside clusters.
         """
         if warp == 0:
             with cute.arch.elect_one():
@@ -125,8 +125,7 @@ class GroupedGemm:
                     cute.arch.mbarrier_init(full + stage, PRODUCER_THREADS + 1)
                     cute.arch.mbarrier_init(empty + stage, self.config.warp_n)
                 if const_expr(self.cluster > 1):
-                    for turn in cutlass.range_constexpr(2):
-                        cute.arch.mbarrier_init(peers + turn, self.cluster * self.block_m)
+                    self.init_peers(peers)
             cute.arch.mbarrier_init_fence()
         if const_expr(self.cluster > 1):
             cute.arch.cluster_arrive()
@@ -390,8 +389,3 @@ class GroupedGemm:
 def quotient(value, divisor):
     """value // divisor of numbers that are not negative: unsigned, which is half the instructions."""
     return Int32(Uint32(value) // Uint32(divisor))
-
-
-def scale_blocks(extent):
-    """Scales along an extent of K or of rows."""
-    return extent // SCALE

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align import BY_EXPERT_MAX_SLOTS, BY_EXPERT_MAX_WORK, TokenBlocks, align_tokens
+from rampwrap.kernels.triton.align import TokenBlocks, align_tokens, fits_one_launch, histogram_bins, one_launch
 from rampwrap.kernels.triton.align_kernels import ids_and_histogram, place_expert
 from rampwrap.kernels.triton.gemm import sum_kernel
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
-from rampwrap.kernels.triton.quantise import GROUP, quantise_groups, quantise_rows
+from rampwrap.kernels.triton.quantise import GROUP, quantise_at, quantise_rows
 
 # Groups of 128 columns of a CTA that quantises or zeroes: few CTAs, so that all run beside those that align, of which
 # three fit on an SM (74 registers x 256 threads). With 8 instead of 32 it takes 5.8 us for 4.3 (OLMoE, 256 tokens).
@@ -79,10 +79,7 @@ def prepare_kernel(
         inside = group < num_groups
         at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
         if q_ptr is not None:
-            x = tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-            q, scale = quantise_groups(x, q_ptr.dtype.element_ty)
-            tl.store(q_ptr + at, q, mask=inside[:, None])
-            tl.store(scale_ptr + group, scale, mask=inside)
+            quantise_at(q_ptr, scale_ptr, x_ptr, at, inside[:, None], group, inside)
         if zero_ptr is not None:
             zero = tl.zeros((GROUPS, 128), dtype=tl.float32).to(zero_ptr.dtype.element_ty)
             tl.store(zero_ptr + at, zero, mask=inside[:, None])
@@ -125,8 +122,7 @@ def prepare(
     """
     num_tokens, hidden = hidden_states.shape
     num_slots = topk_ids.numel()
-    small = num_slots <= BY_EXPERT_MAX_SLOTS and num_slots * num_local_experts <= BY_EXPERT_MAX_WORK
-    if aligned or not small:
+    if aligned or not fits_one_launch(num_slots, num_local_experts):
         if quantised is not None:
             quantise_rows(hidden_states, *quantised)
         if zeroed is not None:
@@ -135,7 +131,6 @@ def prepare(
             align_tokens(topk_ids, block_m, num_local_experts, expert_map=expert_map, blocks=memory)
         return
     num_groups = 0 if quantised is None and zeroed is None else num_tokens * hidden // GROUP
-    chunk = min(4096, max(256, triton.next_power_of_2(num_slots)))
     q, scale = quantised or (None, None)
     prepare_kernel[(num_local_experts + triton.cdiv(num_groups, GROUPS),)](
         topk_ids,
@@ -155,9 +150,8 @@ def prepare(
         memory.sorted_token_ids.numel(),
         num_groups,
         GROUPS=GROUPS,
-        CHUNK=chunk,
-        BINS=max(32, triton.next_power_of_2(num_local_experts)),
-        num_warps=8 if chunk > 1024 else 4,
+        BINS=histogram_bins(num_local_experts),
+        **one_launch(num_slots),
         **pdl.arguments(),
     )
 

@@ -120,18 +120,6 @@ def arrive_peer(address, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def reduce_bulk_bf16(address, shared, num_bytes, *, loc=None, ip=None):
-    """Starts an atomic addition of contiguous bf16 in shared memory onto global memory; both aligned to 16 bytes."""
-    operands = [
-        Int64(address).ir_value(loc=loc, ip=ip),
-        Int32(shared).ir_value(loc=loc, ip=ip),
-        Int32(num_bytes).ir_value(loc=loc, ip=ip),
-    ]
-    text = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [$0], [$1], $2;"
-    _asm(None, operands, text, "l,r,r,~{memory}", loc, ip)
-
-
-@dsl_user_op
 def store_global_f32(address, value, *, loc=None, ip=None):
     """Stores a float32 at an aligned address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]

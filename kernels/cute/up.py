@@ -223,9 +223,8 @@ class Up(GroupedGemm):
             column_tile = tile * self.cluster + rank
             if now_expert >= 0:
                 if const_expr(self.fp8):
-                    row = now_expert * (2 * columns // SCALE) + column_tile * (self.rows // 2) // SCALE
-                    gate_at = row * (hidden // SCALE)
-                    up_at = (row + columns // SCALE) * (hidden // SCALE)
+                    group = column_tile * (self.rows // 2) // SCALE
+                    gate_at, up_at = self.scales_at(now_expert, group, hidden, columns)
                     stage, phase = self.multiply_fp8(
                         mma, weights, tokens, acc, total, shared_s, scale_of, scale_of, gate_at, up_at, full, empty,
                         stage, phase, steps, lane,
@@ -266,21 +265,10 @@ class Up(GroupedGemm):
         if consumer < self.block_m:
             slots[consumer, turn % 2] = slot
         if const_expr(self.fp8):
-            for t in cutlass.range_constexpr(self.pairs):
-                for j in cutlass.range_constexpr(2):
-                    most = Float32(MIN_ABS)
-                    for m in cutlass.range_constexpr(self.mt):
-                        value = total[m * self.regs + t * 4 + j]
-                        most = cute.arch.fmax(most, cute.arch.fmax(value, -value))
-                    for distance in cutlass.range_constexpr(3):
-                        most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, 4 << distance))
-                    if lane < 4:
-                        of_warps[t * 8 + lane * 2 + j, warp] = most
+            self.maxima_of_warp(total, of_warps, lane, warp)
             self.meet()
             if consumer < self.block_m:
-                most = of_warps[consumer, 0]
-                for other in cutlass.range_constexpr(1, self.config.warp_n):
-                    most = cute.arch.fmax(most, of_warps[consumer, other])
+                most = self.most_of_warps(of_warps, consumer)
                 if const_expr(self.cluster > 1):
                     most = self.most_of_cluster(most, of_ctas, peers, turn, rank, consumer)
                 scale = most * (1.0 / FP8_MAX)
@@ -290,6 +278,40 @@ class Up(GroupedGemm):
                     at = h_scale.iterator.toint() + (Int64(slot) * (columns // SCALE) + group) * 4
                     ptx.store_global_f32(at, scale)
         self.meet()
+
+    @cute.jit
+    def maxima_of_warp(self, total, of_warps, lane, warp):
+        """The largest magnitude of each token among this warp's columns, in shared memory."""
+        for t in cutlass.range_constexpr(self.pairs):
+            for j in cutlass.range_constexpr(2):
+                most = Float32(MIN_ABS)
+                for m in cutlass.range_constexpr(self.mt):
+                    value = total[m * self.regs + t * 4 + j]
+                    most = cute.arch.fmax(most, cute.arch.fmax(value, -value))
+                for distance in cutlass.range_constexpr(3):
+                    most = cute.arch.fmax(most, cute.arch.shuffle_sync_bfly(most, 4 << distance))
+                if lane < 4:
+                    of_warps[t * 8 + lane * 2 + j, warp] = most
+
+    @cute.jit
+    def most_of_warps(self, of_warps, consumer):
+        """The largest of what the warps found for a thread's token."""
+        most = of_warps[consumer, 0]
+        for other in cutlass.range_constexpr(1, self.config.warp_n):
+            most = cute.arch.fmax(most, of_warps[consumer, other])
+        return most
+
+    @cute.jit
+    def init_peers(self, peers):
+        """Two barriers on which each of the cluster's CTAs arrives once for each token."""
+        for turn in cutlass.range_constexpr(2):
+            cute.arch.mbarrier_init(peers + turn, self.cluster * self.block_m)
+
+    @cute.jit
+    def scales_at(self, expert, group, hidden, columns):
+        """Where the scales of a group of 128 columns of h begin in those of w13: its gate rows', and its up rows'."""
+        row = expert * (2 * columns // SCALE) + group
+        return row * (hidden // SCALE), (row + columns // SCALE) * (hidden // SCALE)
 
     @cute.jit
     def most_of_cluster(self, most, of_ctas, peers, turn, rank, consumer):

@@ -153,7 +153,7 @@ def align_tokens(
         return blocks
     num_experts = num_local_experts if expert_map is None else expert_map.numel()
     capacity = blocks.sorted_token_ids.numel()
-    bins = _bins(num_local_experts)
+    bins = histogram_bins(num_local_experts)
     path = _path(num_slots, num_local_experts, path)
     if path == "expert":
         align_by_expert_kernel[(num_local_experts,)](
@@ -169,7 +169,7 @@ def align_tokens(
             block_m,
             capacity,
             BINS=bins,
-            **_one_launch(num_slots),
+            **one_launch(num_slots),
             **pdl.arguments(),
         )
         return blocks
@@ -253,12 +253,16 @@ def _path(num_slots: int, num_local_experts: int, asked: str | None) -> str:
                 f"path 'expert' aligns {BY_EXPERT_MAX_SLOTS} slots, this batch has {num_slots}; use chunks."
             )
         return asked
-    small = num_slots <= BY_EXPERT_MAX_SLOTS and num_slots * num_local_experts <= BY_EXPERT_MAX_WORK
-    return "expert" if small else "chunks"
+    return "expert" if fits_one_launch(num_slots, num_local_experts) else "chunks"
 
 
-def _one_launch(num_slots: int) -> dict[str, int]:
-    """Constants of the kernels of path ``expert``."""
+def fits_one_launch(num_slots: int, num_local_experts: int) -> bool:
+    """Whether path ``expert`` is the fastest."""
+    return num_slots <= BY_EXPERT_MAX_SLOTS and num_slots * num_local_experts <= BY_EXPERT_MAX_WORK
+
+
+def one_launch(num_slots: int) -> dict[str, int]:
+    """Constants of the kernels of path ``expert``, and of others that align so."""
     chunk = min(4096, max(256, triton.next_power_of_2(num_slots)))
     return {"CHUNK": chunk, "num_warps": 8 if chunk > 1024 else 4}
 
@@ -279,7 +283,7 @@ def _placing(bins: int) -> dict[str, int]:
     return {"PIECE": PIECE, "ROWS": max(4, 4096 // bins), "IDS": 32, "TILE": min(64, PIECE), "num_warps": 8}
 
 
-def _bins(num_local_experts: int) -> int:
+def histogram_bins(num_local_experts: int) -> int:
     # Triton's histogram wants a power of two.
     return max(32, int(triton.next_power_of_2(num_local_experts)))
 
@@ -287,7 +291,7 @@ def _bins(num_local_experts: int) -> int:
 def _scratch_ints(num_slots: int, num_local_experts: int) -> int:
     if not num_slots:
         return 0
-    bins, pieces = _bins(num_local_experts), int(triton.cdiv(num_slots, PIECE))
+    bins, pieces = histogram_bins(num_local_experts), int(triton.cdiv(num_slots, PIECE))
     # The most chunks, not those of `_chunks`, which fall where a chunk gets one more piece: memory for a batch must
     # hold every smaller one.
     num_chunks, padded = min(MAX_CHUNKS, pieces), pieces * PIECE

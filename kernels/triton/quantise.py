@@ -36,6 +36,15 @@ def quantise_groups(x, FP8_TYPE: tl.constexpr):
 
 
 @triton.jit
+def quantise_at(q_ptr, scale_ptr, x_ptr, at, mask, scales_at, scales_mask):
+    """Quantises x[at], [groups, 128], into q[at] and scale[scales_at], [groups]."""
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    q, scale = quantise_groups(x, q_ptr.dtype.element_ty)
+    tl.store(q_ptr + at, q, mask=mask)
+    tl.store(scale_ptr + scales_at, scale, mask=scales_mask)
+
+
+@triton.jit
 def quantise_rows_kernel(
     q_ptr,
     scale_ptr,
@@ -53,10 +62,8 @@ def quantise_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    x = tl.load(x_ptr + row * COLUMNS + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
-    q, scale = quantise_groups(x, q_ptr.dtype.element_ty)
-    tl.store(q_ptr + row * COLUMNS + at, q, mask=at < COLUMNS)
-    tl.store(scale_ptr + row * (COLUMNS // 128) + group, scale, mask=group < COLUMNS // 128)
+    scales = COLUMNS // 128
+    quantise_at(q_ptr, scale_ptr, x_ptr, row * COLUMNS + at, at < COLUMNS, row * scales + group, group < scales)
 
 
 def quantise_rows(

@@ -147,7 +147,7 @@ def choose(expert_counts: torch.Tensor, candidates: Candidates, fallback: int) -
         candidates.reals,
         expert_counts.shape[1],
         fallback,
-        BINS=align._bins(expert_counts.shape[1]),
+        BINS=align.histogram_bins(expert_counts.shape[1]),
         **_constants(candidates.packed),
     )
     return choice
@@ -208,7 +208,7 @@ def align_and_select(
         selected.choice.fill_(fallback)
         return selected
     num_experts = num_local_experts if expert_map is None else expert_map.numel()
-    bins = align._bins(num_local_experts)
+    bins = align.histogram_bins(num_local_experts)
     constants = {**_constants(packed), "STRIDE": ALIGNED}
     # The longest of the candidates' layouts is the whole memory.
     sorted_token_ids = max((blocks.sorted_token_ids for blocks in selected.blocks), key=torch.Tensor.numel)
@@ -233,7 +233,7 @@ def align_and_select(
             num_local_experts,
             fallback,
             BINS=bins,
-            **align._one_launch(num_slots),
+            **align.one_launch(num_slots),
             **constants,
             **pdl.arguments(several=True),
         )

@@ -337,9 +337,10 @@ class Experts:
         if self._takes_out:
             # The caller's own output saves the copy that vLLM makes of what its experts return.
             alias = call.get("output_alias")
-            usable = alias is not None and (alias.shape, alias.dtype) == (hidden.shape, hidden.dtype)
-            usable = usable and call["output_alias"].is_contiguous()
-            out["out"] = alias if usable else torch.empty_like(hidden)
+            wanted = hidden.shape, hidden.dtype
+            if alias is None or (alias.shape, alias.dtype) != wanted or not alias.is_contiguous():
+                alias = torch.empty_like(hidden)
+            out["out"] = alias
         if self._takes_memory and (memory := self._memory(len(ids))) is not None:
             out["workspace"] = memory
         return out
