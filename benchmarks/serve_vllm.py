@@ -329,7 +329,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--capture-sizes", nargs="+", type=int, help="instead of vLLM's own list: starts sooner")
     parser.add_argument("--layers", type=int, help="instead of the model's: more engines fit at the same time")
     parser.add_argument("--concurrent", type=int, help="at most so many engines on a GPU")
-    parser.add_argument("--timings", type=pathlib.Path, help="table for the plan, instead of the model's")
+    parser.add_argument("--timings", nargs="+", type=pathlib.Path, help="tables for the plan, instead of the model's")
     parser.add_argument("--profile-budget", type=float, default=0.0, metavar="S", help="profile for so long instead")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     parser.add_argument("--gpus", default=visible, help="0,1: models are spread over them, a model stays on its GPU")

@@ -14,6 +14,7 @@ import attrs
 from rampwrap.adapters.vllm_fused_moe import config_file, config_file_name
 from rampwrap.engines.plans import DISABLE, PLANS
 from rampwrap.fitting import make_plan
+from rampwrap.joining import join
 from rampwrap.models import read_model
 from rampwrap.static import static_table, write_static
 from rampwrap.timings import Timings
@@ -64,8 +65,8 @@ class Model:
     """A published architecture without its weights, and the tables that its plan and its static table come from."""
 
     config: dict[str, Any]
-    timings: str
-    "Of our kernel, for the plan."
+    timings: tuple[str, ...]
+    "Of our kernels, for the plan."
     static: str
     "Of vLLM's kernel, for the static table: a timing table, or triton_vs_vllm's results."
     kv_gb: float
@@ -87,19 +88,19 @@ MODELS = {
             "norm_topk_prob": False,
             "vocab_size": 50304,
         },
-        "benchmarks/results/h200-triton_fused_moe-olmoe-bf16-v2.npz",
+        ("benchmarks/results/h200-v2-triton-olmoe-bf16.npz", "benchmarks/results/h200-v2-cute-olmoe-bf16.npz"),
         "benchmarks/results/h200-vllm_fused_moe-olmoe-bf16.npz",
         13.0,
     ),
     "qwen3-30b": Model(
         QWEN3_30B,
-        "benchmarks/results/h200-triton_fused_moe-qwen3-30b-bf16-v2.npz",
+        ("benchmarks/results/h200-v2-triton-qwen3-30b-bf16.npz", "benchmarks/results/h200-v2-cute-qwen3-30b-bf16.npz"),
         "benchmarks/results/h200-triton_vs_vllm-bf16.json",
         9.0,
     ),
     "qwen3-30b-fp8": Model(
         QWEN3_30B | {"quantization_config": BLOCK_FP8},
-        "benchmarks/results/h200-sweep-cute-qwen3-30b-fp8-v2.npz",
+        ("benchmarks/results/h200-v2-cute-qwen3-30b-fp8.npz",),
         "benchmarks/results/h200-sweep-vllm-qwen3-30b-fp8.npz",
         9.0,
     ),
@@ -124,12 +125,15 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (shape,) = read_model(folder / "model")
-    timings = Timings.load(arguments.timings or ROOT / model.timings)
+    tables = arguments.timings or [ROOT / table for table in model.timings]
+    timings = join([Timings.load(table) for table in tables])
     assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
     if arguments.profile_budget:
         profiled(folder, arguments.profile_budget, gpu, timings.kernel)
     else:
-        make_plan(timings, source=model.timings).save(folder / "plans" / f"{name}.plan.json")
+        make_plan(timings, source=" + ".join(table.name for table in tables)).save(
+            folder / "plans" / f"{name}.plan.json"
+        )
     device = timings.device.name
     table = folder / "static" / config_file_name(shape, device)
     table.write_text(static_file(ROOT / model.static, name))

@@ -31,6 +31,7 @@ import torch
 from rampwrap.catalog import make_kernel
 from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import ConfigError, InputError, RampwrapError
+from rampwrap.joining import join
 from rampwrap.kernel import SHAPES, Config, Kernel, MoEShape
 from rampwrap.portfolio import MEMBER
 from rampwrap.profiler import profile
@@ -145,24 +146,6 @@ def sweep(kernel: Kernel, shape: MoEShape, configs: Sequence[Config], arguments:
     )
     timings = profile(kernel, shape, rows, configs=configs, rounds=1, quiet=True, seed=arguments.seed)
     return worth_keeping(timings, KEEP, arguments.most_configs)
-
-
-def join(tables: Sequence[Timings]) -> Timings:
-    """Tables of several kernels over the workloads that all of them ran, as one table of a portfolio."""
-    keys = [[(split, label, row.tobytes()) for split, label, row in zip(t.split, t.label, t.counts, strict=True)] for t in tables]  # fmt: skip
-    common = [key for key in keys[0] if all(key in other for other in keys[1:])]
-    parts = [t.take(np.array([mine.index(key) for key in common])) for t, mine in zip(tables, keys, strict=True)]
-    configs = tuple({MEMBER: part.kernel, **config} for part in parts for config in part.configs)
-    return attrs.evolve(
-        parts[0],
-        us=np.hstack([part.us for part in parts]),
-        spread=None,
-        reasons={},
-        kernel="portfolio:" + "+".join(part.kernel for part in parts),
-        kernel_version="+".join(part.kernel_version for part in parts),
-        configs=configs,
-        grids=tuple(grid for part in parts for grid in part.grids),
-    )
 
 
 def geometric_mean(values: Any) -> float:

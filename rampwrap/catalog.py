@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rampwrap.errors import InputError
 from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.portfolio import Portfolio, members_of
 
 # name -> where its factory lives; a factory takes the layer's shape. A new backend is one file and one line here.
 KERNELS = {
@@ -21,16 +22,21 @@ def make_kernel(name: str, shape: MoEShape) -> Kernel:
     """A kernel for `shape`.
 
     Args:
-        name: one of `KERNELS`, or ``package.module:factory`` of the user's own.
+        name: one of `KERNELS`, ``portfolio:a+b`` for several of them seen as one, or ``package.module:factory`` of the
+            user's own.
         shape: handed to the factory.
 
     Raises:
         InputError: an unknown name, a package that is not installed, or a factory that is not there.
     """
+    if members := members_of(name):
+        return Portfolio([make_kernel(member, shape) for member in members])
     where = KERNELS.get(name, name)
     module_name, colon, attribute = where.partition(":")
     if not colon:
-        raise InputError(f"kernel {name!r} is unknown; use one of {', '.join(KERNELS)} or package.module:factory.")
+        raise InputError(
+            f"kernel {name!r} is unknown; use one of {', '.join(KERNELS)}, portfolio:a+b of them, or package.module:factory."
+        )
     try:
         factory: Callable[[MoEShape], Kernel] = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from rampwrap.catalog import KERNELS
 from rampwrap.cost import CostModel, model_from_dict
 from rampwrap.device import Device
 from rampwrap.drift import Profiled
@@ -16,6 +17,7 @@ from rampwrap.errors import PlanError, PlanMismatchError, RampwrapError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
 from rampwrap.policy import Bucket, Static, WaveCost
+from rampwrap.portfolio import members_of
 from rampwrap.shortlist import Shortlist
 from rampwrap.static import StaticTable
 from rampwrap.timings import replacing
@@ -208,8 +210,9 @@ def _finite(text: str) -> float:
 
 def profile_command(kernel: Kernel, shape: MoEShape) -> str:
     """The command that profiles a kernel for a shape, from which 'rampwrap fit' makes a plan."""
-    # A portfolio is made by its user's code, which no name here can find again.
-    name = "YOUR_PACKAGE.MODULE:FACTORY" if kernel.name.startswith("portfolio:") else kernel.name
+    # A portfolio of a user's own kernels is made by code that no name here can find again.
+    known = all(name in KERNELS for name in members_of(kernel.name))
+    name = kernel.name if known else "YOUR_PACKAGE.MODULE:FACTORY"
     local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"
     return (
         f"rampwrap profile --kernel {name} --num-experts {shape.num_experts} --top-k {shape.top_k} --hidden-size "

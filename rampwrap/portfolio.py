@@ -15,12 +15,37 @@ from rampwrap.static import StaticTable
 
 MEMBER = "kernel"
 "The key by which a config of a portfolio names its kernel."
+PREFIX = "portfolio:"
+"What a portfolio's name begins with; its members' names follow, joined by a plus sign."
 DEFAULT_LAYOUT = "vllm"
 "w13 [E, 2I, H] with gate rows first, w2 [E, H, I], scales beside them: what a kernel that says nothing reads."
 WEIGHTS = ("w13", "w2", "w13_scale", "w2_scale")
 FORWARDED = ("inputs", "reference", "device")
 OPTIONAL = ("workspace", "blocks", "out")
 "Arguments that change where a launch works, not what it computes: a member that does not take one runs without."
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """The name of the portfolio of these kernels."""
+    return PREFIX + "+".join(names)
+
+
+def joint_version(versions: Sequence[str]) -> str:
+    """Its version: that of every member."""
+    return "+".join(versions)
+
+
+def members_of(name: str) -> tuple[str, ...]:
+    """The names of a portfolio's members by its own; none where it is no portfolio's name."""
+    return tuple(name.removeprefix(PREFIX).split("+")) if name.startswith(PREFIX) else ()
+
+
+def by_member(kernel: Kernel, configs: Sequence[Config]) -> list[tuple[Kernel, list[Config]]]:
+    """Configs by the kernel that launches them, as that kernel's own; all of them for what is no portfolio."""
+    if not isinstance(kernel, Portfolio):
+        return [(kernel, list(configs))]
+    pairs = [kernel.untagged(config) for config in configs]
+    return [(its, [own for owner, own in pairs if owner is its]) for its in kernel.members.values()]
 
 
 def layout_of(kernel: Kernel) -> str:
@@ -55,8 +80,8 @@ class Portfolio:
         if len(self.members) < len(kernels):
             raise InputError(f"two of the kernels {', '.join(k.name for k in kernels)} have one name; rename one.")
         self.first = kernels[0]
-        self.name = "portfolio:" + "+".join(self.members)
-        self.version = "+".join(kernel_version(kernel) for kernel in kernels)
+        self.name = joint_name(tuple(self.members))
+        self.version = joint_version([kernel_version(kernel) for kernel in kernels])
         self.weight_layout = layout_of(self.first)
         shapes = {shape for kernel in kernels if (shape := getattr(kernel, "shape", None)) is not None}
         if len(shapes) > 1:
@@ -177,10 +202,27 @@ class Portfolio:
         return self.tagged(self.first, self.first.configs[0] if default is None else default(num_tokens))
 
     @property
+    def nondeterministic(self) -> str | None:
+        """Why two launches may differ in their last bits: the first member's reason that has one."""
+        reasons = {name: getattr(kernel, "nondeterministic", None) for name, kernel in self.members.items()}
+        return next((f"{name}: {why}" for name, why in reasons.items() if why), None)
+
+    @property
     def capturable(self) -> bool | str:
         """True, or which member cannot be captured in a CUDA graph, and why."""
         reasons = {name: getattr(kernel, "capturable", True) for name, kernel in self.members.items()}
         return next((f"{name}: {why}" for name, why in reasons.items() if why is not True), True)
+
+    def precompile(self, configs: Sequence[Config], **arguments: Any) -> list[str | None]:
+        """Lets the members that can compile ahead do so; for each config None, or why it cannot run."""
+        reasons: dict[int, str | None] = {}
+        owners = [self.untagged(config) for config in configs]
+        for kernel in self.members.values():
+            mine = [place for place, (owner, _) in enumerate(owners) if owner is kernel]
+            hook = getattr(kernel, "precompile", None)
+            if hook is not None and mine:
+                reasons.update(zip(mine, hook([owners[place][1] for place in mine], **arguments), strict=True))
+        return [reasons.get(place) for place in range(len(configs))]
 
     def workspace(self, num_tokens: int, device: Any) -> "Memory":
         """Memory for `launch(..., workspace=...)` of any member that takes some, for up to `num_tokens` tokens.

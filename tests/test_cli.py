@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rampwrap.cli import main, seconds
+from rampwrap.arguments import seconds
+from rampwrap.cli import main
 from rampwrap.timings import Timings
 
 SIM = ["--kernel", "sim", "--model", "olmoe"]

@@ -24,6 +24,7 @@ from rampwrap.engines import profiling, warming
 from rampwrap.engines import vllm as plugin
 from rampwrap.errors import InputError
 from rampwrap.fitting import make_plan
+from rampwrap.joining import join
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.cute import library
 from rampwrap.kernels.cute.configs import Variant, all_configs
@@ -137,6 +138,49 @@ def test_preference_by_dtype(world, built, cute_plans, triton_plans, caplog, sha
     engine_layer(world, shape, inputs(shape))
     assert plugin.engines()[0]["kernels"] == [kernel] and not base.messages(caplog)
     assert set(plugin.KERNELS) == set(plugin.FP8_KERNELS)
+
+
+def both_timings(shape, first="triton_fused_moe"):
+    """Our Triton kernel is the faster one up to 8 tokens, the CuTe kernels are from 9 on."""
+    tables = [base.timings_of(shape), cute_timings(shape)]
+    few = tables[0].num_tokens <= 8
+    tables = [
+        attrs.evolve(table, us=table.us * np.where(few == mine, 1.0, 3.0)[:, None])
+        for table, mine in zip(tables, (True, False), strict=True)
+    ]
+    return join(sorted(tables, key=lambda table: table.kernel != first))
+
+
+@pytest.mark.parametrize("first", ["triton_fused_moe", "cute_moe"])
+@pytest.mark.parametrize("shape", [FP8, BF16], ids=["fp8", "bf16"])
+def test_a_plan_for_both_crosses_kernels(world, built, triton_plans, caplog, shape, first):
+    """Each token count runs the kernel that is faster there, on vLLM's weights and in vLLM's memory."""
+    make_plan(both_timings(shape, first)).save(world.folder / "both.plan.json")
+    triton_plans[shape].save(world.folder / "triton.plan.json")
+    plugin.register()
+    layer = engine_layer(world, shape, inputs(shape), "model.layers.0.mlp.experts")
+    ran = {}
+    for tokens in (4, 32):
+        its, before = inputs(shape, tokens), len(built.calls)
+        out = apply(layer, its)
+        assert cute.error(out, cute.kernel_of(shape).reference(shape, its)) < 2e-2
+        ran[tokens] = len(built.calls) - before
+    assert ran == {4: 0, 32: 2} and world.calls == [] and layer.impl.in_place and world.manager.asked
+    (engine,) = plugin.engines()
+    assert sorted(engine["kernels"][0].removeprefix("portfolio:").split("+")) == ["cute_moe", "triton_fused_moe"]
+    assert not base.messages(caplog)
+
+
+def test_a_plan_for_both_needs_both(world, monkeypatch, triton_plans, caplog):
+    """Where the library is missing it is passed over for the next, with the command that builds it."""
+    monkeypatch.setattr(cute_moe, "load", absent)
+    make_plan(both_timings(BF16)).save(world.folder / "both.plan.json")
+    triton_plans[BF16].save(world.folder / "triton.plan.json")
+    plugin.register()
+    engine_layer(world, BF16, inputs(BF16))
+    assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"]
+    (said,) = base.messages(caplog)
+    assert "both.plan.json" in said and "rampwrap build-kernels" in said
 
 
 def test_without_the_library_the_next_plan_serves(world, monkeypatch, cute_plans, triton_plans, caplog):
@@ -277,7 +321,8 @@ def test_what_the_library_lacks_is_compiled_in_another_process(monkeypatch, tmp_
     monkeypatch.setattr(warming, "_run", lambda path, tokens: (asked.append((path, tokens)), works)[1])
     plan = cute_plans[FP8]
     selector = type("Asked", (), {"kernel": Compiling(asked, must), "plan": plan, "max_tokens": 64})()
-    assert warming._ensure_cute(selector, "x.plan.json") is must
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert warming.ensure_compiled(selector, "x.plan.json") is must
     count = len(plan.configs)
     ran = [("x.plan.json", 64)] if must else []
     assert asked == [("must", count), *ran, *([("load", count)] if works else [])]
@@ -320,7 +365,8 @@ def test_first_use_is_kept_for_the_next_process(monkeypatch, tmp_path):
     [
         ("vllm", FP8, True, "cute_moe", ""),
         ("vllm", FP8, False, "triton_fused_moe", "build-kernels"),
-        ("vllm", BF16, True, "triton_fused_moe", ""),
+        ("vllm", BF16, True, plugin.BOTH, ""),
+        ("vllm", BF16, False, "triton_fused_moe", ""),
         ("sglang", FP8, True, "triton_fused_moe", ""),
         (None, FP8, True, "triton_fused_moe", ""),
         ("vllm", attrs.evolve(FP8, hidden_size=192), True, "triton_fused_moe", "hidden_size=192"),

@@ -20,6 +20,7 @@ from rampwrap.device import Device
 from rampwrap.errors import ConfigError, InputError, PlanError, PlanMismatchError
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.plan import Plan
+from rampwrap.portfolio import members_of
 
 PLANS = "RAMPWRAP_PLANS"
 DISABLE = "RAMPWRAP_DISABLE"
@@ -96,8 +97,8 @@ class Plans:
         for name in kernels:
             usable, refused = [], ""
             for path, plan in self.found:
-                if plan.kernel == name and plan.shape == shape and _same(plan.device, device):
-                    kernel = _kernel(name, shape)
+                if _alike(plan.kernel, name) and plan.shape == shape and _same(plan.device, device):
+                    kernel = _kernel(plan.kernel, shape)
                     reason = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
                     if isinstance(kernel, str) or reason is not None:
                         refused = f"{path}: {reason}"
@@ -116,8 +117,9 @@ class Plans:
             return f"there is no plan in {self.where}{extra}"
         reasons = []
         for path, plan in self.found:
-            near = (plan.shape == shape, _same(plan.device, device), plan.kernel in kernels)
-            if plan.kernel not in kernels:
+            known = any(_alike(plan.kernel, name) for name in kernels)
+            near = (plan.shape == shape, _same(plan.device, device), known)
+            if not known:
                 reason = f"it is for kernel {plan.kernel}, used here are {', '.join(kernels)}"
             else:
                 kernel = _kernel(plan.kernel, shape)
@@ -128,6 +130,11 @@ class Plans:
         if len(reasons) == 1:
             return f"{name} in {self.where} does not fit: {reason}"
         return f"none of {len(reasons)} plans in {self.where} fits; nearest is {name}: {reason}"
+
+
+def _alike(planned: str, name: str) -> bool:
+    """Whether two names stand for one kernel; portfolios do in whatever order their members are named."""
+    return planned == name or sorted(members_of(planned)) == sorted(members_of(name)) != []
 
 
 def _same(planned: Device, here: Device) -> bool:

@@ -10,6 +10,7 @@ import torch
 from rampwrap.catalog import make_kernel
 from rampwrap.device import device_of
 from rampwrap.engines.plans import SUFFIX, Plans, plans_path
+from rampwrap.engines.vllm import preference
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import Kernel, MoEShape
@@ -17,8 +18,6 @@ from rampwrap.kernels.cute.library import find
 from rampwrap.models import read_model
 from rampwrap.timings import Timings
 
-FP8_ENGINES = ("vllm",)
-"Engines whose hooks serve plans of the CuTe kernels, which are the faster ones in FP8."
 Measure = Callable[[MoEShape, str], tuple[Kernel, Timings]]
 "``measure(shape, table)``: profiles a shape into a table's file; the kernel and what was measured."
 
@@ -26,28 +25,36 @@ Measure = Callable[[MoEShape, str], tuple[Kernel, Timings]]
 def default_kernel(engine: str | None, shape: MoEShape) -> tuple[str, str]:
     """The kernel that is profiled where the user names none, and in a sentence what would be faster; "" for nothing.
 
-    Our Triton kernel, but in FP8 the CuTe kernels, for engines that serve them and where their library was built:
-    without it their hundreds of configs would be compiled before anything is measured.
+    What the engine's hook prefers, as far as it can be made here. The CuTe kernels count only where their library was
+    built: without it their hundreds of configs would be compiled before anything is measured.
     """
     usual = "triton_fused_moe"
-    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
-    if engine not in FP8_ENGINES or shape.dtype != "fp8" or not hopper:
+    if engine != "vllm" or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9):
         return usual, ""
-    try:
-        # Asked first: with the CuTe DSL installed the adapter works without a library too.
-        if find() is None:
-            raise InputError("run 'rampwrap build-kernels' first")
-        return make_kernel("cute_moe", shape).name, ""
-    except (InputError, ConfigError) as error:
-        reason = str(error).removesuffix(".")
-        return usual, f"In FP8 the CuTe kernels are faster, but cannot be profiled here: {reason}."
+    hint = ""
+    for name in preference(shape):
+        try:
+            # Asked first: with the CuTe DSL installed the adapter works without a library too.
+            if "cute_moe" in name and find() is None:
+                raise InputError("run 'rampwrap build-kernels' first")
+            return make_kernel(name, shape).name, hint
+        except (InputError, ConfigError) as error:
+            if shape.dtype == "fp8" and not hint:
+                reason = str(error).removesuffix(".")
+                hint = f"In FP8 the CuTe kernels are faster, but cannot be profiled here: {reason}."
+    return usual, hint
+
+
+def file_name(kernel: str) -> str:
+    """A kernel's name as part of a file's: ``portfolio-a+b``."""
+    return kernel.replace(":", "-")
 
 
 def plan_name(kernel: str, device: str, shape: MoEShape) -> str:
     """``triton_fused_moe-NVIDIA_H200-E64-k8-H2048-I1024-bf16``; for people, since plans are found by their content."""
     local = "" if shape.num_local_experts == shape.num_experts else f"of{shape.num_local_experts}"
     sizes = f"E{shape.num_experts}{local}-k{shape.top_k}-H{shape.hidden_size}-I{shape.intermediate_size}"
-    return f"{kernel}-{'_'.join(device.split())}-{sizes}-{shape.dtype}"
+    return f"{file_name(kernel)}-{'_'.join(device.split())}-{sizes}-{shape.dtype}"
 
 
 def profile_model(

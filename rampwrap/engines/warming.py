@@ -25,6 +25,7 @@ from rampwrap.catalog import make_kernel
 from rampwrap.errors import RampwrapError
 from rampwrap.kernel import Config, Kernel, MoEShape
 from rampwrap.plan import Plan
+from rampwrap.portfolio import by_member
 from rampwrap.selector import Selector
 
 logger = logging.getLogger("vllm.rampwrap")
@@ -40,22 +41,25 @@ def ensure_compiled(selector: Selector, path: str) -> bool:
     the engine then compiles as it goes.
 
     Args:
-        selector: of a plan for our Triton or CuTe kernels; others have their own way and are left alone.
+        selector: of a plan for our Triton or CuTe kernels, or both; others have their own way and are left alone.
         path: the plan's file, which the processes read.
 
     Returns:
         Whether something had to be compiled.
     """
-    name = selector.kernel.name
-    if name not in ("triton_fused_moe", "cute_moe") or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return False
+    compiled = False
     try:
-        if name == "cute_moe":
-            return _ensure_cute(selector, path)
-        return _ensure(selector, _mark(selector, path), path)
+        # Not only what its buckets launch: in mode lagged the host may choose any.
+        for kernel, configs in by_member(selector.kernel, selector.plan.configs):
+            if kernel.name == "cute_moe":
+                compiled |= _ensure_cute(kernel, configs, selector.max_tokens, path)
+            elif kernel.name == "triton_fused_moe":
+                compiled |= _ensure(selector, _mark(selector, path), path)
     except (OSError, RampwrapError) as error:  # a cache that cannot be written, say
         logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", error)
-        return False
+    return compiled
 
 
 def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
@@ -68,17 +72,14 @@ def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
     return True
 
 
-def _ensure_cute(selector: Selector, path: str) -> bool:
+def _ensure_cute(kernel: Any, configs: Sequence[Config], max_tokens: int, path: str) -> bool:
     from rampwrap.kernels.cute.build import cache_folder
 
-    kernel: Any = selector.kernel
-    # Not only what its buckets launch: in mode lagged the host may choose any.
-    configs = selector.plan.configs
     compiles, done = kernel.must_compile(configs), True
     if compiles:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with _locked(cache_folder() / "warming.lock"):
-            done = _run(path, selector.max_tokens)
+            done = _run(path, max_tokens)
     if done:
         # Linked and loaded in one piece; at its first launch each would be by itself.
         kernel.precompile(configs)
@@ -112,17 +113,25 @@ def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool
 
 def compile_plan(selector: Selector) -> list[str]:
     """Compiles what the buckets of a selector launch up to its `max_tokens`; the errors, as sentences."""
-    if selector.kernel.name == "cute_moe":
-        kernel: Any = selector.kernel
-        return [reason for reason in kernel.precompile(selector.plan.configs) if reason]
+    reasons: list[str | None] = []
+    for kernel, configs in by_member(selector.kernel, selector.plan.configs):
+        if kernel.name == "cute_moe":
+            its: Any = kernel
+            reasons += its.precompile(configs)
+        else:
+            reasons += _compile_triton(selector, configs if kernel is not selector.kernel else None)
+    return [reason for reason in reasons if reason]
+
+
+def _compile_triton(selector: Selector, configs: list[Config] | None) -> list[str | None]:
+    """Compiles our Triton kernel in these configs, launched alone; None: as the buckets launch it."""
     from rampwrap.kernels.triton.warm import warm, warm_merged
 
-    single, several, merged = launched(selector)
+    single, several, merged = launched(selector) if configs is None else (configs, [], [])
     shape: MoEShape = selector.shape
     reasons = warm(shape, single) if single else []
     reasons += warm(shape, several, persistent=True) if several else []
-    reasons += warm_merged(shape, merged) if merged else []
-    return [reason for reason in reasons if reason]
+    return reasons + (warm_merged(shape, merged) if merged else [])
 
 
 def launched(selector: Selector) -> tuple[list[Config], list[Config], list[tuple[Config, ...]]]:
