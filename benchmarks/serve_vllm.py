@@ -106,12 +106,36 @@ def measure_group(
         for routing, batch in itertools.product(arguments.routing, arguments.batch_size):
             rows += [{"round": number, **row} for row in decode(arms, order, routing, batch, arguments)]
         for routing in arguments.routing if arguments.mixed else ():
+            settle(arms, arguments.cpus)
             for arm in order:
                 found = arms[arm]("mixed", routing=routing, requests=arguments.mixed, concurrency=128)
                 rows.append({"what": "mixed", "arm": arm, "routing": routing, "round": number, **found})
         longest = max(longest, time.monotonic() - began)
         order = order[1:] + order[:1]
         say(start, f"{name}: round {number + 1} of {', '.join(arms)}")
+
+
+def quietest(cpus: list[int]) -> int:
+    """The CPU on which a loop of Python runs fastest right now: on shared hosts some take twice as long for minutes."""
+    took = {}
+    before = os.sched_getaffinity(0)
+    try:
+        for cpu in cpus:
+            os.sched_setaffinity(0, [cpu])
+            start = time.perf_counter()
+            sum(range(60_000))
+            took[cpu] = time.perf_counter() - start
+    finally:
+        os.sched_setaffinity(0, before)
+    return min(took, key=lambda cpu: took[cpu])
+
+
+def settle(arms: dict[str, Arm], cpus: list[int]) -> None:
+    """Puts the driving threads of all engines, of which one runs at a time, on the quietest of some CPUs."""
+    if cpus:
+        cpu = quietest(cpus)
+        for engine in arms.values():
+            engine("pin", cpus=[cpu])
 
 
 def decode(
@@ -124,6 +148,7 @@ def decode(
         arms[arm]("begin", batch=batch, routing=routing, steps=total)
     where = {"routing": routing, "batch": batch}
     for turn in range(arguments.turns):
+        settle(arms, arguments.cpus)
         for arm in order:
             yield {"what": "decode", "arm": arm, "turn": turn, **where} | arms[arm]("go", steps=arguments.steps)
         order = order[1:] + order[:1]
@@ -166,11 +191,6 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
                 for arm, engine in arms.items():
                     starts[arm] = engine.started()
                     say(start, f"{name}: {arm} is up after {starts[arm]['wall_s']:.0f} s")
-                # The same for all arms, of which one runs at a time: other CPUs may be busier. Others for another GPU.
-                cpus = sorted(os.sched_getaffinity(0))
-                first = 4 * int(gpu) % len(cpus) if gpu.isdigit() else 0
-                for engine in arms.values():
-                    engine("pin", cpus=cpus[first : first + 4])
                 if "plugin" in arms and not any(its["layers"] for its in arms["plugin"]("choices")["engines"]):
                     log = (logs / f"{name}-plugin.log").read_text(errors="replace")
                     said = [line for line in log.splitlines() if "rampwrap" in line]
@@ -331,6 +351,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concurrent", type=int, help="at most so many engines on a GPU")
     parser.add_argument("--timings", nargs="+", type=pathlib.Path, help="tables for the plan, instead of the model's")
     parser.add_argument("--profile-budget", type=float, default=0.0, metavar="S", help="profile for so long instead")
+    parser.add_argument(
+        "--cpus",
+        type=int,
+        nargs="*",
+        default=[],
+        help="the thread that drives an engine stays on these, in each turn of all engines on the quietest of them",
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     parser.add_argument("--gpus", default=visible, help="0,1: models are spread over them, a model stays on its GPU")
     parser.add_argument("--budget-s", type=float, default=230.0, help="no further round is begun after this time")

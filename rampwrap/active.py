@@ -183,7 +183,8 @@ class _Search:
             # Too little is known for a model: the neighbours decide once more.
             expected = np.exp([self._forgiving(row) for row in range(len(self.us))])
         else:
-            expected = expected / np.nanmin(np.where(np.isnan(self.us), np.inf, self.us), axis=1, keepdims=True)
+            with np.errstate(invalid="ignore"):  # nothing measured in a row yet, nor predicted for a config
+                expected = expected / np.nanmin(np.where(np.isnan(self.us), np.inf, self.us), axis=1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.log(expected)
         score[np.isnan(score) | self._asked | self._dead()] = np.inf
