@@ -33,6 +33,7 @@ from rampwrap.errors import RampwrapError
 from rampwrap.kernel import SHAPES, Config, MoEShape, format_config
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, Workload, workload_grid
+from rampwrap.sweep import worth_keeping
 from rampwrap.timings import Timings
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -190,7 +191,7 @@ def compare(tables: dict[str, Timings], shape: MoEShape, bandwidth: float) -> di
 
 def judge_dispatch(timings: Timings, shape: MoEShape, title: str, a: argparse.Namespace) -> dict[str, Any]:
     """Headroom, regret and speedup of the dispatcher over these kernels' own static table, on held-out workloads."""
-    kernel, configs = CuteFusedMoE(shape, a.form), third_party.worth_keeping(timings, a.keep, a.most_configs)
+    kernel, configs = CuteFusedMoE(shape, a.form), worth_keeping(timings, a.most_configs, a.keep)
     print(
         f"dispatch {title}: {len(configs)} of {len(timings.configs)} configs are within {a.keep} of the best somewhere"
     )

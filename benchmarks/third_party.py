@@ -32,11 +32,12 @@ from rampwrap.catalog import make_kernel
 from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import ConfigError, InputError, RampwrapError
 from rampwrap.joining import join
-from rampwrap.kernel import SHAPES, Config, Kernel, MoEShape
+from rampwrap.kernel import SHAPES, Kernel, MoEShape
 from rampwrap.portfolio import MEMBER
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, Workload, workload_grid
 from rampwrap.static import tuned_uniform
+from rampwrap.sweep import sweep
 from rampwrap.timings import Timings
 
 TRAIN_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -46,10 +47,6 @@ EVAL_TOKENS = (1, 3, 6, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 4096)
 # three prefills of Qwen3-30B is that of a lognormal of this sigma.
 EVAL_ROUTINGS = ("uniform", "zipf:0.8", "zipf:1.2", "dirichlet:0.1", "dirichlet:0.3", "lognormal:1.05")
 MODELS = ("ramp4", "default")
-# What a short sweep times to see which configs can matter.
-SWEEP_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-SWEEP_ROUTINGS = ("uniform", "dirichlet:0.2")
-KEEP = 1.04
 NAMES = {
     "vllm": "vllm_fused_moe",
     "alpha": "alpha_moe",
@@ -127,27 +124,6 @@ def workloads(traces: Sequence[str], shape: MoEShape, seed: int) -> list[Workloa
     return train + workload_grid(list(EVAL_TOKENS), held_out, "eval", seed + 1)
 
 
-def worth_keeping(timings: Timings, within: float, most: int) -> list[Config]:
-    """Configs that are within a factor of the best at some workload; those that are so at most workloads first."""
-    timings = timings.take(np.flatnonzero(np.isfinite(timings.us).any(axis=1)))
-    near = timings.us <= np.nanmin(timings.us, axis=1, keepdims=True) * within
-    order = np.argsort(-near.sum(axis=0), kind="stable")
-    winners = np.unique(np.nanargmin(timings.us, axis=1))
-    kept = dict.fromkeys([*winners.tolist(), *(int(i) for i in order if near[:, i].any())])
-    return [timings.configs[index] for index in list(kept)[:most]]
-
-
-def sweep(kernel: Kernel, shape: MoEShape, configs: Sequence[Config], arguments: argparse.Namespace) -> list[Config]:
-    """The configs that a short sweep finds near the best somewhere, or all if they are few."""
-    if len(configs) <= arguments.most_configs:
-        return list(configs)
-    rows = workload_grid(
-        list(SWEEP_TOKENS), [Routing.parse(text) for text in SWEEP_ROUTINGS], "train", arguments.seed + 2
-    )
-    timings = profile(kernel, shape, rows, configs=configs, rounds=1, quiet=True, seed=arguments.seed)
-    return worth_keeping(timings, KEEP, arguments.most_configs)
-
-
 def geometric_mean(values: Any) -> float:
     return float(np.exp(np.log(np.asarray(values)).mean()))
 
@@ -211,7 +187,7 @@ def measure(name: str, shape_name: str, arguments: argparse.Namespace) -> tuple[
     )
     # GROUP_M moves the CuTe kernels by less than repeats do below the largest batches.
     configs = [config for config in kernel.configs if name != "cute" or config["group_m"] == 1]
-    kept = sweep(kernel, shape, configs, arguments)
+    kept = sweep(kernel, shape, arguments.most_configs, configs=configs, quiet=True, seed=arguments.seed)
     compiled = time.monotonic() - start
     print(f"  {len(kept)} of {len(configs)} configs stay, {compiled:.0f} s", flush=True)
     timings = profile(

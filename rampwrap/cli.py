@@ -267,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--recorded-limit", type=positive, default=24, metavar="N", help="histograms taken of a file")
     measuring(p)
     p.add_argument("--budget", type=seconds, metavar="3m", help="measure only the cells that matter, within this time")
+    p.add_argument(
+        "--most-configs",
+        type=positive,
+        metavar="N",
+        help="keep N configs of each kernel after a short sweep; all by default, 40 with --engine",
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be measured, and for how long")
     p.add_argument("--out", metavar="TABLE.npz")
 

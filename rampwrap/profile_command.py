@@ -15,6 +15,9 @@ from rampwrap.portfolio import members_of
 from rampwrap.routing import workload_grid
 from rampwrap.timings import Timings
 
+ENGINE_CONFIGS = 40
+"Configs of each kernel that an engine's plans are profiled with, where nothing else is asked for."
+
 
 def run(a: argparse.Namespace) -> dict[str, Any]:
     """Runs the command: its result, with ``text`` for people."""
@@ -61,6 +64,7 @@ def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
 def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str, Any]:
     from rampwrap.active import profile_active
     from rampwrap.profiler import plan_profile, profile
+    from rampwrap.sweep import sweep, sweep_workloads
 
     if members := members_of(_kernel_name(a, shape)):
         return _profile_members(a, shape, out, members)
@@ -68,9 +72,16 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
     workloads = workload_grid(a.batch_size, routings_of(a.routing), "train", a.seed)
     workloads += workload_grid(a.eval_batch_size, routings_of(a.eval_routing), "eval", a.seed)
     workloads += recorded_of(a.recorded, shape, a, "train") + recorded_of(a.eval_recorded, shape, a, "eval")
+    most = a.most_configs or (ENGINE_CONFIGS if a.engine else len(kernel.configs))
+    sweeps = most < len(kernel.configs) and not a.budget
     if a.dry_run:
-        projected = plan_profile(kernel, shape, workloads, rounds=a.rounds)
-        return {**attrs.asdict(projected), "out": out, "text": str(projected)}
+        projected = plan_profile(
+            kernel, shape, workloads, configs=kernel.configs[:most] if sweeps else None, rounds=a.rounds
+        )
+        first = plan_profile(kernel, shape, sweep_workloads(workloads, a.seed), rounds=1) if sweeps else None
+        text = str(projected) if first is None else f"a sweep of {first}; then {projected}"
+        extra = {} if first is None else {"sweep": attrs.asdict(first)}
+        return {**attrs.asdict(projected), **extra, "out": out, "text": text}
     if a.budget:
         # Held-out rows need every config, or there is no oracle to judge by: a budget pays for the train rows alone.
         seen = [workload for workload in workloads if workload.split == "train"]
@@ -78,7 +89,12 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
             kernel, shape, seen, out=out, rounds=a.rounds, budget_s=a.budget, quiet=a.quiet, seed=a.seed
         )
     else:
-        timings = profile(kernel, shape, workloads, out=out, rounds=a.rounds, quiet=a.quiet, seed=a.seed)
+        common: dict[str, Any] = {"quiet": a.quiet, "seed": a.seed}
+        configs = None
+        if sweeps:
+            kept = f"{out.removesuffix('.npz')}.sweep.npz"
+            configs = sweep(kernel, shape, most, workloads=workloads, out=kept, **common)
+        timings = profile(kernel, shape, workloads, configs=configs, out=out, rounds=a.rounds, **common)
     text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs\nnext: rampwrap fit {out}"
     if gave_up := timings.notes.get("gave_up"):
         text = f"{gave_up}\n{text}"

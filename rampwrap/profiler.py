@@ -116,12 +116,13 @@ def plan_profile(
     shape: MoEShape,
     workloads: Sequence[Workload],
     *,
+    configs: Sequence[Config] | None = None,
     rounds: int = 4,
     device: Device | None = None,
 ) -> ProfilePlan:
     """Counts and projects without a launch; the arguments and errors of `profile`."""
     device = device or device_of(kernel)
-    configs = check_configs(kernel.configs, f"kernel {kernel.name!r}")
+    configs = check_configs(kernel.configs if configs is None else configs, f"kernel {kernel.name!r}")
     refused = refusals(kernel, configs, shape)
     counts = np.array([counts for _, _, counts in row_keys(shape, workloads)])
     usable = len(configs) - len(refused)

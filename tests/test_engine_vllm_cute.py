@@ -18,6 +18,7 @@ import attrs
 import numpy as np
 
 from rampwrap.adapters import cute_moe
+from rampwrap.catalog import make_kernel
 from rampwrap.device import SIMULATED
 from rampwrap.engines import plans as places
 from rampwrap.engines import profiling, warming
@@ -28,6 +29,7 @@ from rampwrap.joining import join
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.cute import library
 from rampwrap.kernels.cute.configs import Variant, all_configs
+from rampwrap.kernels.triton import warm
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.routing import expert_counts
 from rampwrap.selector import Selector
@@ -330,6 +332,33 @@ def test_what_the_library_lacks_is_compiled_in_another_process(monkeypatch, tmp_
     assert warming.compile_plan(selector) == [] and asked == [("load", count)]
 
 
+def test_both_kernels_of_a_plan_are_compiled_ahead(monkeypatch, tmp_path, built):
+    """The Triton kernel's configs in processes of their own, the CuTe kernels' from the library, or compiled where it lacks them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    plan = make_plan(both_timings(BF16))
+    plan.save(tmp_path / "both.plan.json")
+    selector = Selector(make_kernel(plan.kernel, BF16), plan, max_tokens=64, device=SIMULATED, where="cpu")
+    asked, ran, compiled = [], [], []
+    selector.kernel.members["cute_moe"].must_compile = lambda configs: False
+    selector.kernel.members["cute_moe"].precompile = lambda configs: (
+        asked.append(list(configs)),
+        [None] * len(configs),
+    )[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(warming, "_run", lambda path, tokens: (ran.append(path), True)[1])
+    path = str(tmp_path / "both.plan.json")
+    assert warming.ensure_compiled(selector, path) and ran == [path], "Triton's part, once"
+    assert not warming.ensure_compiled(selector, path) and ran == [path]
+    cute_configs = [
+        {k: v for k, v in config.items() if k != "kernel"} for config in plan.configs if config["kernel"] == "cute_moe"
+    ]
+    assert asked == [cute_configs] * 2 and cute_configs
+    monkeypatch.setattr(warm, "warm", lambda shape, configs, **_: (compiled.extend(configs), ["one failed"])[1])
+    assert warming.compile_plan(selector) == ["one failed"]
+    assert len(compiled) == len(plan.configs) - len(cute_configs) and not any("kernel" in config for config in compiled)
+
+
 def test_first_use_is_kept_for_the_next_process(monkeypatch, tmp_path):
     """What was compiled for some variants is loaded by a process that asks for the same, in whatever order."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -398,10 +427,12 @@ def test_default_kernel_of_the_command_line(monkeypatch, built, tmp_path, capsys
     def configs(*more):
         assert main([*command, *more]) == 0
         (shape,) = json.loads(capsys.readouterr().out)["shapes"]
-        return shape["configs"]
+        return shape["configs"], shape.get("sweep", {}).get("configs")
 
-    assert configs() == len(cute_moe.CuteFusedMoE(FP8).configs)
-    assert configs("--kernel", "triton_fused_moe") != configs()
+    every = len(cute_moe.CuteFusedMoE(FP8).configs)
+    assert configs() == (40, every), "an engine's profile begins with a sweep"
+    assert configs("--most-configs", "10000") == (every, None)
+    assert configs("--kernel", "triton_fused_moe")[1] not in (None, every)
 
 
 def test_plans_of_a_real_table(monkeypatch):

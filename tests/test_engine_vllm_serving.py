@@ -3,14 +3,20 @@
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from rampwrap.adapters.cute_moe import CuteFusedMoE
+from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.engines import vllm
+from rampwrap.joining import join
 from rampwrap.kernel import MoEShape
 from rampwrap.models import read_model
 from rampwrap.timings import Timings
@@ -134,7 +140,7 @@ def test_the_fp8_model(scripts, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(model.config))
     (shape,) = read_model(tmp_path)
     assert shape == MoEShape(128, 8, 2048, 768, "fp8")
-    for table, kernel in ((model.timings, "cute_moe"), (model.static, "vllm_fused_moe")):
+    for table, kernel in ((model.timings[0], "cute_moe"), (model.static, "vllm_fused_moe")):
         timings = Timings.load(setup.ROOT / table)
         assert (timings.shape, timings.kernel) == (shape, kernel)
     static = json.loads(setup.static_file(setup.ROOT / model.static, "qwen3-30b-fp8"))
@@ -149,6 +155,27 @@ def test_the_fp8_model(scripts, tmp_path, monkeypatch):
     # Routers stay in bf16, as in the published checkpoint.
     left = model.config["quantization_config"]["modules_to_not_convert"]
     assert len([name for name in left if name.endswith("mlp.gate")]) == model.config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3-30b"])
+def test_the_bf16_models_cross_kernels(scripts, name):
+    """Tables of both kernels, of this version, over the same workloads."""
+    setup = scripts["serve_vllm_setup"]
+    timings = join([Timings.load(setup.ROOT / table) for table in setup.MODELS[name].timings])
+    assert timings.kernel == vllm.BOTH and len(timings.us) == 130 and not np.isnan(timings.us).any()
+    current = "+".join((TritonFusedMoE.version, CuteFusedMoE.version))
+    assert timings.kernel_version == current
+
+
+def test_a_quiet_cpu_is_found_and_left_again(scripts):
+    """One of those asked for; the thread that looks stays where it was."""
+    serve = scripts["serve_vllm"]
+    before = os.sched_getaffinity(0)
+    assert serve.quietest(sorted(before)) in before and os.sched_getaffinity(0) == before
+    asked = []
+    serve.settle({name: lambda do, **more: asked.append((do, more)) for name in "ab"}, sorted(before)[:1])
+    serve.settle({"c": None}, [])
+    assert asked == [("pin", {"cpus": sorted(before)[:1]})] * 2
 
 
 def test_dummy_weights_of_fp8_layers(scripts, monkeypatch):

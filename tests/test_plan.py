@@ -151,6 +151,26 @@ def test_the_config_that_serves_alone_is_the_best_over_skews(sim_plan: Plan) -> 
     assert found
 
 
+def test_few_slots_get_one_config_and_the_best_over_skews(sim_plan: Plan) -> None:
+    """Where kernels skip alignment nothing is chosen at a step, at whatever cost; but not the uniform-tuned config either."""
+    model, shape = sim_plan.model, sim_plan.shape
+    spans = token_spans(shape, sim_plan.static, sim_plan.buckets)
+    few = [span for span in spans if "few slots" in span.reason and span.pool]
+    assert few
+    for span in few:
+        every = sorted({span.static, *span.pool})
+        predicted = model.predict(draw(shape, sorted({span.first, min(span.last, span.num_tokens * 3 // 2)})))
+        typical = np.log(predicted).mean(axis=0)
+        worst = max(every, key=lambda index: typical[index])
+        poor = attrs.evolve(span, static=worst, pool=tuple(index for index in every if index != worst))
+        its = in_graph(model, shape, poor, {"merged": {2: 0.0, 3: 0.0, 4: 0.0}})
+        assert its.candidates == (its.static,) and its.why.startswith(span.reason)
+        if typical[worst] > np.log(1.003) + min(typical[every]):
+            assert its.static == min(every, key=lambda index: typical[index])
+    unprofiled = [span for span in spans if "within reach" in span.reason]
+    assert unprofiled and not any(span.pool for span in unprofiled)
+
+
 @pytest.mark.parametrize("key", ["choosing_us", "error", "coef"])
 def test_infinities_spelled_as_numbers_are_refused(sim_plan, tmp_path, key):
     """1e999 is JSON; wherever it stands the whole plan is refused, and by the one error that callers catch."""

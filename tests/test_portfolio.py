@@ -72,6 +72,23 @@ def test_is_a_kernel(portfolio):
     assert list(inspect.signature(portfolio.launch).parameters) == ["config", "topk_ids"]
 
 
+def test_members_compile_ahead_and_say_what_is_not_exact(portfolio):
+    """Each member gets its own configs; reasons come back in the order asked."""
+    asked = []
+
+    def precompile(configs, **arguments):
+        asked.append((list(configs), arguments))
+        return ["too wide" if config["block_m"] == 32 else None for config in configs]
+
+    portfolio.members["decode"].precompile = precompile
+    order = [portfolio.configs[2], portfolio.configs[1], portfolio.configs[0]]
+    assert portfolio.precompile(order, topk_ids=1) == [None, "too wide", None]
+    assert asked == [([SMALL[1], SMALL[0]], {"topk_ids": 1})]
+    assert portfolio.nondeterministic is None
+    portfolio.members["prefill"].nondeterministic = "sums in no fixed order"
+    assert portfolio.nondeterministic == "prefill: sums in no fixed order"
+
+
 def test_dispatch_crosses_kernels(portfolio, tmp_path):
     """Profile, fit, save, load, dispatch: few tokens go to one kernel, many to the other, as the oracle would."""
     rows = workload_grid(

@@ -1,0 +1,93 @@
+"""A short sweep: which of a kernel's configs can matter, so that the others are not timed on every workload.
+
+The CuTe kernels have 592 configs and our Triton kernel 167; 40 of each, kept by a sweep over 14 workloads, hold the best
+or come within a few percent of it everywhere, and a table of both takes 4 minutes instead of 20.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from rampwrap.device import device_of
+from rampwrap.errors import TableError
+from rampwrap.kernel import Config, Kernel, MoEShape, config_key, kernel_version
+from rampwrap.profiler import profile
+from rampwrap.routing import Routing, Workload, workload_grid
+from rampwrap.timer import Timer
+from rampwrap.timings import Timings
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+ROUTINGS = ("uniform", "dirichlet:0.2")
+KEEP = 1.04
+"A config is kept if it is within this factor of the best one at some workload of the sweep."
+
+
+def sweep(
+    kernel: Kernel,
+    shape: MoEShape,
+    most: int,
+    *,
+    workloads: Sequence[Workload] = (),
+    configs: Sequence[Config] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    timer: Timer | None = None,
+    quiet: bool = False,
+    seed: int = 0,
+) -> list[Config]:
+    """The configs to profile: those near the best at some workload of a short sweep, or all where there are few.
+
+    Args:
+        kernel, shape, configs, timer, quiet, seed: as for `profile`.
+        most: configs to keep; at least one for each workload of the sweep that a config of its own wins.
+        workloads: what will be profiled: the sweep stays within their token counts.
+        out: keeps the sweep, so that the same call keeps the same configs.
+
+    Raises:
+        As `profile`.
+    """
+    configs = list(kernel.configs if configs is None else configs)
+    if len(configs) <= most:
+        return configs
+    rows = sweep_workloads(workloads, seed)
+    timings = _finished(out, kernel, shape, rows, configs)
+    if timings is None:
+        timings = profile(kernel, shape, rows, configs=configs, out=out, timer=timer, rounds=1, quiet=quiet, seed=seed)
+    return worth_keeping(timings, most)
+
+
+def _finished(
+    out: str | os.PathLike[str] | None,
+    kernel: Kernel,
+    shape: MoEShape,
+    rows: Sequence[Workload],
+    configs: Sequence[Config],
+) -> Timings | None:
+    """The same sweep from before; without it a profile that was killed would go on with other configs."""
+    if out is None:
+        return None
+    try:
+        found = Timings.load(out)
+    except TableError:  # there is none, or it is cut off
+        return None
+    here = kernel.name, kernel_version(kernel), device_of(kernel).name, shape, tuple(map(config_key, configs))
+    its = found.kernel, found.kernel_version, found.device.name, found.shape, tuple(map(config_key, found.configs))
+    return found if its == here and found.label == tuple(row.label for row in rows) else None
+
+
+def sweep_workloads(workloads: Sequence[Workload] = (), seed: int = 0) -> list[Workload]:
+    """Rows of the sweep, other draws than those to be profiled and within their token counts."""
+    wanted = [its.num_tokens for its in workloads] or [*TOKENS]
+    low, high = min(wanted), max(wanted)
+    tokens = sorted({low, high, *(each for each in TOKENS if low <= each <= high)})
+    return workload_grid(tokens, [Routing.parse(text) for text in ROUTINGS], "train", seed + 2)
+
+
+def worth_keeping(timings: Timings, most: int, within: float = KEEP) -> list[Config]:
+    """Winners first, then the configs that are within a factor of the best at most workloads."""
+    timings = timings.take(np.flatnonzero(np.isfinite(timings.us).any(axis=1)))
+    near = timings.us <= np.nanmin(timings.us, axis=1, keepdims=True) * within
+    winners = np.unique(np.nanargmin(timings.us, axis=1)).tolist()
+    often = [int(i) for i in np.argsort(-near.sum(axis=0), kind="stable") if near[:, i].any()]
+    kept = list(dict.fromkeys([*winners, *often]))
+    return [timings.configs[index] for index in kept[: max(most, len(winners))]]
