@@ -241,7 +241,7 @@ def test_fp8_needs_whole_scale_blocks():
 
 
 COMPILE = r"""
-import json, re, sys
+import json, pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -265,8 +265,19 @@ def build(kernel, pointers, constants, **options):
     source = ASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
+def registers(built):
+    # Only a GPU that has loaded a kernel says how many; the tool that Triton brings reads it off the binary.
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as stream:
+        stream.write(built.asm["cubin"])
+        stream.flush()
+        tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        run = [tool, "--dump-resource-usage", stream.name]
+        return int(re.search(r"REG:(\d+)", subprocess.run(run, capture_output=True, text=True, check=True).stdout)[1])
+
 def report(name, built, **more):
     ptx = built.asm["ptx"]
+    if "row" in more:
+        more["registers"] = registers(built)
     print(json.dumps(dict(
         name=name, shared=built.metadata.shared, spills=getattr(built, "n_spills", None),
         wgmma="wgmma.mma_async" in ptx, mma="mma.sync" in ptx, converts=ptx.count("cvt.rn.f16x2.e4m3x2"),
@@ -300,8 +311,9 @@ report("sum", build(gemm.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids
 
 
 def test_compiles_for_hopper(tmp_path):
-    """Without a GPU: wgmma where it should be, 16-byte cp.async, no spills, shared memory as the formula says."""
+    """Without a GPU: wgmma where it should be, 16-byte cp.async, no spills, shared memory and residency as the formulas say."""
     rows = [
+        ((128, 128, 64, 1, 8, 3, False), "bf16"),
         ((16, 128, 64, 1, 4, 4, False), "bf16"),
         ((16, 128, 128, 1, 4, 3, True), "bf16"),
         ((128, 256, 64, 8, 8, 4, False), "bf16"),
@@ -331,6 +343,12 @@ def test_compiles_for_hopper(tmp_path):
         if built["name"] in ("up", "down"):
             row = dict(zip(tuning.KEYS, built["row"], strict=True))
             assert built["shared"] <= built["formula"]
+            # Too few would leave half an SM idle under candidates, whose grids are sized by it.
+            threads = 32 * row["num_warps"]
+            by_registers = tuning.SM_REGISTERS // (threads * (-(-built["registers"] // 8) * 8))
+            by_shared = tuning.SM_SHARED // (tuning.shared_bytes(row, built["dtype"]) + 1024)
+            resident = min(by_registers, by_shared, tuning.SM_THREADS // threads)
+            assert resident <= tuning.ctas_per_sm(row, built["dtype"]) <= resident + 1, built
             assert built["wide"]
             assert built["wgmma"] == tuning.uses_wgmma(row) and built["mma"] != built["wgmma"]
             assert built["converts"] == 0
