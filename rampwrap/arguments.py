@@ -1,6 +1,7 @@
 """What the command line reads: durations, counts, shapes, workloads and tables, each refused with how to write it."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import attrs
@@ -81,5 +82,11 @@ def recorded_of(paths: Sequence[str], shape: MoEShape, a: argparse.Namespace, sp
 
 
 def joined_tables(paths: Sequence[str]) -> Timings:
-    """One table, or those of several kernels as one."""
-    return join([Timings.load(path) for path in paths])
+    """One table, or those of several kernels as one; says on stderr how many workloads not all of them have."""
+    tables = [Timings.load(path) for path in paths]
+    joined = join(tables)
+    most = max(len(table.us) for table in tables)
+    if len(joined.us) < most:
+        text = f"{len(joined.us)} of {most} workloads are in all tables; the others are left out."
+        print(f"rampwrap: {text}", file=sys.stderr)
+    return joined

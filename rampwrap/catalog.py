@@ -35,7 +35,8 @@ def make_kernel(name: str, shape: MoEShape) -> Kernel:
     module_name, colon, attribute = where.partition(":")
     if not colon:
         raise InputError(
-            f"kernel {name!r} is unknown; use one of {', '.join(KERNELS)}, portfolio:a+b of them, or package.module:factory."
+            f"kernel {name!r} is unknown; use one of {', '.join(KERNELS)}, portfolio:a+b of them, "
+            "or package.module:factory."
         )
     try:
         factory: Callable[[MoEShape], Kernel] = getattr(importlib.import_module(module_name), attribute)

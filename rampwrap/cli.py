@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from rampwrap import catalog, compare, kernel_build, profile_command, regions, report
+from rampwrap import catalog, compare, kernel_build, profiling_cli, regions, report
 from rampwrap._version import __version__
 from rampwrap.arguments import (
     counts,
@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(a: argparse.Namespace) -> dict[str, Any]:
-    timings = joined_tables(a.tables)
-    plan = make_plan(timings, a.train, a.model, a.static, a.choosing_us, " + ".join(map(os.path.basename, a.tables)))
     if len(a.tables) > 1 and not a.out:
         raise InputError("fit was given several tables and no name for their plan; pass --out PLAN.json.")
+    timings = joined_tables(a.tables)
+    plan = make_plan(timings, a.train, a.model, a.static, a.choosing_us, " + ".join(map(os.path.basename, a.tables)))
     out = a.out or str(pathlib.Path(a.tables[0]).with_suffix(".plan.json"))
     plan.save(out)
     return {"out": out, **plan.provenance, "text": f"{out}: {_plan_text(plan)}"}
@@ -242,9 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--csv", metavar="FILE", help="write one line a workload and policy")
         sub.add_argument("--plot", metavar="FILE", help="draw the speedups (needs matplotlib)")
 
-    p = command(
-        "profile", profile_command.run, "time every config on every workload; resumes where a killed run stopped"
-    )
+    p = command("profile", profiling_cli.run, "time every config on every workload; resumes where a killed run stopped")
     p.add_argument(
         "--kernel",
         help=f"{', '.join(catalog.KERNELS)}, portfolio:a+b of them, or package.module:factory; by default triton_fused_moe, "
@@ -271,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         "--most-configs",
         type=positive,
         metavar="N",
-        help="keep N configs of each kernel after a short sweep; all by default, 40 with --engine",
+        help="keep N configs of each kernel after a short sweep; all by default, 40 with --engine and no --budget",
     )
     p.add_argument("--dry-run", action="store_true", help="say what would be measured, and for how long")
     p.add_argument("--out", metavar="TABLE.npz")

@@ -1,4 +1,4 @@
-"""Timing tables of several kernels, measured one by one, as the one table that profiling their `Portfolio` would give."""
+"""Timing tables of several kernels, measured one by one, as the one table that profiling their `Portfolio` gives."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import attrs
 import numpy as np
 
 from rampwrap.errors import TableError
-from rampwrap.portfolio import MEMBER, joint_name, joint_version
+from rampwrap.portfolio import MEMBER, joint_name, joint_version, members_of
 from rampwrap.timings import Timings
 
 
@@ -20,7 +20,8 @@ def join(tables: Sequence[Timings]) -> Timings:
         tables: of different kernels; one alone comes back as it is.
 
     Raises:
-        TableError: no tables, two of one kernel, or tables of different shapes, GPUs or workloads.
+        TableError: no tables, two of one kernel, one that is joined already, or tables of different shapes, GPUs or
+            workloads.
     """
     if not tables:
         raise TableError("there is no table to join; give at least one.")
@@ -30,8 +31,10 @@ def join(tables: Sequence[Timings]) -> Timings:
     names = [table.kernel for table in tables]
     if len(set(names)) < len(names):
         raise TableError(f"two of the tables are of one kernel ({', '.join(names)}); give one table for each.")
-    for table in tables[1:]:
-        for what, mine, its in (("shape", first.shape, table.shape), ("GPU", first.device.name, table.device.name)):
+    for table in tables:
+        if members_of(table.kernel) or any(MEMBER in config for config in table.configs):
+            raise TableError(f"the table of {table.kernel} is joined already, or has a key {MEMBER!r}; give its parts.")
+        for what, mine, its in (("shape", first.shape, table.shape), ("GPU", _gpu(first), _gpu(table))):
             if mine != its:
                 raise TableError(
                     f"the tables of {first.kernel} and {table.kernel} differ in {what} ({mine} and {its}); "
@@ -41,9 +44,11 @@ def join(tables: Sequence[Timings]) -> Timings:
     common = [key for key in rows[0] if all(key in its for its in rows[1:])]
     if not common:
         raise TableError(
-            f"the tables of {', '.join(names)} share no workload; profile with the same token counts, routings and seed."
+            f"the tables of {', '.join(names)} share no workload; "
+            "profile with the same token counts, routings and seed."
         )
     parts = [table.take(np.array([its[key] for key in common])) for table, its in zip(tables, rows, strict=True)]
+    gave_up = [f"{part.kernel}: {part.notes['gave_up']}" for part in parts if part.notes.get("gave_up")]
     offsets = np.cumsum([0, *(len(part.configs) for part in parts)]).tolist()
     spreads = [part.spread for part in parts if part.spread is not None]
     return attrs.evolve(
@@ -55,8 +60,15 @@ def join(tables: Sequence[Timings]) -> Timings:
         kernel_version=joint_version([part.kernel_version for part in parts]),
         configs=tuple({MEMBER: part.kernel, **config} for part in parts for config in part.configs),
         grids=tuple(grid for part in parts for grid in part.grids),
-        notes={},
+        notes={
+            "members": {part.kernel: dict(part.notes) for part in parts},
+            **({"gave_up": " ".join(gave_up)} if gave_up else {}),
+        },
     )
+
+
+def _gpu(table: Timings) -> str:
+    return f"{table.device.name}, {table.device.num_sms} SMs"
 
 
 def _rows(table: Timings) -> dict[tuple[str, str, bytes], int]:

@@ -215,7 +215,7 @@ class Layer:
         )
         if bucket.mode == "switch":
             return self._launch_switch(bucket, selected, kwargs)
-        if bucket.mode == "parallel":
+        if bucket.mode == "parallel" and served.device.type == "cuda":  # a CPU runs one after the other
             kwargs["streams"] = lane._branches(len(bucket.configs) - 1)
         elif bucket.mode == "merged":
             kwargs["merged"] = True

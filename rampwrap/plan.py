@@ -210,7 +210,8 @@ def _finite(text: str) -> float:
 
 def profile_command(kernel: Kernel, shape: MoEShape) -> str:
     """The command that profiles a kernel for a shape, from which 'rampwrap fit' makes a plan."""
-    # A portfolio of a user's own kernels is made by code that no name here can find again.
+    # A portfolio of a user's own kernels is made by code that no name here can find again. Some portfolios of kernels
+    # here need a copy of the weights; the command then says so.
     known = all(name in KERNELS for name in members_of(kernel.name))
     name = kernel.name if known else "YOUR_PACKAGE.MODULE:FACTORY"
     local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"

@@ -83,7 +83,12 @@ def draw(shape: MoEShape, token_counts: Iterable[int]) -> IntArray:
 
 
 def _shortlist(predicted: FloatArray, tokens: int, first: int, most: int, worth: float) -> Bucket:
-    relative = predicted / np.maximum(predicted.min(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    # A time of 0, of a rank without tokens or far below what was measured, is nothing to compare with.
+    floor = predicted.min(axis=1, keepdims=True)
+    known = floor[:, 0] > 0
+    if not known.any():
+        return Bucket(tokens, (first,), "no routing has a predicted time")
+    relative = predicted[known] / floor[known]
     # A static config that could not be fitted must not make every other one look infinitely better.
     best = np.where(np.isfinite(relative[:, first]), relative[:, first], 2.0)
     shortlist, start = [first], float(best.mean())
@@ -247,20 +252,22 @@ def in_graph(
         why = span.reason or "the plan has no other config for these token counts"
         return Shortlist(span.first, span.num_tokens, (static,), static, SINGLE, None, None, why)
     counts = draw(shape, sorted({span.first, min(span.last, span.num_tokens * 3 // 2)}))
+    counts = counts[counts.any(axis=1)]
     predicted = model.predict(counts)
-    means = predicted.mean(axis=0)
-    table_us = float(means[table])
-    if not np.isfinite(table_us):
+    # Nothing is compared with a time of 0, which a fit may give far below what was measured.
+    pool = [index for index in span.pool if (predicted[:, index] > 0).all()]
+    if not len(counts) or not np.isfinite(predicted[:, table]).all() or not (predicted[:, table] > 0).all():
         why = "the static config has no predicted time"
         return Shortlist(span.first, span.num_tokens, (table,), table, SINGLE, None, None, why)
+    means = predicted.mean(axis=0)
     typical = np.exp(np.log(np.maximum(predicted, np.finfo(np.float64).tiny)).mean(axis=0))
-    base = min((table, *span.pool), key=lambda index: (typical[index], index))
+    base = min((table, *pool), key=lambda index: (typical[index], index))
     if typical[table] > (1 + WORTH_BASE) * typical[base]:
         static = base
     static_us = float(means[static])
     best: tuple[tuple[int, ...], float, str] = ((static,), static_us, SINGLE)
     taken: tuple[int, ...] = (static,)
-    pool, steps = [index for index in (table, *span.pool) if index != static], []
+    pool, steps = [index for index in (table, *pool) if index != static], []
     while pool and not span.reason and len(taken) < min(max_candidates, MAX_IN_GRAPH):
         found = [_reached(model, counts, predicted, tuple(sorted((*taken, extra))), static) for extra in pool]
         place = int(np.argmin(found))

@@ -177,8 +177,9 @@ def read_static(path: str | os.PathLike[str], configs: Sequence[Config]) -> Stat
     }
     if not found:
         example = format_config(next(iter(entries.values()), {}))
+        hint = "add a key 'kernel' to each entry" if all("kernel" in config for config in configs) else "add them"
         raise InputError(
-            f"{os.fspath(path)} names none of the kernel's {len(configs)} configs (it has {example}); add them."
+            f"{os.fspath(path)} names none of the kernel's {len(configs)} configs (it has {example}); {hint}."
         )
     missing = len(entries) - len(found)
     source = pathlib.Path(path).name + (f" ({missing} of {len(entries)} entries unknown)" if missing else "")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import attrs
 import pytest
 
 from rampwrap import cli
@@ -359,13 +360,29 @@ def test_what_is_missing_is_compiled_on_first_use(home):
         found.function(other)
 
 
-@needs_dsl
-@pytest.mark.slow
-def test_every_config_compiles_and_passes_the_gate(tmp_path, monkeypatch):
-    """The whole list; with RAMPWRAP_CUTE_LIBRARY naming a folder the library is left there."""
+def build_all(variants, tmp_path, monkeypatch):
+    """Builds into a folder of the test's, or of $RAMPWRAP_CUTE_LIBRARY, where the library is left."""
     folder = os.environ.get(library.VARIABLE)
     if folder is None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    done = building.build(out=pathlib.Path(folder) if folder else tmp_path / "out")
+    done = building.build(variants, pathlib.Path(folder) if folder else tmp_path / "out")
     print(done)
-    assert done.refused == {} and done.kernels == len(all_variants())
+    assert done.refused == {} and done.kernels == len(variants)
+
+
+@needs_dsl
+@pytest.mark.slow
+def test_every_tile_compiles_and_passes_the_gate(tmp_path, monkeypatch):
+    """Each with its deepest pipeline, which takes the most shared memory; fewer stages change a constant in the same code."""
+    deepest = {}
+    for variant in sorted(all_variants(), key=lambda variant: variant.config.stages):
+        deepest[variant.role, attrs.evolve(variant.config, stages=2)] = variant
+    assert 300 < len(deepest) < len(all_variants())
+    build_all(list(deepest.values()), tmp_path, monkeypatch)
+
+
+@needs_dsl
+@pytest.mark.release
+def test_every_config_compiles_and_passes_the_gate(tmp_path, monkeypatch):
+    """The whole list, as it is released."""
+    build_all(all_variants(), tmp_path, monkeypatch)

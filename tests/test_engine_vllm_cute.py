@@ -357,6 +357,10 @@ def test_both_kernels_of_a_plan_are_compiled_ahead(monkeypatch, tmp_path, built)
     monkeypatch.setattr(warm, "warm", lambda shape, configs, **_: (compiled.extend(configs), ["one failed"])[1])
     assert warming.compile_plan(selector) == ["one failed"]
     assert len(compiled) == len(plan.configs) - len(cute_configs) and not any("kernel" in config for config in compiled)
+    # Other members have their own way.
+    compiled.clear()
+    selector.kernel.members["triton_fused_moe"].name = "another"
+    assert warming.compile_plan(selector) == [] and not compiled
 
 
 def test_first_use_is_kept_for_the_next_process(monkeypatch, tmp_path):

@@ -1,12 +1,14 @@
 """Tables of several kernels as one: what profiling their portfolio gives, and what cannot be joined."""
 
+import json
+
 import attrs
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from rampwrap import catalog
+from rampwrap import catalog, profiler
 from rampwrap.cli import main
 from rampwrap.errors import InputError, TableError
 from rampwrap.fitting import make_plan
@@ -87,6 +89,8 @@ def test_what_cannot_be_joined(tables):
         ([], "there is no table to join"),
         ([few, few], r"two of the tables are of one kernel \(few, few\)"),
         ([few, attrs.evolve(many, device=device)], "differ in GPU .*another"),
+        ([few, attrs.evolve(many, device=attrs.evolve(many.device, num_sms=66))], "differ in GPU .*66 SMs"),
+        ([few, attrs.evolve(join([few, many]), kernel="third")], "third is joined already"),
         ([few, attrs.evolve(many, shape=shape)], "differ in shape .*top_k=4"),
         ([few, other], "the tables of few, many share no workload"),
     ):
@@ -118,12 +122,12 @@ def test_names_of_portfolios(known):
 
 def test_command_line(known, tmp_path, capsys):
     """`profile` of a portfolio times one kernel after the other; `fit` and `replay` take the tables of several."""
-    layer = ["--num-experts", "64", "--top-k", "8", "--hidden-size", "2048", "--intermediate-size", "1024"]
+    layer = LAYER
     rows = ["--batch-size", "1", "64", "4096", "--routing", "uniform", "zipf:1", "--eval-batch-size", "16", "--quiet"]
     out = tmp_path / "both.npz"
     assert main(["profile", "--kernel", "portfolio:few+many", *layer, *rows, "--out", str(out)]) == 0
     parts = [str(tmp_path / f"both.{name}.npz") for name in ("few", "many")]
-    assert f"{out}: 11 workloads x 3 configs of 2 kernels" in capsys.readouterr().out
+    assert f"{out}: 11 workloads x 3 configs" in capsys.readouterr().out
     joined, kept = join([Timings.load(part) for part in parts]), Timings.load(out)
     assert np.array_equal(joined.us, kept.us) and joined.configs == kept.configs
     plan = tmp_path / "p.plan.json"
@@ -133,7 +137,14 @@ def test_command_line(known, tmp_path, capsys):
     assert main(["replay", *parts]) == 0 and "portfolio:few+many on simulated" in capsys.readouterr().out
     assert main(["fit", *parts]) == 1 and "pass --out PLAN.json" in capsys.readouterr().err
     assert main(["profile", "--kernel", "portfolio:few+many", *layer, *rows, "--dry-run"]) == 0
-    assert "11 workloads x 2 configs = 22 cells" in capsys.readouterr().out
+    assert "few: 11 workloads x 2 configs = 22 cells" in capsys.readouterr().out
+    assert main(["fit", str(out), parts[0], "--out", str(plan)]) == 1
+    assert "is joined already" in capsys.readouterr().err
+    (tmp_path / "tuned.json").write_text(json.dumps({"64": dict(SMALL[0])}))
+    assert main(["replay", *parts, "--static-file", str(tmp_path / "tuned.json")]) == 1
+    assert "add a key 'kernel' to each entry" in capsys.readouterr().err
+    (tmp_path / "tuned.json").write_text(json.dumps({"64": {"kernel": "few", **SMALL[0]}}))
+    assert main(["replay", *parts, "--static-file", str(tmp_path / "tuned.json")]) == 0
 
 
 def test_a_sweep_keeps_what_wins():
@@ -150,24 +161,77 @@ def test_a_sweep_keeps_what_wins():
     assert not {its.seed for its in sweep_workloads(seed=3)} & {3, 4}
 
 
+LAYER = ["--num-experts", "64", "--top-k", "8", "--hidden-size", "2048", "--intermediate-size", "1024"]
+
+
 def test_a_sweep_comes_before_a_profile(tmp_path, capsys):
-    """`--most-configs` times few configs on all workloads; killed and repeated, it keeps the same ones."""
-    layer = ["--num-experts", "64", "--top-k", "8", "--hidden-size", "2048", "--intermediate-size", "1024"]
+    """`--most-configs` times few configs on all workloads, and says in the table of how many."""
     rows = ["--batch-size", "1", "64", "--routing", "uniform", "--eval-batch-size", "--quiet"]
     out = tmp_path / "t.npz"
-    run = ["profile", "--kernel", "sim", *layer, *rows, "--most-configs", "5", "--out", str(out)]
-    assert main(run) == 0 and len(Timings.load(out).configs) == 5
-    swept = Timings.load(tmp_path / "t.sweep.npz")
-    assert len(swept.configs) == len(SimKernel(SHAPE).configs) and worth_keeping(swept, 5) == list(
-        Timings.load(out).configs
-    )
-    written = (tmp_path / "t.sweep.npz").stat().st_mtime_ns
-    assert main(run) == 0 and (tmp_path / "t.sweep.npz").stat().st_mtime_ns == written, "a finished sweep stands"
-    attrs.evolve(swept, kernel_version="another").save(tmp_path / "t.sweep.npz")
-    assert main(run) == 0 and Timings.load(tmp_path / "t.sweep.npz").kernel_version == swept.kernel_version
-    (tmp_path / "t.sweep.npz").write_bytes(b"cut off")
-    assert main(run) == 0 and Timings.load(tmp_path / "t.sweep.npz").label == swept.label
+    run = ["profile", "--kernel", "sim", *LAYER, *rows, "--most-configs", "5", "--out", str(out)]
+    assert main(run) == 0
+    assert len(Timings.load(out).configs) == 5
+    assert Timings.load(out).notes["swept_configs"] == len(SimKernel(SHAPE).configs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.npz"], "the next run begins anew"
     assert main([*run, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "a sweep of 8 workloads x" in said and "then 2 workloads x 5 configs = 10 cells" in said
+    assert "sim: a sweep of 8 workloads x" in said and "then 2 workloads x 5 configs = 10 cells" in said
+    assert main([*run, "--budget", "9s"]) == 1 and "leave one out" in capsys.readouterr().err
     assert sweep(SimKernel(SHAPE), SHAPE, 1000) == list(SimKernel(SHAPE).configs)
+
+
+def test_a_finished_sweep_stands(tmp_path):
+    """A run that goes on must keep the same configs; another kernel, seed or a file cut off is swept anew."""
+    out, kernel = tmp_path / "s.npz", SimKernel(SHAPE)
+    kept = sweep(kernel, SHAPE, 5, out=out, quiet=True)
+    written = out.stat().st_mtime_ns
+    assert sweep(kernel, SHAPE, 5, out=out, quiet=True) == kept and out.stat().st_mtime_ns == written
+    whole = Timings.load(out)
+    attrs.evolve(whole, kernel_version="another").save(out)
+    assert sweep(kernel, SHAPE, 5, out=out, quiet=True) and Timings.load(out).kernel_version == whole.kernel_version
+    sweep(kernel, SHAPE, 5, out=out, quiet=True, seed=7)
+    assert Timings.load(out).label == whole.label and not np.array_equal(Timings.load(out).counts, whole.counts)
+    out.write_bytes(b"cut off")
+    assert sweep(kernel, SHAPE, 5, out=out, quiet=True) and Timings.load(out).label == whole.label
+
+
+def test_members_that_were_finished_stay(known, tmp_path, capsys, monkeypatch):
+    """A run killed in the second kernel goes on there; once the joined table is there all are timed anew."""
+    rows = ["--batch-size", "1", "64", "--routing", "uniform", "--eval-batch-size", "16", "--quiet"]
+    out, timed = tmp_path / "b.npz", []
+    run = ["profile", "--kernel", "portfolio:few+many", *LAYER, *rows, "--out", str(out)]
+    real = profiler.profile
+
+    def profile(kernel, *arguments, **options):
+        timed.append(kernel.name)
+        if kernel.name == "many" and timed.count("many") == 1:
+            raise KeyboardInterrupt
+        return real(kernel, *arguments, **options)
+
+    monkeypatch.setattr(profiler, "profile", profile)
+    assert main(run) == 130 and timed == ["few", "many"]
+    assert main(run) == 0 and timed[2:] == ["many"] and "b.few.npz: finished before" in capsys.readouterr().out
+    assert main(run) == 0 and timed[3:] == ["few", "many"]
+    out.unlink()
+    other = [*run[:-4], "32", "--quiet", *run[-2:]]
+    assert main(other) == 0 and timed[5:] == ["few", "many"], "other workloads than those of the finished table"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("portfolio:few+", "kernel '' is unknown"),
+        ("portfolio:", "kernel '' is unknown"),
+        ("portfolio:few+nothere", "kernel 'nothere' is unknown"),
+        ("portfolio:few+few", "have one name"),
+    ],
+)
+def test_a_portfolio_is_made_before_it_is_measured(known, tmp_path, capsys, name, said):
+    assert main(["profile", "--kernel", name, *LAYER, "--out", str(tmp_path / "x.npz")]) == 1
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_gave_up_is_said(tables):
+    joined = join([attrs.evolve(tables[0], notes={"gave_up": "3 of 20 workloads: 1 s were over."}), tables[1]])
+    assert joined.notes["gave_up"] == "few: 3 of 20 workloads: 1 s were over."
+    assert joined.notes["members"]["many"] == tables[1].notes

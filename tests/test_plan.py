@@ -11,6 +11,8 @@ from rampwrap.errors import PlanError
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import MoEShape
 from rampwrap.plan import Plan, profile_command
+from rampwrap.profiler import profile
+from rampwrap.routing import Routing, workload_grid
 from rampwrap.shortlist import COSTS, draw, in_graph, serving, token_spans
 from rampwrap.sim import SimKernel
 from rampwrap.static import StaticTable
@@ -169,6 +171,24 @@ def test_few_slots_get_one_config_and_the_best_over_skews(sim_plan: Plan) -> Non
             assert its.static == min(every, key=lambda index: typical[index])
     unprofiled = [span for span in spans if "within reach" in span.reason]
     assert unprofiled and not any(span.pool for span in unprofiled)
+
+
+@pytest.mark.parametrize("sizes", [(512, 8, 4, 512), (256, 1, 8, 512), (128, 1, 8, 256)], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_a_predicted_time_of_nothing_wins_nothing(sizes: tuple[int, int, int, int]) -> None:
+    """Ranks of few experts, whose small batches are often empty: no config is infinitely better than another."""
+    num_experts, top_k, local, inter = sizes
+    shape = MoEShape(num_experts, top_k, 2048, inter, num_local_experts=local)
+    routings = [Routing.parse(text) for text in ("uniform", "zipf:1.2", "dirichlet:0.3", "dirichlet:0.1")]
+    rows = workload_grid([2**power for power in range(12)], routings)
+    plan = make_plan(profile(SimKernel(shape), shape, rows, quiet=True))
+    assert any("few slots" in its.why and its.expected_us is not None for its in plan.in_graph)
+    for its in plan.in_graph:
+        assert "inf" not in its.why and "nan" not in its.why
+        counts = draw(shape, [its.first])
+        counts = counts[counts.any(axis=1)]
+        if its.expected_us is not None and len(counts):
+            assert (plan.model.predict(counts)[:, its.static] > 0).all()
 
 
 @pytest.mark.parametrize("key", ["choosing_us", "error", "coef"])

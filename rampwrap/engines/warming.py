@@ -112,13 +112,16 @@ def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool
 
 
 def compile_plan(selector: Selector) -> list[str]:
-    """Compiles what the buckets of a selector launch up to its `max_tokens`; the errors, as sentences."""
+    """Compiles what the buckets of a selector launch up to its `max_tokens`; the errors, as sentences.
+
+    Of a portfolio all configs of the plan: in mode lagged the host may choose any, and graph modes it has none.
+    """
     reasons: list[str | None] = []
     for kernel, configs in by_member(selector.kernel, selector.plan.configs):
         if kernel.name == "cute_moe":
             its: Any = kernel
             reasons += its.precompile(configs)
-        else:
+        elif kernel.name == "triton_fused_moe":
             reasons += _compile_triton(selector, configs if kernel is not selector.kernel else None)
     return [reason for reason in reasons if reason]
 

@@ -1,0 +1,162 @@
+"""The command ``rampwrap profile``: one layer's shape, or all of a model's for an engine, by one kernel or several."""
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from rampwrap import catalog
+from rampwrap.arguments import joined_tables, recorded_of, routings_of, shape_name, shape_of
+from rampwrap.errors import InputError, TableError
+from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.portfolio import members_of
+from rampwrap.routing import Workload, workload_grid
+from rampwrap.timings import Timings
+
+ENGINE_CONFIGS = 40
+"Configs of each kernel that an engine's plans are profiled with, where nothing else is asked for."
+
+
+def run(a: argparse.Namespace) -> dict[str, Any]:
+    """Runs the command: its result, with ``text`` for people."""
+    if a.engine:
+        return _profile_model(a)
+    from rampwrap.engines.profiling import file_name
+
+    shape = shape_of(a)
+    return _profile_shape(a, shape, a.out or f"{file_name(_kernel(a, shape).name)}-{shape_name(shape)}.npz")
+
+
+def _kernel(a: argparse.Namespace, shape: MoEShape) -> Kernel:
+    """The kernel to profile: the one asked for, else what serves the shape best."""
+    return catalog.make_kernel(_kernel_name(a, shape), shape)
+
+
+def _kernel_name(a: argparse.Namespace, shape: MoEShape) -> str:
+    from rampwrap.engines.profiling import default_kernel
+
+    return str(default_kernel(a.engine, shape)[0] if a.kernel is None else a.kernel)
+
+
+def _workloads(a: argparse.Namespace, shape: MoEShape) -> list[Workload]:
+    rows = workload_grid(a.batch_size, routings_of(a.routing), "train", a.seed)
+    rows += workload_grid(a.eval_batch_size, routings_of(a.eval_routing), "eval", a.seed)
+    rows += recorded_of(a.recorded, shape, a, "train") + recorded_of(a.eval_recorded, shape, a, "eval")
+    # Held-out rows need every config, or there is no oracle to judge by: a budget pays for the train rows alone.
+    return [row for row in rows if row.split == "train"] if a.budget else rows
+
+
+def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
+    from rampwrap.engines.profiling import default_kernel, profile_model
+    from rampwrap.engines.warming import compile_for
+    from rampwrap.models import read_model
+
+    if not a.model:
+        raise InputError("--engine was given without --model; give the folder of a model with its config.json.")
+    sizes: dict[str, Any] = {"tp_size": a.tp_size, "expert_parallel": a.ep, "dtype": a.dtype}
+    if a.dry_run:
+        found = [_profile_shape(a, shape, "") for shape in read_model(a.model, **sizes)]
+        return {"shapes": found, "text": "\n".join(its["text"] for its in found)}
+
+    def measure(shape: MoEShape, out: str) -> tuple[Kernel, Timings]:
+        _profile_shape(a, shape, out)
+        return _kernel(a, shape), Timings.load(out)
+
+    done = profile_model(a.model, functools.partial(_kernel, a), measure, folder=a.out, prepare=compile_for, **sizes)
+    hints = {default_kernel(a.engine, shape)[1] for shape in read_model(a.model, **sizes) if not a.kernel}
+    return {**done, "text": "\n".join([done["text"], *sorted(hints - {""})])}
+
+
+def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str, Any]:
+    from rampwrap.active import profile_active
+    from rampwrap.profiler import profile
+    from rampwrap.sweep import sweep
+
+    if a.most_configs and a.budget:
+        raise InputError(
+            f"--most-configs {a.most_configs} and --budget were both given; a budget picks configs itself, leave one out."
+        )
+    kernel = _kernel(a, shape)
+    if members_of(_kernel_name(a, shape)):
+        return _profile_members(a, shape, out, kernel)
+    workloads = _workloads(a, shape)
+    most = a.most_configs or (ENGINE_CONFIGS if a.engine else len(kernel.configs))
+    sweeps = most < len(kernel.configs) and not a.budget
+    if a.dry_run:
+        return {**_projected(a, kernel, shape, workloads, most if sweeps else None), "out": out}
+    common: dict[str, Any] = {"out": out, "rounds": a.rounds, "quiet": a.quiet, "seed": a.seed}
+    if a.budget:
+        timings = profile_active(kernel, shape, workloads, budget_s=a.budget, **common)
+    elif sweeps:
+        kept = pathlib.Path(f"{out.removesuffix('.npz')}.sweep.npz")
+        configs = sweep(kernel, shape, most, workloads=workloads, out=kept, quiet=a.quiet, seed=a.seed)
+        timings = profile(kernel, shape, workloads, configs=configs, **common)
+        timings = attrs.evolve(timings, notes={**timings.notes, "swept_configs": len(kernel.configs)})
+        timings.save(out)
+        kept.unlink()  # it is there for a run that goes on; the next one begins anew
+    else:
+        timings = profile(kernel, shape, workloads, **common)
+    text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs\nnext: rampwrap fit {out}"
+    if gave_up := timings.notes.get("gave_up"):
+        text = f"{gave_up}\n{text}"
+    return {"out": out, "workloads": len(timings.us), "configs": len(timings.configs), **timings.notes, "text": text}
+
+
+def _projected(
+    a: argparse.Namespace, kernel: Kernel, shape: MoEShape, workloads: Sequence[Workload], most: int | None
+) -> dict[str, Any]:
+    """What a dry run says; `most` configs stay after a sweep, None times all of them."""
+    from rampwrap.profiler import plan_profile
+    from rampwrap.sweep import sweep_workloads
+
+    if most is None:
+        projected = plan_profile(kernel, shape, workloads, rounds=a.rounds)
+        return {**attrs.asdict(projected), "text": f"{kernel.name}: {projected}"}
+    first = plan_profile(kernel, shape, sweep_workloads(workloads, a.seed), rounds=1)
+    kept = [config for index, config in enumerate(kernel.configs) if index not in first.refused][:most]
+    projected = plan_profile(kernel, shape, workloads, configs=kept, rounds=a.rounds)
+    text = f"{kernel.name}: a sweep of {first}; then {projected}"
+    return {**attrs.asdict(projected), "sweep": attrs.asdict(first), "text": text}
+
+
+def _profile_members(a: argparse.Namespace, shape: MoEShape, out: str, portfolio: Any) -> dict[str, Any]:
+    """One kernel after the other, each into a table of its own, and all of them joined.
+
+    A member whose table is there before the joined one was finished by a run that was killed in a later member.
+    """
+    members = portfolio.members
+    budget = a.budget and a.budget / len(members)
+    parts = {name: f"{out.removesuffix('.npz')}.{name}.npz" for name in members}
+    goes_on = not pathlib.Path(out).exists()
+    done: list[dict[str, Any]] = []
+    for name, part in parts.items():
+        if goes_on and not a.dry_run and _is_finished(part, members[name], shape, _workloads(a, shape)):
+            done.append({"out": part, "text": f"{part}: finished before"})
+            continue
+        own = argparse.Namespace(**{**vars(a), "kernel": name, "budget": budget})
+        done.append(_profile_shape(own, shape, part))
+    lines = [str(its["text"]).split("\nnext:", maxsplit=1)[0] for its in done]
+    if a.dry_run:
+        totals = {key: sum(its[key] for its in done) for key in ("configs", "cells", "seconds")}
+        return {**totals, "workloads": done[0]["workloads"], "members": done, "out": out, "text": "\n".join(lines)}
+    timings = joined_tables(list(parts.values()))
+    timings.save(out)
+    lines += [f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs", f"next: rampwrap fit {out}"]
+    counts = {"workloads": len(timings.us), "configs": len(timings.configs)}
+    return {"out": out, "members": done, **counts, **timings.notes, "text": "\n".join(lines)}
+
+
+def _is_finished(part: str, kernel: Kernel, shape: MoEShape, workloads: Sequence[Workload]) -> bool:
+    """Whether a table holds a finished profile of this kernel, on this GPU and these workloads."""
+    from rampwrap.bench import journal_path
+    from rampwrap.sweep import is_of
+
+    try:
+        found = Timings.load(part)
+    except TableError:
+        return False
+    journal = journal_path(part)
+    return is_of(found, kernel, shape, workloads) and not (journal and pathlib.Path(journal).exists())
