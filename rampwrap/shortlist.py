@@ -52,7 +52,8 @@ def make_buckets(
         shape: the layer, for drawing routings.
         static: the baseline; its config is always a candidate.
         token_counts: profiled token counts.
-        max_candidates: candidates of one bucket, the static one included.
+        max_candidates: candidates of one bucket, the static one included; the config that is best on average over
+            routings, which a graph may hold alone, comes on top.
         worth: least relative gain of a further candidate.
     """
     tokens = bucket_tokens(token_counts)
@@ -100,7 +101,9 @@ def _shortlist(predicted: FloatArray, tokens: int, first: int, most: int, worth:
         shortlist.append(candidate)
         best = np.minimum(best, relative[:, candidate])
     why = f"static is predicted {start - 1:.2%} above the best of all configs, this shortlist {best.mean() - 1:.2%}"
-    return Bucket(tokens, tuple(sorted(shortlist)), why)
+    # For graphs that hold one config: the best on average need not be the best anywhere.
+    alone = int(np.argmin(np.log(np.where(np.isfinite(relative), relative, np.inf)).mean(axis=0)))
+    return Bucket(tokens, tuple(sorted({*shortlist, alone})), why)
 
 
 MAX_IN_GRAPH = 4
