@@ -391,6 +391,21 @@ def test_two_engines_and_a_restarted_worker(world):
     assert near(first.impl.apply(**its), its) and world.calls == []
 
 
+def test_plans_of_several_gpus_in_one_folder(world, plan, caplog):
+    """Each GPU finds its own by what the file says, whatever it is called; the others are worth no word."""
+    (world.folder / "tiny.plan.json").rename(world.folder / "zzz.plan.json")
+    for name, sms in (("NVIDIA H100", 132), ("NVIDIA B200", 148), (SIMULATED.name, 66)):
+        device = attrs.evolve(SIMULATED, name=name, num_sms=sms)
+        attrs.evolve(plan, device=device).save(world.folder / f"{name} {sms}.plan.json")
+    plugin.register()
+    its = inputs()
+    kernel = world.kernel()
+    assert near(kernel.impl.apply(**its), its) and world.calls == []
+    (engine,) = plugin.engines()
+    assert [pathlib.Path(path).name for path in engine["plans"]] == ["zzz.plan.json"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_installed_once(world):
     plugin.register()
     made = world.mk.FusedMoEKernel.__init__
