@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from rampwrap.catalog import make_kernel
-from rampwrap.kernel import Config, config_key
+from rampwrap.kernel import MEMBER, Config, config_key
 from rampwrap.plan import Plan
-from rampwrap.portfolio import MEMBER, joint_name, members_of
+from rampwrap.portfolio import joint_name, members_of
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, workload_grid
 from rampwrap.shortlist import serving

@@ -32,8 +32,7 @@ from rampwrap.catalog import make_kernel
 from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import ConfigError, InputError, RampwrapError
 from rampwrap.joining import join
-from rampwrap.kernel import SHAPES, Kernel, MoEShape
-from rampwrap.portfolio import MEMBER
+from rampwrap.kernel import MEMBER, SHAPES, Kernel, MoEShape
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, Workload, workload_grid
 from rampwrap.static import tuned_uniform

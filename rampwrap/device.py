@@ -27,6 +27,11 @@ class Device:
         if self.num_sms < 1:
             raise InputError(f"device {self.name!r} has {self.num_sms} SMs; give at least 1.")
 
+    @property
+    def label(self) -> str:
+        """What tells GPUs apart, whose timings do not mix: ``NVIDIA H200 (132 SMs)``. A part of a GPU has its name."""
+        return f"{self.name} ({self.num_sms} SMs)"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form without unknown values."""
         return {key: value for key, value in attrs.asdict(self).items() if value is not None}

@@ -6,7 +6,8 @@ import attrs
 import numpy as np
 
 from rampwrap.errors import TableError
-from rampwrap.portfolio import MEMBER, joint_name, joint_version, members_of
+from rampwrap.kernel import MEMBER
+from rampwrap.portfolio import joint_name, joint_version, members_of
 from rampwrap.timings import Timings
 
 
@@ -34,7 +35,7 @@ def join(tables: Sequence[Timings]) -> Timings:
     for table in tables:
         if members_of(table.kernel) or any(MEMBER in config for config in table.configs):
             raise TableError(f"the table of {table.kernel} is joined already, or has a key {MEMBER!r}; give its parts.")
-        for what, mine, its in (("shape", first.shape, table.shape), ("GPU", _gpu(first), _gpu(table))):
+        for what, mine, its in (("shape", first.shape, table.shape), ("GPU", first.device.label, table.device.label)):
             if mine != its:
                 raise TableError(
                     f"the tables of {first.kernel} and {table.kernel} differ in {what} ({mine} and {its}); "
@@ -65,10 +66,6 @@ def join(tables: Sequence[Timings]) -> Timings:
             **({"gave_up": " ".join(gave_up)} if gave_up else {}),
         },
     )
-
-
-def _gpu(table: Timings) -> str:
-    return f"{table.device.name}, {table.device.num_sms} SMs"
 
 
 def _rows(table: Timings) -> dict[tuple[str, str, bytes], int]:

@@ -11,6 +11,8 @@ from rampwrap.grid import CtaGrid
 
 Config = Mapping[str, Any]
 "A kernel's tuning parameters: flat, JSON-able, and opaque to everything but the kernel."
+MEMBER = "kernel"
+"The key by which a config of a portfolio names its kernel; no kernel's own config has it."
 
 DTYPES = ("bf16", "fp16", "fp8")
 

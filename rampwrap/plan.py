@@ -96,9 +96,7 @@ class Plan:
         """
         pairs = [("kernel", self.kernel, kernel.name), ("kernel version", self.kernel_version, kernel_version(kernel))]
         if device is not None:
-            pairs.append(
-                ("GPU", f"{self.device.name} ({self.device.num_sms} SMs)", f"{device.name} ({device.num_sms} SMs)")
-            )
+            pairs.append(("GPU", self.device.label, device.label))
         if shape is not None:
             pairs.append(("dtype", self.shape.dtype, shape.dtype))
             pairs.append(("shape", str(self.shape), str(shape)))

@@ -10,11 +10,9 @@ import attrs
 
 from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, format_config, kernel_version, refusal
+from rampwrap.kernel import MEMBER, Config, Kernel, MoEShape, check_configs, format_config, kernel_version, refusal
 from rampwrap.static import StaticTable
 
-MEMBER = "kernel"
-"The key by which a config of a portfolio names its kernel."
 PREFIX = "portfolio:"
 "What a portfolio's name begins with; its members' names follow, joined by a plus sign."
 DEFAULT_LAYOUT = "vllm"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from rampwrap.bench import Bench, Inputs, refusals
+from rampwrap.bench import Bench, Inputs, journal_path, refusals
 from rampwrap.device import Device, device_of
+from rampwrap.errors import TableError
 from rampwrap.journal import row_keys
-from rampwrap.kernel import Config, Kernel, MoEShape, check_configs
+from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, kernel_version
 from rampwrap.routing import Workload
 from rampwrap.timer import Timer, roofline_us
 from rampwrap.timings import Timings
@@ -88,6 +89,24 @@ def profile(
         left = len(bench.keys) - len(done)
         notes = {} if not left else {"gave_up": f"{left} of {len(bench.keys)} workloads: {budget_s:g} s were over."}
         return bench.finish(bench.timings(sorted(done), notes=notes), complete=not left)
+
+
+def finished(
+    out: str | os.PathLike[str] | None, kernel: Kernel, shape: MoEShape, workloads: Sequence[Workload]
+) -> Timings | None:
+    """The table at `out`, if it is a finished profile of the kernel as it is here, on this GPU and these workloads."""
+    journal = journal_path(out)
+    if out is None or journal is None or os.path.lexists(journal):
+        return None
+    try:
+        found = Timings.load(out)
+    except TableError:  # there is none, or it is cut off
+        return None
+    here = kernel.name, kernel_version(kernel), device_of(kernel).label, shape
+    if (found.kernel, found.kernel_version, found.device.label, found.shape) != here:
+        return None
+    rows = zip(found.label, found.split, map(tuple, found.counts.tolist()), strict=True)
+    return found if list(rows) == row_keys(shape, workloads) else None
 
 
 @attrs.frozen

@@ -10,7 +10,7 @@ import attrs
 
 from rampwrap import catalog
 from rampwrap.arguments import joined_tables, recorded_of, routings_of, shape_name, shape_of
-from rampwrap.errors import InputError, TableError
+from rampwrap.errors import InputError
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.portfolio import members_of
 from rampwrap.routing import Workload, workload_grid
@@ -27,7 +27,9 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     from rampwrap.engines.profiling import file_name
 
     shape = shape_of(a)
-    return _profile_shape(a, shape, a.out or f"{file_name(_kernel(a, shape).name)}-{shape_name(shape)}.npz")
+    out = a.out or f"{file_name(_kernel(a, shape).name)}-{shape_name(shape)}.npz"
+    done = _profile_shape(a, shape, out)
+    return done if a.dry_run else {**done, "text": f"{done['text']}\nnext: rampwrap fit {out}"}
 
 
 def _kernel(a: argparse.Namespace, shape: MoEShape) -> Kernel:
@@ -79,10 +81,10 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
         raise InputError(
             f"--most-configs {a.most_configs} and --budget were both given; a budget picks configs itself, leave one out."
         )
-    kernel = _kernel(a, shape)
-    if members_of(_kernel_name(a, shape)):
-        return _profile_members(a, shape, out, kernel)
-    workloads = _workloads(a, shape)
+    name = _kernel_name(a, shape)
+    kernel, workloads = catalog.make_kernel(name, shape), _workloads(a, shape)
+    if members_of(name):
+        return _profile_members(a, shape, workloads, out, kernel)
     most = a.most_configs or (ENGINE_CONFIGS if a.engine else len(kernel.configs))
     sweeps = most < len(kernel.configs) and not a.budget
     if a.dry_run:
@@ -99,7 +101,7 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
         kept.unlink()  # it is there for a run that goes on; the next one begins anew
     else:
         timings = profile(kernel, shape, workloads, **common)
-    text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs\nnext: rampwrap fit {out}"
+    text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs"
     if gave_up := timings.notes.get("gave_up"):
         text = f"{gave_up}\n{text}"
     return {"out": out, "workloads": len(timings.us), "configs": len(timings.configs), **timings.notes, "text": text}
@@ -122,41 +124,31 @@ def _projected(
     return {**attrs.asdict(projected), "sweep": attrs.asdict(first), "text": text}
 
 
-def _profile_members(a: argparse.Namespace, shape: MoEShape, out: str, portfolio: Any) -> dict[str, Any]:
+def _profile_members(
+    a: argparse.Namespace, shape: MoEShape, workloads: Sequence[Workload], out: str, portfolio: Any
+) -> dict[str, Any]:
     """One kernel after the other, each into a table of its own, and all of them joined.
 
     A member whose table is there before the joined one was finished by a run that was killed in a later member.
     """
-    members = portfolio.members
-    budget = a.budget and a.budget / len(members)
-    parts = {name: f"{out.removesuffix('.npz')}.{name}.npz" for name in members}
-    goes_on = not pathlib.Path(out).exists()
+    from rampwrap.profiler import finished
+
+    budget = a.budget and a.budget / len(portfolio.members)
+    parts = {name: f"{out.removesuffix('.npz')}.{name}.npz" for name in portfolio.members}
+    goes_on = not a.dry_run and not pathlib.Path(out).exists()
     done: list[dict[str, Any]] = []
     for name, part in parts.items():
-        if goes_on and not a.dry_run and _is_finished(part, members[name], shape, _workloads(a, shape)):
+        if goes_on and finished(part, portfolio.members[name], shape, workloads) is not None:
             done.append({"out": part, "text": f"{part}: finished before"})
             continue
         own = argparse.Namespace(**{**vars(a), "kernel": name, "budget": budget})
         done.append(_profile_shape(own, shape, part))
-    lines = [str(its["text"]).split("\nnext:", maxsplit=1)[0] for its in done]
+    lines = [its["text"] for its in done]
     if a.dry_run:
         totals = {key: sum(its[key] for its in done) for key in ("configs", "cells", "seconds")}
         return {**totals, "workloads": done[0]["workloads"], "members": done, "out": out, "text": "\n".join(lines)}
     timings = joined_tables(list(parts.values()))
     timings.save(out)
-    lines += [f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs", f"next: rampwrap fit {out}"]
+    lines.append(f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs")
     counts = {"workloads": len(timings.us), "configs": len(timings.configs)}
     return {"out": out, "members": done, **counts, **timings.notes, "text": "\n".join(lines)}
-
-
-def _is_finished(part: str, kernel: Kernel, shape: MoEShape, workloads: Sequence[Workload]) -> bool:
-    """Whether a table holds a finished profile of this kernel, on this GPU and these workloads."""
-    from rampwrap.bench import journal_path
-    from rampwrap.sweep import is_of
-
-    try:
-        found = Timings.load(part)
-    except TableError:
-        return False
-    journal = journal_path(part)
-    return is_of(found, kernel, shape, workloads) and not (journal and pathlib.Path(journal).exists())

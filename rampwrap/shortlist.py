@@ -258,19 +258,20 @@ def in_graph(
     counts = counts[counts.any(axis=1)]
     predicted = model.predict(counts)
     # Nothing is compared with a time of 0, which a fit may give far below what was measured.
-    pool = [index for index in span.pool if (predicted[:, index] > 0).all()]
-    if not len(counts) or not np.isfinite(predicted[:, table]).all() or not (predicted[:, table] > 0).all():
+    positive = np.asarray((predicted > 0).all(axis=0))
+    if not len(counts) or not positive[table] or not np.isfinite(predicted[:, table]).all():
         why = "the static config has no predicted time"
         return Shortlist(span.first, span.num_tokens, (table,), table, SINGLE, None, None, why)
     means = predicted.mean(axis=0)
     typical = np.exp(np.log(np.maximum(predicted, np.finfo(np.float64).tiny)).mean(axis=0))
-    base = min((table, *pool), key=lambda index: (typical[index], index))
+    every = [table, *(index for index in span.pool if positive[index])]
+    base = min(every, key=lambda index: (typical[index], index))
     if typical[table] > (1 + WORTH_BASE) * typical[base]:
         static = base
     static_us = float(means[static])
     best: tuple[tuple[int, ...], float, str] = ((static,), static_us, SINGLE)
     taken: tuple[int, ...] = (static,)
-    pool, steps = [index for index in (table, *pool) if index != static], []
+    pool, steps = [index for index in every if index != static], []
     while pool and not span.reason and len(taken) < min(max_candidates, MAX_IN_GRAPH):
         found = [_reached(model, counts, predicted, tuple(sorted((*taken, extra))), static) for extra in pool]
         place = int(np.argmin(found))

@@ -12,7 +12,7 @@ import numpy as np
 
 from rampwrap.errors import ConfigError, InputError, TableError
 from rampwrap.grid import IntArray
-from rampwrap.kernel import Config, Kernel, config_key, format_config, index_by_key
+from rampwrap.kernel import MEMBER, Config, Kernel, config_key, format_config, index_by_key
 from rampwrap.timings import Timings
 
 # How vLLM and SGLang spell what other kernels call block_m, ...
@@ -177,7 +177,7 @@ def read_static(path: str | os.PathLike[str], configs: Sequence[Config]) -> Stat
     }
     if not found:
         example = format_config(next(iter(entries.values()), {}))
-        hint = "add a key 'kernel' to each entry" if all("kernel" in config for config in configs) else "add them"
+        hint = f"add a key {MEMBER!r} to each entry" if all(MEMBER in config for config in configs) else "add them"
         raise InputError(
             f"{os.fspath(path)} names none of the kernel's {len(configs)} configs (it has {example}); {hint}."
         )

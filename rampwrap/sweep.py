@@ -9,11 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rampwrap.device import device_of
-from rampwrap.errors import TableError
-from rampwrap.journal import row_keys
-from rampwrap.kernel import Config, Kernel, MoEShape, config_key, kernel_version
-from rampwrap.profiler import profile
+from rampwrap.kernel import Config, Kernel, MoEShape, config_key
+from rampwrap.profiler import finished, profile
 from rampwrap.routing import Routing, Workload, workload_grid
 from rampwrap.timer import Timer
 from rampwrap.timings import Timings
@@ -51,41 +48,13 @@ def sweep(
     if len(configs) <= most:
         return configs
     rows = sweep_workloads(workloads, seed)
-    found = _finished(out, kernel, shape, rows, configs)
-    if found is None:
+    # Another choice of configs would keep a profile that was killed from going on.
+    found = finished(out, kernel, shape, rows)
+    if found is None or list(map(config_key, found.configs)) != list(map(config_key, configs)):
         found = profile(kernel, shape, rows, configs=configs, out=out, timer=timer, rounds=1, quiet=quiet, seed=seed)
         # What a run that goes on will read: a file holds float32.
         found = found if out is None else Timings.load(out)
     return worth_keeping(found, most)
-
-
-def _finished(
-    out: str | os.PathLike[str] | None,
-    kernel: Kernel,
-    shape: MoEShape,
-    rows: Sequence[Workload],
-    configs: Sequence[Config],
-) -> Timings | None:
-    """The same sweep from before; without it a profile that was killed would go on with other configs."""
-    if out is None:
-        return None
-    try:
-        found = Timings.load(out)
-    except TableError:  # there is none, or it is cut off
-        return None
-    same = tuple(map(config_key, found.configs)) == tuple(map(config_key, configs))
-    return found if same and is_of(found, kernel, shape, rows) else None
-
-
-def is_of(timings: Timings, kernel: Kernel, shape: MoEShape, workloads: Sequence[Workload]) -> bool:
-    """Whether a table is of a kernel as it is here, of this GPU and of exactly these workloads."""
-    device = device_of(kernel)
-    here = kernel.name, kernel_version(kernel), device.name, device.num_sms, shape
-    its = timings.kernel, timings.kernel_version, timings.device.name, timings.device.num_sms, timings.shape
-    if its != here:
-        return False
-    rows = zip(timings.label, timings.split, map(tuple, timings.counts.tolist()), strict=True)
-    return list(rows) == row_keys(shape, workloads)
 
 
 def sweep_workloads(workloads: Sequence[Workload] = (), seed: int = 0) -> list[Workload]:

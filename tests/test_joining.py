@@ -25,6 +25,7 @@ from rampwrap.timings import Timings
 SHAPE = MoEShape(64, 8, 2048, 1024)
 SMALL = ({"block_m": 16, "block_n": 128, "stages": 4}, {"block_m": 32, "block_n": 128, "stages": 4})
 LARGE = ({"block_m": 128, "block_n": 256, "stages": 2},)
+LAYER = ["--num-experts", "64", "--top-k", "8", "--hidden-size", "2048", "--intermediate-size", "1024"]
 ROWS = workload_grid([1, 4, 64, 1024, 4096], [Routing.parse("uniform"), Routing.parse("zipf:1.2")])
 
 
@@ -103,7 +104,6 @@ def known(monkeypatch):
     """Both kernels under names that the command line knows."""
     monkeypatch.setitem(catalog.KERNELS, "few", f"{__name__}:Few")
     monkeypatch.setitem(catalog.KERNELS, "many", f"{__name__}:Many")
-    monkeypatch.setattr(catalog.importlib, "import_module", lambda name: __import__("sys").modules[name])
 
 
 def test_names_of_portfolios(known):
@@ -122,10 +122,9 @@ def test_names_of_portfolios(known):
 
 def test_command_line(known, tmp_path, capsys):
     """`profile` of a portfolio times one kernel after the other; `fit` and `replay` take the tables of several."""
-    layer = LAYER
     rows = ["--batch-size", "1", "64", "4096", "--routing", "uniform", "zipf:1", "--eval-batch-size", "16", "--quiet"]
     out = tmp_path / "both.npz"
-    assert main(["profile", "--kernel", "portfolio:few+many", *layer, *rows, "--out", str(out)]) == 0
+    assert main(["profile", "--kernel", "portfolio:few+many", *LAYER, *rows, "--out", str(out)]) == 0
     parts = [str(tmp_path / f"both.{name}.npz") for name in ("few", "many")]
     assert f"{out}: 11 workloads x 3 configs" in capsys.readouterr().out
     joined, kept = join([Timings.load(part) for part in parts]), Timings.load(out)
@@ -136,7 +135,7 @@ def test_command_line(known, tmp_path, capsys):
     assert Plan.load(plan).provenance["table"] == "both.few.npz + both.many.npz"
     assert main(["replay", *parts]) == 0 and "portfolio:few+many on simulated" in capsys.readouterr().out
     assert main(["fit", *parts]) == 1 and "pass --out PLAN.json" in capsys.readouterr().err
-    assert main(["profile", "--kernel", "portfolio:few+many", *layer, *rows, "--dry-run"]) == 0
+    assert main(["profile", "--kernel", "portfolio:few+many", *LAYER, *rows, "--dry-run"]) == 0
     assert "few: 11 workloads x 2 configs = 22 cells" in capsys.readouterr().out
     assert main(["fit", str(out), parts[0], "--out", str(plan)]) == 1
     assert "is joined already" in capsys.readouterr().err
@@ -159,9 +158,6 @@ def test_a_sweep_keeps_what_wins():
     tokens = [its.num_tokens for its in sweep_workloads(workload_grid([6, 300], [Routing.parse("uniform")]))]
     assert sorted(set(tokens)) == [6, 16, 64, 256, 300]
     assert not {its.seed for its in sweep_workloads(seed=3)} & {3, 4}
-
-
-LAYER = ["--num-experts", "64", "--top-k", "8", "--hidden-size", "2048", "--intermediate-size", "1024"]
 
 
 def test_a_sweep_comes_before_a_profile(tmp_path, capsys):

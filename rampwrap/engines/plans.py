@@ -97,7 +97,7 @@ class Plans:
         for name in kernels:
             usable, refused = [], ""
             for path, plan in self.found:
-                if _alike(plan.kernel, name) and plan.shape == shape and _same(plan.device, device):
+                if _alike(plan.kernel, name) and plan.shape == shape and plan.device.label == device.label:
                     kernel = _kernel(plan.kernel, shape)
                     reason = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
                     if isinstance(kernel, str) or reason is not None:
@@ -118,7 +118,7 @@ class Plans:
         reasons = []
         for path, plan in self.found:
             known = any(_alike(plan.kernel, name) for name in kernels)
-            near = (plan.shape == shape, _same(plan.device, device), known)
+            near = (plan.shape == shape, plan.device.label == device.label, known)
             if not known:
                 reason = f"it is for kernel {plan.kernel}, used here are {', '.join(kernels)}"
             else:
@@ -135,10 +135,6 @@ class Plans:
 def _alike(planned: str, name: str) -> bool:
     """Whether two names stand for one kernel; portfolios do in whatever order their members are named."""
     return planned == name or sorted(members_of(planned)) == sorted(members_of(name)) != []
-
-
-def _same(planned: Device, here: Device) -> bool:
-    return (planned.name, planned.num_sms) == (here.name, here.num_sms)
 
 
 def _kernel(name: str, shape: MoEShape) -> Kernel | str:

@@ -189,7 +189,7 @@ def _fits(plan: Plan, shape: MoEShape, device: Device) -> bool:
     return (
         its.num_local_experts == shape.num_experts
         and all(getattr(its, name) == getattr(shape, name) for name in sizes)
-        and (plan.device.name, plan.device.num_sms) == (device.name, device.num_sms)
+        and plan.device.label == device.label
         and all(set(config) == set(KEYS) and refusal(config, shape.dtype) is None for config in plan.configs)
     )
 
