@@ -14,13 +14,13 @@ from rampwrap.cost import CostModel, model_from_dict
 from rampwrap.device import Device
 from rampwrap.drift import Profiled
 from rampwrap.errors import PlanError, PlanMismatchError, RampwrapError
+from rampwrap.files import replacing
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
 from rampwrap.policy import Bucket, Static, WaveCost
 from rampwrap.portfolio import members_of
 from rampwrap.shortlist import Shortlist
 from rampwrap.static import StaticTable
-from rampwrap.timings import replacing
 
 SCHEMA = 1
 

@@ -10,8 +10,9 @@ import numpy as np
 from rampwrap.compare import ORACLE, Comparison
 from rampwrap.cost import CostModel
 from rampwrap.errors import InputError
+from rampwrap.files import replacing
 from rampwrap.kernel import format_config
-from rampwrap.timings import Timings, replacing
+from rampwrap.timings import Timings
 
 
 def text(comparison: Comparison) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rampwrap.errors import TableError
-from rampwrap.timings import Timings, replacing
+from rampwrap.files import replacing
+from rampwrap.timings import Timings
 
 
 def test_a_table_survives_its_file(tmp_path: pathlib.Path, sim_timings: Timings) -> None:
