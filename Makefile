@@ -15,10 +15,13 @@ TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytho
 
 setup: $(VENV)/.ready
 
+# pip's editable install is an import hook, which no type checker follows: mypy finds rampwrap, in a folder of the user's own,
+# by the link. A path file to this folder would do too, but would make `adapters`, `kernels` and `tests` importable.
 $(VENV)/.ready: pyproject.toml rampwrap/_score.c
 	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
 	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0)
 	$(PIP) -e ".[triton,cute,plot,transformers,dev]"
+	ln -sfn "$(CURDIR)/rampwrap" "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rampwrap"
 	touch $@
 
 demo: setup

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import attrs
 import numpy as np
-import scipy.linalg
-import scipy.optimize
 
 from rampwrap.errors import FitError
 from rampwrap.features import Geometry, float_log2, support_features
@@ -74,6 +72,8 @@ class Smoother:
 
         With fewer support points than workloads this is the subset-of-regressors form: no workload is lost.
         """
+        import scipy.linalg
+
         normal = cross.T @ cross + ridge * prior
         # Support points that coincide for one geometry make the matrix singular; the jitter is 1e-10 of its scale.
         normal[np.diag_indices_from(normal)] += 1e-10 * np.trace(normal)
@@ -249,6 +249,8 @@ def _try(
 
 def _non_negative(design: FloatArray, us: FloatArray) -> FloatArray:
     """Coefficients >= 0 of least squared relative error (Lawson-Hanson)."""
+    import scipy.optimize
+
     relative = design / us[:, None]
     size = np.sqrt((relative**2).sum(axis=0))
     solution: FloatArray = scipy.optimize.nnls(relative / size, np.ones(len(us)))[0] / size

@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Self
 import attrs
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 
 from rampwrap import native
 from rampwrap.correction import distinct, fit_local, ratio_errors, span_of
@@ -235,6 +234,8 @@ class Ramp4(CostModel):
     @classmethod
     def fit(cls, timings: Timings, rows: IntArray) -> Self:
         """Ordinary least squares for each config, on the cells that ran."""
+        import scipy.linalg  # here, as wherever a model is fitted: serving a plan never waits half a second for it
+
         geometry = Geometry.of(timings.grids, timings.device.num_sms)
         us, counts = timings.us[rows], timings.counts[rows]
         design = cls._design(geometry, counts)

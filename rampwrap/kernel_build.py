@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import attrs
-from tqdm import tqdm
 
 from rampwrap.kernels.cute.build import Build, build
 from rampwrap.kernels.cute.configs import DTYPES, FORMS, all_variants
@@ -30,6 +29,8 @@ def _positive(text: str) -> int:
 
 def run(a: argparse.Namespace) -> dict[str, Any]:
     """Builds; what `Build` says, for people and as JSON."""
+    from tqdm import tqdm
+
     with tqdm(unit="kernel", disable=a.quiet or not sys.stderr.isatty()) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -28,7 +28,6 @@ from typing import Any
 
 import attrs
 import numpy as np
-from scipy import stats
 
 from rampwrap.device import Device
 from rampwrap.errors import InputError
@@ -113,6 +112,8 @@ def published(n_tiles: float, kappa: float, omega: float) -> dict[str, bool]:
 @functools.lru_cache(maxsize=4096)
 def expected_blocks(shape: MoEShape, num_tokens: int, block_m: int) -> float:
     """Expected M blocks under uniform routing: an expert's tokens are binomial, ``E[ceil(c/b)] = sum_j P(c > j b)``."""
+    from scipy import stats
+
     tail = stats.binom.sf(np.arange(0, num_tokens, block_m), num_tokens, shape.top_k / shape.num_experts)
     return float(shape.num_local_experts * tail.sum())
 

@@ -1,12 +1,17 @@
 """The wheel's package list, and what must never become importable."""
 
+import ast
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import tomllib
 
 import pytest
+
+import rampwrap
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -14,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def test_the_package_list_is_the_tree() -> None:
     if not (ROOT / "rampwrap").is_dir():
         pytest.skip("only the source tree can be compared with the package list")
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     found = {"rampwrap"}
     for top in ("rampwrap", "adapters", "kernels"):
         for file in (ROOT / top).rglob("*.py"):
@@ -31,8 +36,57 @@ def test_top_level_names_of_others_stay_free() -> None:
         assert spec is None or spec.origin is None or "rampwrap" not in spec.origin
 
 
-def test_importing_rampwrap_needs_neither_torch_nor_triton() -> None:
-    code = "import sys, rampwrap; print([n for n in ('torch', 'triton', 'cutlass', 'matplotlib') if n in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def loaded(code: str, names: tuple[str, ...]) -> str:
+    """Which of the modules `names` are there after `code`, as a fresh process prints it."""
+    code = f"import sys\n{code}\nprint([n for n in {names!r} if n in sys.modules], file=sys.stderr)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.strip()
+
+
+HEAVY = ("scipy", "torch", "triton", "cutlass", "matplotlib", "tqdm")
+HELP = """
+from rampwrap.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+"""
+
+
+def test_importing_rampwrap_loads_nothing_that_is_not_used() -> None:
+    assert loaded("import rampwrap", (*HEAVY, "numpy", "attrs")) == "[]"
+    assert loaded(HELP, HEAVY) == "[]"
+
+
+def test_every_public_name_is_importable_and_needs_no_scipy_torch_or_triton() -> None:
+    assert loaded("import rampwrap\n[getattr(rampwrap, name) for name in rampwrap.__all__]", HEAVY) == "[]"
+    assert set(rampwrap.__all__) <= set(dir(rampwrap))
+    with pytest.raises(AttributeError, match="'rampwrap' has no attribute 'Nope'"):
+        _ = rampwrap.Nope
+
+
+def test_a_type_checker_reads_the_names_that_are_imported_on_first_use() -> None:
+    tree = ast.parse(pathlib.Path(rampwrap.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert typed.pop("observe") == "rampwrap"
+    assert typed == {name: f"rampwrap.{module}" for name, module in rampwrap._HOME.items()}
+    assert set(rampwrap.__all__) == {*typed, "observe", "__version__"}
+
+
+@pytest.mark.slow
+def test_users_code_is_type_checked_wherever_rampwrap_is_installed(tmp_path: pathlib.Path) -> None:
+    """In a folder of the user's own, by `make setup`'s environment and by the wheel's."""
+    installed = pathlib.Path(sysconfig.get_path("purelib")) / "rampwrap"
+    if not installed.is_dir():
+        pytest.skip("rampwrap is on the path alone, not installed by make setup or as a wheel")
+    (tmp_path / "mine.py").write_text(
+        "import rampwrap\nfrom rampwrap import Plan\nfrom rampwrap.kernel import MoEShape\n"
+        "plan: Plan = Plan.load('p.json')\nshape: MoEShape = rampwrap.MoEShape(8, 2, 64, 64)\n"
+        "text: str = rampwrap.observe.prometheus()\nwrong: int = shape\n"
     )
+    run = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "mine.py"]
+    bare = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}
+    said = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env=bare).stdout
+    assert said.count("error:") == 1 and "mine.py:7" in said, said
