@@ -9,6 +9,7 @@ the output rows to memory in bf16. Facts of its source that users meet:
 * a config that does not fit shared memory, and any other CUDA error of its set-up, ends the process.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -22,6 +23,7 @@ from rampwrap.errors import ConfigError, InputError
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, MoEShape, check_configs, format_config
 from rampwrap.kernels.triton.align import TokenBlocks, align_tokens
+from rampwrap.kernels.triton.branches import run_beside
 from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
 from rampwrap.static import StaticTable, read_static
 
@@ -121,8 +123,6 @@ class AlphaMoE:
     name = "alpha_moe"
     weight_layout = "alpha_moe_interleaved8"
     capturable = True
-    graph_modes = ("early-exit",)
-    "How `launch_candidates` can run: a CTA past num_tokens_post_padded leaves before it reads anything else."
     nondeterministic = "output tiles are added in bf16 in no fixed order"
     launch_names = ("fused_moe_w8a8",)
     tolerance = 0.05
@@ -248,11 +248,15 @@ class AlphaMoE:
         expert_map: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         scaling_factor: float = 1.0,
+        streams: Sequence[Any] = (),
     ) -> torch.Tensor:
         """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
 
+        A CTA past num_tokens_post_padded leaves before it reads anything else.
+
         Args:
             configs: candidates.
+            streams: for the candidates after the first, to run beside it; none runs them one after the other.
             blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
             choice: its place; not read, since the blocks say it.
             expert_map: not read either.
@@ -265,7 +269,7 @@ class AlphaMoE:
         if not len(hidden_states):
             return torch.zeros_like(hidden_states) if out is None else out
         weights = (w13, w13_scale, w2, w2_scale)
-        return self._run(configs, blocks, hidden_states, weights, topk_weights, out, scaling_factor)
+        return self._run(configs, blocks, hidden_states, weights, topk_weights, out, scaling_factor, streams)
 
     def _run(
         self,
@@ -276,6 +280,7 @@ class AlphaMoE:
         topk_weights: torch.Tensor,
         out: torch.Tensor | None,
         scaling_factor: float,
+        streams: Sequence[Any] = (),
     ) -> torch.Tensor:
         """Quantises and zeroes once, and launches each config on its blocks."""
         tokens = len(hidden_states)
@@ -288,12 +293,16 @@ class AlphaMoE:
         x = torch.empty_like(hidden_states, dtype=FP8)
         x_scale = hidden_states.new_empty(tokens, self.shape.hidden_size // GROUP, dtype=torch.float32)
         quantise_rows(hidden_states, x, x_scale)
-        for config, its in zip(configs, blocks, strict=True):
-            self._op(
+        work = [
+            functools.partial(
+                self._op,
                 *(x, x_scale, *weights),
                 *(its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded, topk_weights, out),
                 *(self.shape.top_k, *(config[key] for key in KEYS), scaling_factor),
             )
+            for config, its in zip(configs, blocks, strict=True)
+        ]
+        run_beside(streams, work)
         return out
 
     def _check_config(self, config: Config) -> None:

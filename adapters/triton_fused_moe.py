@@ -29,8 +29,6 @@ class TritonFusedMoE:
     name = "triton_fused_moe"
     # Changes with every change that moves timings: profiles of another version are refused.
     version = "2"
-    graph_modes = ("early-exit", "merged", "parallel")
-    "How `launch_candidates` can run."
 
     def __init__(self, shape: MoEShape) -> None:
         self.shape = shape
@@ -173,7 +171,6 @@ class TritonFusedMoE:
         workspace: Workspace | None = None,
         waves: int = 1,
         streams: Sequence[Any] = (),
-        merged: bool = False,
     ) -> torch.Tensor:
         """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
 
@@ -183,7 +180,6 @@ class TritonFusedMoE:
             choice: int32 [1], its place.
             waves: as for `launch`; a candidate without rows costs about 1 us with grids of one wave.
             streams: for the candidates after the first, to run beside it; none runs them one after the other.
-            merged: one launch of each GEMM that holds all candidates, so that none is launched in vain.
 
         The other arguments, and what is raised, are those of `launch`.
         """
@@ -207,7 +203,6 @@ class TritonFusedMoE:
             workspace=workspace,
             most_ctas=[self.most_ctas(config, waves, topk_ids.device) for config in configs],
             streams=streams,
-            merged=merged,
         )
 
     def _check_config(self, config: Config) -> None:

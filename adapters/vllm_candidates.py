@@ -6,12 +6,14 @@ kernel leaves when its block starts at or past ``num_tokens_post_padded``, which
 so all candidates share the intermediate tensors and one of them writes.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rampwrap.errors import InputError
+from rampwrap.kernels.triton.branches import run_beside
 
 NAMES = (
     *("dispatch_fused_moe_kernel", "moe_kernel_quantize_input", "apply_moe_activation", "_get_config_quant_dtype"),
@@ -40,6 +42,7 @@ def launch_candidates(
     expert_map: torch.Tensor | None = None,
     activation: Any = None,
     apply_router_weight_on_input: bool = False,
+    streams: Sequence[Any] = (),
 ) -> torch.Tensor:
     """Runs the layer with the candidate whose blocks have rows; the bits are those of `fused_experts` with its config.
 
@@ -50,6 +53,7 @@ def launch_candidates(
         quant_config: vLLM's; None for bf16 and fp16.
         expert_map: only whether there is one matters here: rows of experts elsewhere are zero.
         activation: vLLM's `MoEActivation`; SiLU where absent.
+        streams: for the candidates after the first, to run beside it; none runs them one after the other.
 
     The other arguments are those of `fused_experts`.
 
@@ -83,10 +87,12 @@ def launch_candidates(
     }
 
     def gemm(x: Any, w: Any, out: Any, scales: Any, bias: Any, weighted: bool, each: int) -> None:
-        for config, its in zip(configs, blocks, strict=True):
+        def one(config: Mapping[str, Any], its: Any) -> None:
             alignment = (its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded)
             arguments = (x, w, out, *scales, topk_weights, *alignment, weighted, each, dict(config))
             module.dispatch_fused_moe_kernel(*arguments, **common, B_bias=bias)
+
+        run_beside(streams, [functools.partial(one, *its) for its in zip(configs, blocks, strict=True)])
 
     x, x_scale = module.moe_kernel_quantize_input(A=hidden_states, A_scale=quant.a1_scale, **quantised)
     scales = (x_scale, quant.w1_scale, quant.w1_zp)

@@ -195,8 +195,8 @@ class VllmFusedMoE:
         self._blocks = [GROUP, GROUP] if shape.dtype == "fp8" and not per_tensor else None
         self._device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
         _listen(self._package)
-        # How `launch_candidates` can run; another vLLM may have other inner parts.
-        self.graph_modes = ("early-exit",) if vllm_candidates.available(self._module) else ()
+        # Another vLLM may have other inner parts.
+        self.chooses_in_graph = vllm_candidates.available(self._module)
         pinned = self._pinned()
         listed = self._listed() if pinned is None else [pinned]
         usable = [config for config in listed if self.supports(config, shape) is None]
@@ -347,7 +347,7 @@ class VllmFusedMoE:
             configs: candidates.
             blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
             choice: its place; not read, since the blocks say it.
-            options: ``expert_map``, ``activation`` and ``apply_router_weight_on_input``.
+            options: ``expert_map``, ``activation``, ``apply_router_weight_on_input`` and ``streams``.
 
         The other arguments, and what is raised, are those of `launch`.
         """

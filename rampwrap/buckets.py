@@ -16,16 +16,15 @@ from rampwrap.ingraph import pack
 from rampwrap.kernel import Config
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static, WaveCost
-from rampwrap.shortlist import COSTS, SINGLE, Shortlist, Span, in_graph, token_spans
+from rampwrap.shortlist import COSTS, Shortlist, Span, in_graph, token_spans
 
 
 @attrs.frozen(eq=False)
 class Bucket:
-    """What serves some token counts: the shortlist, its mode, and the tables on the GPU."""
+    """What serves some token counts: the shortlist, and the tables on the GPU."""
 
     position: int
     shortlist: Shortlist
-    mode: str
     configs: tuple[Config, ...]
     candidates: Any
     "`kernels.triton.select.Candidates`; None where there is nothing to choose."
@@ -37,9 +36,9 @@ class Buckets:
     Args:
         plan: whose model and shortlists serve.
         policy: of the host; anything but `WaveCost` serves static configs alone.
-        modes: launch modes that may be used; none where nothing is chosen on the GPU.
-        costs: microseconds by mode and number of candidates; None takes the plan's own shortlists where it has them
-            for these modes, and `shortlist.COSTS` elsewhere.
+        chooses: whether the GPU may choose; one config serves each bucket elsewhere.
+        costs: microseconds by number of candidates; None takes the plan's own shortlists where it has them, and
+            `shortlist.COSTS` elsewhere.
         max_candidates: at most four.
         device: where the tables go.
     """
@@ -48,21 +47,21 @@ class Buckets:
         self,
         plan: Plan,
         policy: Policy,
-        modes: tuple[str, ...],
-        costs: Mapping[str, Mapping[int, float]] | None,
+        chooses: bool,
+        costs: Mapping[int, float] | None,
         max_candidates: int,
         device: torch.device,
     ) -> None:
         self._plan, self._policy, self._device, self._max_candidates = plan, policy, device, max_candidates
         routed = isinstance(policy, WaveCost)
-        self._costs = {mode: (costs or COSTS).get(mode) or COSTS.get(mode, {}) for mode in modes} if routed else {}
+        self._costs = (COSTS if costs is None else costs) if routed and chooses else {}
         lists = plan.in_graph
         stored = costs is None and max_candidates >= max((len(its.candidates) for its in lists), default=9)
         self._lists: tuple[Shortlist | Span, ...]
-        if routed and stored and {its.mode for its in lists if len(its.candidates) > 1} <= set(modes):
+        if routed and stored and (chooses or all(len(its.candidates) == 1 for its in lists)):
             self._lists = lists
         else:
-            # A kernel without graph modes has one config a bucket too: the best over skews, not the uniform-tuned one.
+            # A kernel that cannot choose has one config a bucket too: the best over skews, not the uniform-tuned one.
             self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if routed else ())
         self._firsts = [its.first for its in self._lists]
         self._made: list[Bucket | None] = [None] * len(self._lists)
@@ -97,11 +96,11 @@ class Buckets:
             its = in_graph(plan.model, plan.shape, its, self._costs, self._max_candidates)
         configs = tuple(self._policy.configs[index] for index in its.candidates)
         if len(configs) == 1:
-            return Bucket(position, its, SINGLE, configs, None)
+            return Bucket(position, its, configs, None)
         from rampwrap.kernels.triton.select import Candidates
 
         packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))
-        return Bucket(position, its, its.mode, configs, Candidates.on(packed, self._device))
+        return Bucket(position, its, configs, Candidates.on(packed, self._device))
 
 
 def _table(policy: Policy, plan: Plan) -> Any:

@@ -16,6 +16,8 @@ KERNELS = {
     "torch_grouped_mm": "rampwrap.adapters.torch_grouped_mm:TorchGroupedMM",
     "sim": "rampwrap.sim:SimKernel",
 }
+CHOOSES_IN_GRAPH = ("triton_fused_moe", "vllm_fused_moe", "alpha_moe")
+"Those that can run candidates of which the GPU lets one run; plans for others hold one config for each graph."
 
 
 def make_kernel(name: str, shape: MoEShape) -> Kernel:

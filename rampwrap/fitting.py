@@ -8,11 +8,12 @@ import attrs
 
 from rampwrap import compare
 from rampwrap._version import __version__
+from rampwrap.catalog import CHOOSES_IN_GRAPH
 from rampwrap.cost import Local, fit
 from rampwrap.drift import profiled_ranges
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static
-from rampwrap.shortlist import all_in_graph, make_buckets
+from rampwrap.shortlist import COSTS, all_in_graph, make_buckets
 from rampwrap.static import static_table
 from rampwrap.timings import Timings
 
@@ -57,6 +58,7 @@ def make_plan(
         provenance["held_out"] = {
             key: round(value, 5) for key, value in attrs.asdict(judged).items() if isinstance(value, float)
         }
+    chooses = timings.kernel in CHOOSES_IN_GRAPH
     # Only configs that something may launch travel with the plan.
     used = sorted({*table.indices, *(i for bucket in buckets for i in bucket.shortlist)})
     where = {old: new for new, old in enumerate(used)}
@@ -75,6 +77,8 @@ def make_plan(
         buckets=few,
         choosing_us=choosing_us,
         profiled=profiled_ranges(fitted.num_tokens, fitted.counts),
-        in_graph=all_in_graph(shipped, timings.shape, serves, few) if isinstance(shipped, Local) else (),
+        in_graph=all_in_graph(shipped, timings.shape, serves, few, COSTS if chooses else {})
+        if isinstance(shipped, Local)
+        else (),
         provenance=provenance,
     )

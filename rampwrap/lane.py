@@ -1,6 +1,5 @@
 """`Lane` and `Layer`: the callers of a `Selector`. A lane owns memory, a layer owns the record of its choices."""
 
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import attrs
 import torch
 
-from rampwrap import conditional
 from rampwrap.buckets import Bucket, Buckets, capturing
 from rampwrap.dispatch import Dispatcher
 from rampwrap.drift import Sums
@@ -34,10 +32,11 @@ class Served:
     Attributes:
         kernel, plan, dispatcher, shape: as of the selector.
         buckets: what serves each token count.
-        mode: as asked for; ``lagged`` and ``eager`` only where the plan may choose.
+        mode: as asked for; ``lagged`` only where the plan may choose.
         max_tokens: the largest batch.
         device: where tensors are.
         parameters: names of the positional parameters of `kernel.launch` after the config.
+        branches: whether ``launch_candidates`` takes ``streams``.
         warmed: by what of the tensors decides which kernels are compiled, a byte for each token count whose were.
     """
 
@@ -50,6 +49,7 @@ class Served:
     max_tokens: int
     device: torch.device
     parameters: tuple[str, ...]
+    branches: bool
     warmed: dict[Kinds, bytearray] = attrs.field(factory=dict)
 
 
@@ -61,7 +61,6 @@ class Lane:
         self._memory: torch.Tensor | None = None
         self._workspace: Any = None
         self._streams: list[Any] = []
-        self._nodes: conditional.Switch | None = None
         self._layouts: dict[tuple[int, int], Any] = {}
         self._layers: dict[str, Layer] = {}
 
@@ -135,12 +134,6 @@ class Lane:
             self._streams.append(torch.cuda.Stream(self._served.device))  # type: ignore[no-untyped-call]
         return self._streams[:count]
 
-    def _switch(self) -> conditional.Switch:
-        if self._nodes is None:
-            self._no_allocation("streams for a SWITCH node")
-            self._nodes = conditional.Switch(self._served.device.index or 0)
-        return self._nodes
-
     def _no_allocation(self, what: str) -> None:
         if capturing():
             raise CaptureError(f"this lane has no {what} yet; run one eager step on it before capturing.")
@@ -158,7 +151,7 @@ class Layer:
         self._sums: dict[int, Sums] = {}
         # All buckets at once: a tally that was made under capture would belong to the graph.
         self._tallies: torch.Tensor | None = None
-        if self._served.mode not in ("eager", "lagged"):
+        if self._served.mode != "lagged":
             self._tallies = torch.zeros(len(buckets), TALLY, dtype=torch.float64, device=self._served.device)
             self._tally = list(self._tallies.unbind())
 
@@ -174,8 +167,6 @@ class Layer:
             kwargs |= dict(zip(served.parameters, args, strict=False))
         topk_ids = kwargs["topk_ids"]
         num_tokens = len(topk_ids)
-        if served.mode == "eager":
-            return self._launch_eager(kwargs)
         if num_tokens > served.max_tokens:
             raise InputError(
                 f"{num_tokens} tokens are more than max_tokens={served.max_tokens}; make the Selector for a larger batch."
@@ -195,7 +186,7 @@ class Layer:
         return out
 
     def _launch(self, bucket: Bucket, num_tokens: int, given: Mapping[str, Any]) -> Any:
-        """A graph mode: one config, or the candidates of a bucket behind the kernel that selects."""
+        """Mode graph: one config, or the candidates of a bucket behind the kernel that selects."""
         served, lane, kwargs, topk_ids = self._served, self._lane, dict(given), given["topk_ids"]
         if hasattr(served.kernel, "workspace") and "workspace" in served.parameters and kwargs.get("workspace") is None:
             kwargs["workspace"] = lane._scratch()
@@ -213,45 +204,10 @@ class Layer:
             selected=lane._selected(num_tokens, bucket),
             tally=self._tally[bucket.position],
         )
-        if bucket.mode == "switch":
-            return self._launch_switch(bucket, selected, kwargs)
-        if bucket.mode == "parallel" and served.device.type == "cuda":  # a CPU runs one after the other
+        if served.device.type == "cuda" and served.branches:  # a CPU runs one after the other
             kwargs["streams"] = lane._branches(len(bucket.configs) - 1)
-        elif bucket.mode == "merged":
-            kwargs["merged"] = True
         launch = getattr(served.kernel, "launch_candidates")  # noqa: B009  (an optional member)
         return launch(bucket.configs, selected.blocks, selected.choice, **kwargs)
-
-    def _launch_switch(self, bucket: Bucket, selected: Any, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Each candidate as a body of a conditional node; outside a capture the host waits and launches the chosen."""
-        kernel, parameters = self._served.kernel, self._served.parameters
-        out: torch.Tensor = (
-            kwargs["out"] if kwargs.get("out") is not None else torch.empty_like(kwargs["hidden_states"])
-        )
-        if "out" in parameters:
-            kwargs["out"] = out
-        several = getattr(kernel, "launch_candidates", None)
-
-        def body(place: int) -> None:
-            config, its = bucket.configs[place], selected.blocks[place]
-            if "blocks" in parameters:
-                result = kernel.launch(config, **kwargs, blocks=its)
-            elif several is not None:
-                result = several((config,), (its,), selected.choice, **kwargs)
-            else:
-                result = kernel.launch(config, **kwargs)
-            if result is not out:
-                out.copy_(result)
-
-        if capturing():
-            self._lane._switch().add(selected.choice, [functools.partial(body, i) for i in range(len(bucket.configs))])
-            return out
-        self._lane._switch()
-        chosen = int(selected.choice)
-        # All are run, the chosen one last, so that a capture finds every one compiled.
-        for place in sorted(range(len(bucket.configs)), key=lambda place: place == chosen):
-            body(place)
-        return out
 
     def telemetry(self) -> list[Telemetry]:
         """What was chosen, by bucket. Waits for the GPU."""
@@ -263,9 +219,9 @@ class Layer:
             found = []
             if bucket.candidates is not None and sum(tallies[bucket.position][:MAX_IN_GRAPH]):
                 tally = tallies[bucket.position]
-                found.append(Telemetry.of_tally(self.name, its.num_tokens, bucket.mode, its.candidates, tally))
+                found.append(Telemetry.of_tally(self.name, its.num_tokens, its.mode, its.candidates, tally))
             if host:
-                mode = served.mode if served.mode in ("eager", "lagged") else SINGLE
+                mode = "lagged" if served.mode == "lagged" else SINGLE
                 sums = self._sums.get(bucket.position, Sums()).numbers()
                 found.append(Telemetry(self.name, its.num_tokens, mode, host, sum(host.values()), **sums))
             for row in found:
@@ -304,18 +260,11 @@ class Layer:
                 f"tensors of the same types{starts}, or Selector.warm, first."
             )
 
-    def _launch_eager(self, kwargs: dict[str, Any]) -> Any:
-        dispatcher, topk_ids = self._served.dispatcher, kwargs["topk_ids"]
-        index = dispatcher._choose(topk_ids, kwargs.get("expert_map"))
-        dispatcher.launch_counts[index] += 1
-        self._count(self._served.buckets.of(len(topk_ids)).position, index)
-        return self._served.kernel.launch(dispatcher._configs[index], **kwargs)
-
     def _launch_lagged(self, bucket: Bucket, kwargs: dict[str, Any]) -> Any:
         served, topk_ids = self._served, kwargs["topk_ids"]
         if capturing():
             raise CaptureError(
-                "a graph would freeze the choice of mode 'lagged'; capture the parts around the layer, or use early-exit."
+                "a graph would freeze the choice of mode 'lagged'; capture the parts around the layer, or use mode 'graph'."
             )
         # By octave: a histogram of prefill says nothing of decode, and buckets may span both.
         state = self._lagged.setdefault(len(topk_ids).bit_length(), Lagged(served.shape.num_local_experts))

@@ -4,17 +4,10 @@ Called like `kernel.launch` without its config, in eager mode and under capture 
 from the plan the one to four configs that are worth choosing from, the cost of choosing included; one means that
 nothing is added to the graph. Modes:
 
-    early-exit  one launch aligns and selects, all candidates are launched, those not chosen find no rows and leave
-    merged      the same with all candidates inside one launch of each GEMM, which needs the registers and shared
-                memory of the largest; nothing is launched in vain
-    parallel    early-exit with the candidates on branches of the graph, so that their launches overlap
-    switch      each candidate's layer is a branch of a conditional node, of which one runs; any kernel that can be
-                captured, CUDA 12.8; an eager step of it waits for the host
+    graph       one launch aligns and selects; all candidates are launched on branches of the graph, and those not
+                chosen find no rows and leave; kernels without ``launch_candidates`` get one config a bucket
     lagged      the host chooses by the histogram of the step before, copied back without waiting; any kernel, but
                 a graph would freeze the choice, so for eager and piecewise execution
-    eager       the host reads the histogram and chooses, and waits for it; any kernel
-    auto        whichever of those that live in a graph and that the kernel has is expected to be fastest, by `costs`;
-                switch only where `costs` names it
 
 The bits of a choice are tested against the host's. `shortlist.COSTS` were measured on an H200; `benchmarks/in_graph.py`
 measures them on the machine at hand, to be given as `costs`.
@@ -28,7 +21,6 @@ from typing import Any
 
 import torch
 
-from rampwrap import conditional
 from rampwrap.buckets import Bucket, Buckets
 from rampwrap.device import Device
 from rampwrap.dispatch import Dispatcher
@@ -42,34 +34,34 @@ from rampwrap.policy import WaveCost
 from rampwrap.shortlist import MAX_IN_GRAPH
 from rampwrap.telemetry import Telemetry
 
-MODES = ("auto", "early-exit", "merged", "parallel", "switch", "lagged", "eager")
-IN_GRAPH = ("early-exit", "merged", "parallel", "switch")
+MODES = ("graph", "lagged")
 
 
-def graph_modes(kernel: Kernel) -> tuple[str, ...]:
-    """Modes of `IN_GRAPH` that a kernel has: its ``graph_modes``, or early-exit with a member ``launch_candidates``."""
-    default = ("early-exit",) if hasattr(kernel, "launch_candidates") else ()
-    return tuple(getattr(kernel, "graph_modes", default))
+def chooses_in_graph(kernel: Kernel) -> bool:
+    """Whether a kernel can run candidates of which the GPU lets one run: it has ``launch_candidates``.
+
+    A member ``chooses_in_graph`` overrules that.
+    """
+    return bool(getattr(kernel, "chooses_in_graph", hasattr(kernel, "launch_candidates")))
 
 
 class Selector:
     """A kernel whose config is chosen on the GPU.
 
     Args:
-        kernel: as for `Dispatcher`; early-exit, merged and parallel need a member ``launch_candidates``, the latter
-            two also their names in a member ``graph_modes``.
+        kernel: as for `Dispatcher`; a choice inside the graph needs a member ``launch_candidates``.
         plan: a `Plan` or the path of one, with the model ``default``.
         max_tokens: the largest batch; memory is `Selector.memory_bytes`.
         mode: one of `MODES`.
-        costs: microseconds by mode and number of candidates, as `shortlist.COSTS`; None takes the shortlists that the
-            plan holds, and those costs where it holds none that fit.
+        costs: microseconds by number of candidates, as `shortlist.COSTS`; None takes the shortlists that the plan
+            holds, and those costs where it holds none that fit.
         max_candidates: at most four.
         shape, device, strict: as for `Dispatcher`.
         where: the torch device of tables and scratch memory; the current GPU where there is one.
 
     Raises:
         PlanError: the plan cannot choose on the GPU, or is poisoned.
-        InputError: an unknown mode, one that the kernel does not allow, or no tokens.
+        InputError: an unknown mode, or no tokens.
     """
 
     def __init__(
@@ -78,8 +70,8 @@ class Selector:
         plan: Plan | str | os.PathLike[str],
         *,
         max_tokens: int,
-        mode: str = "auto",
-        costs: Mapping[str, Mapping[int, float]] | None = None,
+        mode: str = "graph",
+        costs: Mapping[int, float] | None = None,
         max_candidates: int = MAX_IN_GRAPH,
         shape: MoEShape | None = None,
         device: Device | None = None,
@@ -97,28 +89,25 @@ class Selector:
         self.policy = policy = self._dispatcher.policy
         routed = isinstance(policy, WaveCost)
         where = torch.device(where or ("cuda" if torch.cuda.is_available() else "cpu"))
-        modes = graph_modes(kernel)
-        if mode == "switch" or (mode == "auto" and (costs or {}).get("switch")):
-            conditional.require()
-            modes = (*modes, "switch")
-        if mode in IN_GRAPH and mode not in modes:
-            raise InputError(
-                f"kernel {kernel.name!r} cannot run in mode {mode!r}, it has {', '.join(modes) or 'no launch_candidates'}; "
-                "use lagged."
-            )
-        if mode != "auto":
-            modes = tuple({mode} & set(IN_GRAPH))
-        elif costs is not None:
-            modes = tuple(name for name in modes if costs.get(name))
+        chooses = mode == "graph" and chooses_in_graph(kernel)
         # The whole plan once: a poisoned coefficient is refused before anything is captured.
-        if routed and mode not in ("eager", "lagged"):
+        if routed and mode == "graph":
             for index in range(len(self.plan.configs)):
                 pack(self.plan.model.take((index,)))
-        self._buckets = Buckets(self.plan, policy, modes, costs, max_candidates, where)
+        self._buckets = Buckets(self.plan, policy, chooses, costs, max_candidates, where)
         parameters = tuple(inspect.signature(kernel.launch).parameters)[1:]  # the config stands first
-        served_mode = mode if mode == "eager" or routed else "auto"
+        served_mode = mode if routed else "graph"
         self._served = Served(
-            kernel, self.plan, self._dispatcher, self.shape, self._buckets, served_mode, max_tokens, where, parameters
+            kernel,
+            self.plan,
+            self._dispatcher,
+            self.shape,
+            self._buckets,
+            served_mode,
+            max_tokens,
+            where,
+            parameters,
+            chooses and "streams" in inspect.signature(getattr(kernel, "launch_candidates")).parameters,  # noqa: B009
         )
         self._lanes: list[Lane] = []
         self._main = self.lane()
@@ -198,9 +187,9 @@ class Selector:
                 counted.setdefault(position, Counter()).update(counts)
         for bucket in self._buckets:
             its, ran = bucket.shortlist, counted.get(bucket.position, Counter[int]())
-            lines.append(f"  from {its.first} tokens, {bucket.mode}: {its.why}")
+            lines.append(f"  from {its.first} tokens, {its.mode}: {its.why}")
             total = sum(ran.values())
-            # What the host chose, in modes lagged and eager, need not be a candidate of a graph.
+            # What the host chose, in mode lagged, need not be a candidate of a graph.
             for index in sorted({*its.candidates, *ran}):
                 share = f"{ran.get(index, 0) / total:6.1%} {ran.get(index, 0):8d}  " if total else ""
                 static = "  (static)" if index == its.static else ""

@@ -114,8 +114,8 @@ FEW_SLOTS = 4
 """With this many experts a slot kernels skip the alignment, so nothing is chosen anew at each step. Which config serves is
 chosen over skews all the same: the one tuned under uniform routing is up to 19 % slower at 2 to 4 tokens (three tables)."""
 
-SINGLE = "single"
-"Mode of a shortlist of one."
+SINGLE, CHOICE = "single", "graph"
+"How a shortlist of one runs, and one of several."
 WORTH_BASE = 0.003
 "Least relative gain, expected over skews, for another config than the static table's to serve where none is chosen."
 WORTH_CHOOSING = 0.01
@@ -123,13 +123,8 @@ WORTH_CHOOSING = 0.01
 measured tables lists admitted at 0 lost up to 1.4 % against the base alone where they gained nothing, at 1 % or more
 almost none did, and next to no gain was given up."""
 # Microseconds that so many candidates cost over one config in a graph: OLMoE and Qwen3-30B, 8 to 512 tokens, on an H200
-# (benchmarks/README.md), the larger of two runs; merging four was not measured.
-COSTS: Mapping[str, Mapping[int, float]] = {
-    "early-exit": {1: 0.0, 2: 8.0, 3: 11.3, 4: 14.5},
-    "merged": {1: 0.0, 2: 12.0, 3: 12.2},
-    "parallel": {1: 0.0, 2: 6.6, 3: 7.4, 4: 9.7},
-    "switch": {1: 0.0, 2: 10.0, 3: 10.0, 4: 10.0},
-}
+# (benchmarks/README.md), the larger of two runs. All in one launch cost 12, a conditional node 10.
+COSTS: Mapping[int, float] = {1: 0.0, 2: 6.6, 3: 7.4, 4: 9.7}
 
 
 @attrs.frozen
@@ -142,7 +137,6 @@ class Shortlist:
         candidates: indices of the plan's configs, ascending, the static one among them; one means nothing to choose.
         static: index of the config that serves without a clear gain: the one with the least geometric mean of predicted
             times over drawn routings, the static table's where no other is clearly better.
-        mode: the launch mode whose cost was counted; ``single`` where one config serves.
         expected_us: mean predicted time over drawn routings, the cost of choosing included; None without a prediction.
         static_us: the same for `static` alone.
         why: in one sentence.
@@ -152,10 +146,14 @@ class Shortlist:
     num_tokens: int
     candidates: tuple[int, ...]
     static: int
-    mode: str
     expected_us: float | None
     static_us: float | None
     why: str
+
+    @property
+    def mode(self) -> str:
+        """`CHOICE` where the GPU chooses, `SINGLE` where one config serves."""
+        return CHOICE if len(self.candidates) > 1 else SINGLE
 
     @property
     def fallback(self) -> int:
@@ -173,7 +171,9 @@ class Shortlist:
         Raises:
             ValueError: the static config is not among one to four candidates.
         """
-        made = cls(**{**raw, "candidates": tuple(int(index) for index in raw["candidates"])})
+        # Plans made before 0.1 name one of several launch modes here.
+        known = {name: value for name, value in raw.items() if name != "mode"}
+        made = cls(**{**known, "candidates": tuple(int(index) for index in raw["candidates"])})
         if made.static not in made.candidates or len(made.candidates) > MAX_IN_GRAPH:
             raise ValueError(
                 f"the shortlist {made.candidates} must have 1 to {MAX_IN_GRAPH} configs with {made.static}"
@@ -232,7 +232,7 @@ def in_graph(
     model: CostModel,
     shape: MoEShape,
     span: Span,
-    costs: Mapping[str, Mapping[int, float]] = COSTS,
+    costs: Mapping[int, float] = COSTS,
     max_candidates: int = MAX_IN_GRAPH,
 ) -> Shortlist:
     """The one to four configs with the least expected time over drawn routings, the cost of choosing included.
@@ -247,13 +247,13 @@ def in_graph(
         model: of all configs that the span names.
         shape: the layer, for drawing routings.
         span: the token counts to serve.
-        costs: microseconds by mode and number of candidates; modes and numbers that are missing are not used.
+        costs: microseconds by number of candidates; numbers that are missing are not used.
         max_candidates: at most `MAX_IN_GRAPH`.
     """
     table = static = span.static
     if not span.pool:
         why = span.reason or "the plan has no other config for these token counts"
-        return Shortlist(span.first, span.num_tokens, (static,), static, SINGLE, None, None, why)
+        return Shortlist(span.first, span.num_tokens, (static,), static, None, None, why)
     counts = draw(shape, sorted({span.first, min(span.last, span.num_tokens * 3 // 2)}))
     counts = counts[counts.any(axis=1)]
     predicted = model.predict(counts)
@@ -261,7 +261,7 @@ def in_graph(
     positive = np.asarray((predicted > 0).all(axis=0))
     if not len(counts) or not positive[table] or not np.isfinite(predicted[:, table]).all():
         why = "the static config has no predicted time"
-        return Shortlist(span.first, span.num_tokens, (table,), table, SINGLE, None, None, why)
+        return Shortlist(span.first, span.num_tokens, (table,), table, None, None, why)
     means = predicted.mean(axis=0)
     typical = np.exp(np.log(np.maximum(predicted, np.finfo(np.float64).tiny)).mean(axis=0))
     every = [table, *(index for index in span.pool if positive[index])]
@@ -269,7 +269,7 @@ def in_graph(
     if typical[table] > (1 + WORTH_BASE) * typical[base]:
         static = base
     static_us = float(means[static])
-    best: tuple[tuple[int, ...], float, str] = ((static,), static_us, SINGLE)
+    best: tuple[tuple[int, ...], float] = ((static,), static_us)
     taken: tuple[int, ...] = (static,)
     pool, steps = [index for index in every if index != static], []
     while pool and not span.reason and len(taken) < min(max_candidates, MAX_IN_GRAPH):
@@ -278,30 +278,29 @@ def in_graph(
         taken = tuple(sorted((*taken, pool.pop(place))))
         steps.append((taken, found[place]))
     for candidates, reached in steps:
-        for name, by_count in costs.items():
-            us = reached + by_count.get(len(candidates), np.inf)
-            if us < best[1] and (1 + WORTH_CHOOSING) * us < static_us:
-                best = (candidates, us, name)
+        us = reached + costs.get(len(candidates), np.inf)
+        if us < best[1] and (1 + WORTH_CHOOSING) * us < static_us:
+            best = (candidates, us)
     if span.reason:
         why = span.reason
     elif len(best[0]) == 1:
         most = max((0.0, *(1 - reached / static_us for _, reached in steps)))
         why = f"choosing costs more than the {most:.1%} that it is predicted to gain"
     else:
-        gain, cost = static_us / best[1] - 1, costs[best[2]][len(best[0])]
+        gain, cost = static_us / best[1] - 1, costs[len(best[0])]
         why = f"{len(best[0])} candidates are predicted {gain:.1%} faster than one, {cost:.1f} us of choosing included"
     if static != table:
         gain = typical[table] / typical[static] - 1
         why += f"; over skews config {static} is {gain:.1%} faster than the static table's {table}"
     expected = round(best[1], 3), round(static_us, 3)
-    return Shortlist(span.first, span.num_tokens, best[0], static, best[2], *expected, why)
+    return Shortlist(span.first, span.num_tokens, best[0], static, *expected, why)
 
 
 def all_in_graph(
-    model: CostModel, shape: MoEShape, static: StaticTable, buckets: Sequence[Bucket]
+    model: CostModel, shape: MoEShape, static: StaticTable, buckets: Sequence[Bucket], costs: Mapping[int, float]
 ) -> tuple[Shortlist, ...]:
-    """`in_graph` of every span, with the costs that are expected of any machine: what a plan's file holds."""
-    return tuple(in_graph(model, shape, span) for span in token_spans(shape, static, buckets))
+    """`in_graph` of every span: what a plan's file holds. No `costs`: one config each, for a kernel that has no other."""
+    return tuple(in_graph(model, shape, span, costs) for span in token_spans(shape, static, buckets))
 
 
 def serving(lists: Sequence[Shortlist], num_tokens: int) -> int:

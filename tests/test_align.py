@@ -57,11 +57,9 @@ def check(ids, block_m, num_local, expert_map=None, blocks=None, path=None):
     return blocks
 
 
-@pytest.fixture(params=["expert", "chunks", "pieces", "scan"])
+@pytest.fixture(params=["expert", "chunks", "pieces"])
 def path(request, monkeypatch):
     """All paths, with chunks small enough to have several; ``pieces`` has several in a chunk."""
-    monkeypatch.setattr(align, "CHUNK_SLOTS", 64)
-    monkeypatch.setattr(align, "SCAN_EXPERTS", 8)
     monkeypatch.setattr(align, "PIECE", 32)
     monkeypatch.setattr(align, "MAX_CHUNKS", 2 if request.param == "pieces" else 8)
     return "chunks" if request.param == "pieces" else request.param

@@ -152,7 +152,7 @@ def test_selected(alpha):
     """Behind a Selector: the configs follow the routing, and only the chosen one has rows."""
     configs = (config(8, 64, 4, 2), config(32, 32, 8, 5))
     plan = two_config_plan(alpha, configs)
-    both = Shortlist(0, 8, (0, 1), 0, "early-exit", None, None, "for the test")
+    both = Shortlist(0, 8, (0, 1), 0, None, None, "for the test")
     selector = Selector(alpha, attrs.evolve(plan, in_graph=(both,)), max_tokens=16)
     seen = set()
     for ids in (routing(9), torch.tensor([[0, 1]] * 9, dtype=torch.int32)):
@@ -160,7 +160,7 @@ def test_selected(alpha):
         index = plan.policy().index(np.bincount(ids.numpy().ravel(), minlength=4), 9)
         assert torch.equal(selector(**inputs), alpha.launch(configs[index], **inputs))
         seen.add(index)
-    assert seen == {0, 1} and selector.bucket(9).mode == "early-exit"
+    assert seen == {0, 1} and selector.bucket(9).shortlist.mode == "graph"
     assert sum(selector.counts()[8].values()) == 2
 
 

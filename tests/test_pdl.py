@@ -27,7 +27,7 @@ SHAPE = MoEShape(8, 2, 256, 128)
 FP8 = MoEShape(8, 2, 256, 256, "fp8")
 MODULES = (align, fused_moe, preparing, quantise, select)
 # Never launched with the attribute, since they do not wait.
-PLAIN = {"count_chunks_kernel", "scan_chunks_kernel", "place_chunks_kernel", "select_chunks_kernel", "choose_kernel"}
+PLAIN = {"choose_kernel"}
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_settings(on_hopper, monkeypatch):
 
 
 def every_launch(shape, path="expert"):
-    """The launches of layers in all forms: alone, candidates in every mode, the CuTe layer's."""
+    """The launches of layers in all forms: alone, candidates, the CuTe layer's."""
     kernel = TritonFusedMoE(shape)
     configs = [kernel.default_config(tokens) for tokens in (1, 64, 2048)]
     configs.append(next(config for config in kernel.configs if config.get("split_k")))
@@ -147,8 +147,7 @@ def every_launch(shape, path="expert"):
             kernel.launch(config, **given, blocks=blocks)
         heights = [config["block_m"] for config in configs]
         selected = select.allocate_selected(*ids.shape, shape.num_experts, heights, "cpu")
-        for merged in (False, True):
-            kernel.launch_candidates(configs, selected.blocks, selected.choice, **given, merged=merged)
+        kernel.launch_candidates(configs, selected.blocks, selected.choice, **given)
     return kernel, configs
 
 
@@ -157,15 +156,12 @@ def every_launch(shape, path="expert"):
 def test_only_kernels_that_wait_are_launched_early(shape, path, launches, on_hopper):
     """The recorder refuses the option without the constant, the constant unknown to the kernel, and either forgotten."""
     every_launch(shape, path)
-    paths = {"expert": {"align_by_expert_kernel"}, "chunks": {"count_and_fill_kernel", "place_kernel"}, "scan": set()}
+    paths = {"expert": {"align_by_expert_kernel"}, "chunks": {"count_and_fill_kernel", "place_kernel"}}
     gemms = {"up_kernel", "down_kernel", "sum_kernel"}
     if shape.dtype == "fp8":
         gemms |= {"quantise_rows_kernel"}
-    else:
-        gemms |= {"up_merged_kernel", "down_merged_kernel"}
     assert with_pdl(launches) == gemms | paths[path] | paths["expert"]
     assert names(launches) - with_pdl(launches) == (PLAIN & names(launches))
-    assert ("scan_chunks_kernel" in names(launches)) == (path == "scan")
 
 
 @pytest.mark.parametrize("path", align.PATHS)
@@ -177,7 +173,6 @@ def test_selection_is_launched_early(path, launches, on_hopper, sim_plan):
     expected = {
         "expert": {"select_by_expert_kernel"},
         "chunks": {"count_and_fill_kernel", "select_and_place_kernel"},
-        "scan": set(),
     }
     assert with_pdl(launches) == expected[path]
     launches.clear()
@@ -208,22 +203,19 @@ def test_around_the_cute_kernels_too(small, launches, on_hopper, monkeypatch):
 @pytest.mark.parametrize("setting", pdl.SETTINGS)
 @pytest.mark.parametrize("shape", [SHAPE, FP8])
 def test_what_is_warmed_is_what_is_launched(shape, setting, launches, on_hopper, monkeypatch):
-    """The GEMMs of layers alone, of candidates and of bodies of conditional nodes, by all that Triton compiles apart."""
+    """The GEMMs of layers alone, and of candidates, by all that Triton compiles apart."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"multi_processor_count": 2}))
-    gemms = {"up_kernel", "down_kernel", "up_merged_kernel", "down_merged_kernel", "quantise_rows_kernel"}
+    gemms = {"up_kernel", "down_kernel", "quantise_rows_kernel"}
     monkeypatch.setattr(TritonFusedMoE, "most_ctas", lambda self, config, waves, device: 4 * waves or None)
     pdl.use(setting)
     kernel, configs = every_launch(shape)
     launched = {row for row in launches if row[0] in gemms}
     launches.clear()
     assert warm.run_once(shape, configs, torch.int32, "cpu", persistent=True) == [None] * len(configs)
-    assert warm.run_merged(shape, [configs], torch.int32, "cpu") == [None]
     assert launched <= set(launches)
     early = {name for name, key in launched if ("launch_pdl", "True") in key}
     late = {name for name, key in launched if ("PDL", "False") in key}
-    assert early == (
-        set() if setting == "0" else {name for name, _ in launched if setting == "1" or "merged" not in name}
-    )
+    assert early == (set() if setting == "0" else {name for name, _ in launched})
     assert late == (set() if setting == "1" else {name for name, _ in launched})
     assert pdl.setting() == setting
     # Layers alone need no more than is warmed without `persistent`.
@@ -325,9 +317,6 @@ for kernel in (gemm.up_kernel, gemm.down_kernel):
         name = f"{kernel.fn.__name__} {persistent} {len(absent)}"
         look(name, kernel, sizes | tile | dict(PERSISTENT=persistent), scales + absent, num_stages=3)
 look("up without", gemm.up_kernel, sizes | tile | dict(PERSISTENT=False), scales + behind, pdl=False, num_stages=3)
-merged = sizes | dict(STRIDE=4, CONFIGS=((0, 16, 64, 64, 1, 1, False, 3), (1, 32, 64, 64, 1, 2, False, 3)))
-look("up merged", gemm.up_merged_kernel, merged, num_stages=3)
-look("down merged", gemm.down_merged_kernel, merged, num_stages=3)
 look("sum", gemm.sum_kernel, dict(TOP_K=8, HIDDEN=2048, SPLIT_K=1, SPLIT_OF=0, BLOCK_H=1024), ("expert_map_ptr", "choice_ptr"))
 look("sum of several", gemm.sum_kernel, dict(TOP_K=8, HIDDEN=2048, SPLIT_K=2, SPLIT_OF=33, BLOCK_H=1024))
 look("prepare", prepare.prepare_kernel, dict(GROUPS=8, CHUNK=256, BINS=128))
@@ -357,7 +346,7 @@ def test_each_kernel_waits_before_it_touches_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 21
+    assert len(found) == 19
     for built in found:
         assert built["local"] == built["spills"] == 0, built
         assert built["attribute"] == built["pdl"], built

@@ -13,7 +13,7 @@ from rampwrap.kernel import MoEShape
 from rampwrap.plan import Plan, profile_command
 from rampwrap.profiler import profile
 from rampwrap.routing import Routing, workload_grid
-from rampwrap.shortlist import COSTS, draw, in_graph, serving, token_spans
+from rampwrap.shortlist import Shortlist, draw, in_graph, serving, token_spans
 from rampwrap.sim import SimKernel
 from rampwrap.static import StaticTable
 from rampwrap.timings import Timings
@@ -124,18 +124,17 @@ def test_a_shortlist_counts_the_cost_of_choosing(sim_plan: Plan) -> None:
     """Free choosing takes candidates, dear choosing none; without slots to skew there is nothing to choose."""
     model, shape = sim_plan.model, sim_plan.shape
     spans = token_spans(shape, sim_plan.static, sim_plan.buckets)
-    every = [in_graph(model, shape, its, {"merged": dict.fromkeys(range(1, 5), 0.0)}) for its in spans]
+    every = [in_graph(model, shape, its, dict.fromkeys(range(1, 5), 0.0)) for its in spans]
     free = max(every, key=lambda its: len(its.candidates))
     span = spans[every.index(free)]
-    assert 1 < len(free.candidates) <= 4 and free.mode == "merged" and "faster than one" in free.why
+    assert 1 < len(free.candidates) <= 4 and free.mode == "graph" and "faster than one" in free.why
     assert free.expected_us is not None and free.static_us is not None and free.expected_us < free.static_us
-    dear = in_graph(model, shape, span, {"merged": {1: 0.0, 2: 1e4, 3: 1e4, 4: 1e4}})
+    dear = in_graph(model, shape, span, {1: 0.0, 2: 1e4, 3: 1e4, 4: 1e4})
     assert dear.candidates == (dear.static,) and "choosing costs more than" in dear.why
-    assert len(in_graph(model, shape, span, {"merged": {2: -20.0}}).candidates) == 2
-    cheapest = in_graph(model, shape, span, {**COSTS, "early-exit": {2: 0.01, 3: 0.02, 4: 0.03}})
-    assert cheapest.mode == "early-exit"
+    assert len(in_graph(model, shape, span, {2: -20.0}).candidates) == 2
+    assert in_graph(model, shape, span, {}).candidates == (dear.static,)
     first = next(span for span in spans if span.first == 1)
-    assert in_graph(model, shape, first, {"merged": {2: 0.0}}).candidates == (first.static,)
+    assert in_graph(model, shape, first, {2: 0.0}).candidates == (first.static,)
 
 
 def test_the_config_that_serves_alone_is_the_best_over_skews(sim_plan: Plan) -> None:
@@ -143,7 +142,7 @@ def test_the_config_that_serves_alone_is_the_best_over_skews(sim_plan: Plan) -> 
     model, shape = sim_plan.model, sim_plan.shape
     found = 0
     for span in token_spans(shape, sim_plan.static, sim_plan.buckets):
-        its = in_graph(model, shape, span, {"merged": {2: 1e4}})
+        its = in_graph(model, shape, span, {2: 1e4})
         assert len(its.candidates) == 1
         if its.static != span.static:
             found += 1
@@ -165,7 +164,7 @@ def test_few_slots_get_one_config_and_the_best_over_skews(sim_plan: Plan) -> Non
         typical = np.log(predicted).mean(axis=0)
         worst = max(every, key=lambda index: typical[index])
         poor = attrs.evolve(span, static=worst, pool=tuple(index for index in every if index != worst))
-        its = in_graph(model, shape, poor, {"merged": {2: 0.0, 3: 0.0, 4: 0.0}})
+        its = in_graph(model, shape, poor, {2: 0.0, 3: 0.0, 4: 0.0})
         assert its.candidates == (its.static,) and its.why.startswith(span.reason)
         if typical[worst] > np.log(1.003) + min(typical[every]):
             assert its.static == min(every, key=lambda index: typical[index])
@@ -206,3 +205,11 @@ def test_infinities_spelled_as_numbers_are_refused(sim_plan, tmp_path, key):
 def test_the_remedy_names_local_experts():
     shape = MoEShape(64, 8, 2048, 1024, num_local_experts=16)
     assert profile_command(SimKernel(shape), shape).endswith("--num-local-experts 16")
+
+
+def test_a_kernel_that_cannot_choose_in_a_graph_gets_one_config_each(sim_timings: Timings) -> None:
+    """A plan holds no list that its kernel cannot run; a plan of an older version that names a mode still loads."""
+    plan = make_plan(attrs.evolve(sim_timings, kernel="cute_moe"))
+    assert plan.in_graph and {len(its.candidates) for its in plan.in_graph} == {1}
+    raw = plan.in_graph[0].to_dict()
+    assert "mode" not in raw and Shortlist.from_dict({**raw, "mode": "parallel"}) == plan.in_graph[0]

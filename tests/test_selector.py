@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import attrs
 import numpy as np
 
-from rampwrap import conditional, lane
+from rampwrap import lane
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.cost import Local
 from rampwrap.device import Device
@@ -31,8 +31,7 @@ from rampwrap.plan import Plan
 from rampwrap.policy import Bucket
 from rampwrap.portfolio import Portfolio
 from rampwrap.selector import Selector
-from rampwrap.shortlist import Shortlist, all_in_graph, in_graph, serving, token_spans
-from rampwrap.sim import SimKernel
+from rampwrap.shortlist import COSTS, Shortlist, all_in_graph, in_graph, serving, token_spans
 from rampwrap.static import StaticTable
 from rampwrap.telemetry import Telemetry
 
@@ -93,13 +92,13 @@ def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1, coef=COEF):
     )
 
 
-def every(plan, mode="early-exit"):
+def every(plan):
     """The same plan, storing all three configs as candidates wherever there is something to choose."""
     lists = []
     for span in token_spans(plan.shape, plan.static, plan.buckets):
-        its = in_graph(plan.model, plan.shape, span, {mode: {}})
+        its = in_graph(plan.model, plan.shape, span, {})
         more = {"candidates": (0, 1, 2), "static": 0, "why": "3 candidates for the test"} if span.pool else {}
-        lists.append(attrs.evolve(its, mode=mode, **more))
+        lists.append(attrs.evolve(its, **more))
     return attrs.evolve(plan, in_graph=tuple(lists))
 
 
@@ -120,10 +119,9 @@ def ids_with(active, num_tokens, seed=0):
     return torch.tensor(np.array(rows), dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("mode", ["early-exit", "merged", "auto"])
-def test_same_bits_as_the_chosen_config(kernel, plan, mode):
+def test_same_bits_as_the_chosen_config(kernel, plan):
     """Each routing runs the config that the host policy names, and gives its bits; all candidates get their turn."""
-    selector = Selector(kernel, every(plan, mode.replace("auto", "early-exit")), max_tokens=16, mode=mode)
+    selector = Selector(kernel, every(plan), max_tokens=16)
     policy, seen = plan.policy(), set()
     for active in (1, 2, 4, 6, 8):
         inputs = kernel.inputs(SHAPE, ids_with(active, 12))
@@ -139,12 +137,11 @@ def test_same_bits_as_the_chosen_config(kernel, plan, mode):
     counted = selector.counts()[8]  # of the plan's only bucket
     assert sum(counted.values()) == 10 and all(counted.values())
     text = selector.explain()
-    assert f"{mode.replace('auto', 'early-exit')}: 3 candidates" in text and "(static)" in text
+    assert "graph: 3 candidates" in text and "(static)" in text
 
 
-@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_split_candidates(merged, chosen):
+def test_split_candidates(chosen):
     """Candidates that split K differently share one sum, and each gives the bits of its own launch."""
     shape = MoEShape(8, 2, 64, 128)
     kernel = TritonFusedMoE(shape)
@@ -158,7 +155,7 @@ def test_split_candidates(merged, chosen):
     blocks = align_and_select(inputs["topk_ids"], Candidates.on(pack(model), DEVICE), chosen, 8)
     scratch = kernel.workspace(9, DEVICE)
     scratch.y.fill_(float("nan"))
-    out = kernel.launch_candidates(configs, blocks.blocks, blocks.choice, **inputs, workspace=scratch, merged=merged)
+    out = kernel.launch_candidates(configs, blocks.blocks, blocks.choice, **inputs, workspace=scratch)
     want = kernel.launch(configs[chosen], **inputs)
     assert int(blocks.choice) == chosen and torch.equal(out, want)
     assert (splits(configs[1], 513), splits(configs[1], 512)) == (1, 4)
@@ -177,29 +174,37 @@ def test_small_batches_add_nothing(kernel, plan):
 
 def test_dear_choosing_switches_itself_off(kernel, plan):
     """Where choosing costs more than it gains, nothing is added."""
-    dear = {"early-exit": {1: 0.0, 2: 50.0, 3: 50.0}}
-    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit", costs=dear)
+    dear = {1: 0.0, 2: 50.0, 3: 50.0}
+    selector = Selector(kernel, plan, max_tokens=16, costs=dear)
     assert len(selector.bucket(12).configs) == 1
     assert "choosing costs more than" in selector.bucket(12).shortlist.why
 
 
-def test_eager_and_lagged(kernel, plan):
-    """Eager follows the host policy at once; lagged one step later, static before."""
-    eager = Selector(kernel, plan, max_tokens=16, mode="eager")
+def test_lagged(kernel, plan):
+    """Lagged follows the host policy one step later, static before; all launches are known."""
     lagged = Selector(kernel, plan, max_tokens=16, mode="lagged")
     skewed, even = kernel.inputs(SHAPE, ids_with(2, 12)), kernel.inputs(SHAPE, ids_with(8, 12))
     for inputs in (skewed, skewed, even, even):
-        eager(**inputs)
         lagged(**inputs)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-    assert eager._dispatcher.launch_counts == [2, 0, 2]
     assert lagged._dispatcher.launch_counts == [2, 0, 2]
     layer = lagged.layer("")
     assert layer._lagged[(12).bit_length()].latest().sum() == 24
     (row,) = lagged.telemetry()
     assert (row.mode, row.counts, row.steps, row.on_device) == ("lagged", {0: 2, 2: 2}, 4, False)
-    assert eager.telemetry()[0].counts == {0: 2, 2: 2}
+    assert lagged.explain().count(" 50.0%        2") == 2
+
+
+def test_a_capture_makes_nothing_new(kernel, plan, monkeypatch):
+    """Layers and memory that a capture would need for the first time are asked for before it."""
+    selector = Selector(kernel, every(plan), max_tokens=16)
+    monkeypatch.setattr(lane, "capturing", lambda: True)
+    inputs = kernel.inputs(SHAPE, ids_with(2, 12))
+    with pytest.raises(CaptureError, match="no layer 'another' yet"):
+        selector.layer("another")
+    with pytest.raises(CaptureError, match="no"):
+        selector.lane()(**inputs)
 
 
 def test_lanes_have_memory_of_their_own(kernel, plan):
@@ -232,7 +237,7 @@ def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
     assert rows["model.0"] == Telemetry(
         layer="model.0",
         num_tokens=8,
-        mode="early-exit",
+        mode="graph",
         counts={index: int(index == chosen) for index in (0, 1, 2)},
         steps=1,
         static_us=us[0],
@@ -249,7 +254,7 @@ def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
 def test_nowhere_profiled_is_counted_and_static(kernel, plan):
     """No slot on this rank, and more slots than were profiled: the static config, counted as outside."""
     narrow = attrs.evolve(plan, model=attrs.evolve(plan.model, span=np.array([[1, 4], [1, 4], [1, 4]])))
-    its = Shortlist(0, 8, (0, 1, 2), 0, "early-exit", None, None, "for the test")
+    its = Shortlist(0, 8, (0, 1, 2), 0, None, None, "for the test")
     selector = Selector(kernel, attrs.evolve(narrow, in_graph=(its,)), max_tokens=16)
     inputs = kernel.inputs(SHAPE, ids_with(2, 12))
     assert torch.equal(selector(**inputs), kernel.launch(plan.configs[0], **inputs))
@@ -257,52 +262,16 @@ def test_nowhere_profiled_is_counted_and_static(kernel, plan):
     assert (row.outside, row.steps, row.counts[0]) == (1, 1, 1)
 
 
-class FakeSwitch:
-    """Runs the chosen body at once, as a replay of the node would."""
+class Deaf:
+    """The same kernel, of which the GPU cannot let one of several configs run."""
 
-    added = 0
+    chooses_in_graph = False
 
-    def __init__(self, device):
-        pass
+    def __init__(self, kernel):
+        self._kernel = kernel
 
-    def add(self, choice, bodies):
-        FakeSwitch.added += 1
-        bodies[int(choice)]()
-
-
-@pytest.mark.parametrize("kind", ["own blocks", "plain"])
-def test_switch(kernel, plan, monkeypatch, kind):
-    """Each candidate is a body: of our kernel behind the alignment that was made, of any other a launch of its own."""
-    if DEVICE == "cuda":
-        pytest.skip("the real node is in tests/gpu")
-    its = kernel if kind == "own blocks" else type("Any", (), {})()
-    if kind == "plain":
-        its.name, its.version, its.configs, its.shape = kernel.name, kernel.version, kernel.configs, SHAPE
-        its.grid = kernel.grid
-        its.launch = lambda config, /, hidden_states, w13, w2, topk_weights, topk_ids: kernel.launch(
-            config, hidden_states, w13, w2, topk_weights, topk_ids
-        )
-    with pytest.raises(InputError, match="needs a GPU"):
-        Selector(its, plan, max_tokens=16, mode="switch")
-    monkeypatch.setattr(conditional, "require", lambda: None)
-    monkeypatch.setattr(conditional, "Switch", FakeSwitch)
-    selector = Selector(its, every(plan, "switch"), max_tokens=16, mode="switch")
-    for capturing in (False, True):
-        monkeypatch.setattr(lane, "capturing", lambda capturing=capturing: capturing)
-        before = FakeSwitch.added
-        for active in (2, 8):
-            inputs = kernel.inputs(SHAPE, ids_with(active, 12))
-            counts = np.bincount(inputs["topk_ids"].numpy().ravel(), minlength=8)
-            want = kernel.launch(plan.configs[plan.policy().index(counts, 12)], **inputs)
-            assert torch.equal(selector(**inputs), want)
-        assert FakeSwitch.added - before == 2 * capturing
-    assert selector.bucket(12).mode == "switch"
-    monkeypatch.setattr(lane, "capturing", lambda: True)
-    inputs = kernel.inputs(SHAPE, ids_with(2, 12))
-    with pytest.raises(CaptureError, match="no layer 'another' yet"):
-        selector.layer("another")
-    with pytest.raises(CaptureError, match="no"):
-        selector.lane()(**inputs)
+    def __getattr__(self, name):
+        return getattr(self._kernel, name)
 
 
 class Renamed(Small):
@@ -342,32 +311,21 @@ def portfolio_plan(kernel, **more):
     return portfolio, small_plan(portfolio, kernel.shape, **more)
 
 
-@pytest.mark.parametrize("mode", ["auto", "switch"])
-def test_a_portfolio_shares_the_lanes_memory(kernel, monkeypatch, mode):
-    """All members that take scratch memory get the lane's, in a graph's branches too; others are called without."""
-    if DEVICE == "cuda" and mode == "switch":
-        pytest.skip("the real node is in tests/gpu")
-    monkeypatch.setattr(conditional, "require", lambda: None)
-    monkeypatch.setattr(conditional, "Switch", FakeSwitch)
+def test_a_portfolio_shares_the_lanes_memory(kernel):
+    """All members that take scratch memory get the lane's; others are called without."""
     portfolio, plan = portfolio_plan(kernel)
-    selector = Selector(portfolio, every(plan, mode) if mode == "switch" else plan, max_tokens=16, mode=mode)
-    chosen = set()
-    for capturing in (False, mode == "switch"):
-        monkeypatch.setattr(lane, "capturing", lambda capturing=capturing: capturing)
-        for active in (2, 4, 8):
-            inputs = kernel.inputs(SHAPE, ids_with(active, 12))
-            counts = np.bincount(inputs["topk_ids"].cpu().numpy().ravel(), minlength=8)
-            bucket = selector.bucket(12)
-            index = plan.policy().index(counts, 12) if mode == "switch" else bucket.shortlist.candidates[0]
-            chosen.add(index)
-            want = portfolio.launch(plan.configs[index], **inputs)
-            for member in list(portfolio.members.values())[:2]:
-                member.scratch.clear()
-            assert torch.equal(selector(**inputs), want)
-            used = [its for member in list(portfolio.members.values())[:2] for its in member.scratch]
-            assert all(its is selector._main._workspace.by_member["first"] for its in used)
-            assert bool(used) == (mode == "switch" or portfolio.configs[index]["kernel"] != "bare") or capturing
-    assert len(chosen) == (3 if mode == "switch" else 1)
+    selector = Selector(portfolio, plan, max_tokens=16)
+    for place, config in enumerate(plan.configs):
+        bucket = selector.bucket(12)
+        object.__setattr__(bucket, "configs", (config,))
+        inputs = kernel.inputs(SHAPE, ids_with(4, 12))
+        want = portfolio.launch(config, **inputs)
+        for member in list(portfolio.members.values())[:2]:
+            member.scratch.clear()
+        assert torch.equal(selector(**inputs), want)
+        used = [its for member in list(portfolio.members.values())[:2] for its in member.scratch]
+        assert all(its is selector._main._workspace.by_member["first"] for its in used)
+        assert bool(used) == (config["kernel"] != "bare"), place
     assert selector.memory_bytes > kernel.workspace(16, DEVICE).num_bytes
 
 
@@ -390,16 +348,16 @@ def test_any_token_count_is_looked_up(kernel):
 
 def test_the_plan_brings_its_shortlists(kernel, plan):
     """A stored shortlist serves as it is; with other costs it is made anew; an old plan has none."""
-    lists = all_in_graph(plan.model, plan.shape, plan.static, plan.buckets)
+    lists = all_in_graph(plan.model, plan.shape, plan.static, plan.buckets, COSTS)
     where = serving(lists, 12)
-    odd = attrs.evolve(lists[where], candidates=(0, 2), mode="merged", why="because the file says so")
+    odd = attrs.evolve(lists[where], candidates=(0, 2), why="because the file says so")
     stored = attrs.evolve(plan, in_graph=(*lists[:where], odd, *lists[where + 1 :]))
     selector = Selector(kernel, stored, max_tokens=16)
     assert selector.bucket(12).shortlist == odd and "because the file says so" in selector.explain()
-    dear = {"early-exit": {2: 1e3}}
+    dear = {2: 1e3}
     assert len(Selector(kernel, stored, max_tokens=16, costs=dear).bucket(12).configs) == 1
-    # It was stored for merged: another mode has its own costs.
-    assert "because" not in Selector(kernel, stored, max_tokens=16, mode="early-exit").bucket(12).shortlist.why
+    # Of a kernel that cannot let the GPU choose.
+    assert len(Selector(Deaf(kernel), stored, max_tokens=16).bucket(12).configs) == 1
     assert Selector(kernel, plan, max_tokens=16).bucket(12).shortlist == lists[where]
 
 
@@ -413,16 +371,13 @@ def test_another_device(kernel):
     assert selector.counts() == {}
 
 
-def test_refusals(kernel, plan, sim_plan):
-    """Poisoned plans, unknown modes, kernels without candidates, batches beyond the memory."""
+def test_refusals(kernel, plan):
+    """Poisoned plans, unknown modes, batches beyond the memory."""
     with pytest.raises(PlanError, match="poisoned"):
         attrs.evolve(plan, model=attrs.evolve(plan.model, error=float("nan")))
     with pytest.raises(InputError, match="mode 'fast' is unknown"):
         Selector(kernel, plan, max_tokens=16, mode="fast")
-    simulated = SimKernel(sim_plan.shape)
-    with pytest.raises(InputError, match="it has no launch_candidates; use lagged"):
-        Selector(simulated, sim_plan, max_tokens=16, mode="early-exit")
-    selector = Selector(kernel, plan, max_tokens=16, mode="early-exit")
+    selector = Selector(kernel, plan, max_tokens=16)
     with pytest.raises(InputError, match="max_tokens=16"):
         selector(**kernel.inputs(SHAPE, ids_with(4, 17)))
 
@@ -474,14 +429,6 @@ def test_each_span_explains_itself(kernel, plan):
         return [int(line.split()[1]) for line in after]
 
     assert (sum(share(low.first)), sum(share(high.first))) == (1, 3)
-
-
-def test_explain_tells_what_the_host_chose(kernel, plan):
-    """In modes lagged and eager all launches are known."""
-    eager = Selector(kernel, plan, max_tokens=16, mode="eager")
-    for active in (2, 8, 8, 8):
-        eager(**kernel.inputs(SHAPE, ids_with(active, 12)))
-    assert " 75.0%        3" in eager.explain() and " 25.0%        1" in eager.explain()
 
 
 def test_no_tokens_are_no_batch(kernel, plan):

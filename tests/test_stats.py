@@ -69,7 +69,7 @@ def row(plan: Plan, name: str = "uniform", layer: str = "layers.3", steps: int =
     static = plan.static.index(64)
     counts = {static: steps - 30, (static + 1) % len(plan.configs): 30}
     sums = (110.0 * steps, 100.0 * steps, float(active) * steps, float(concentration) * steps)
-    return Telemetry(layer, 64, "merged", counts, steps, *sums, outside=outside, on_device=True)
+    return Telemetry(layer, 64, "graph", counts, steps, *sums, outside=outside, on_device=True)
 
 
 def test_nothing_launched_is_nothing(sim_plan: Plan) -> None:
@@ -91,13 +91,13 @@ def test_a_dispatchers_launches_count(sim_plan: Plan) -> None:
 
 
 def test_a_selectors_launches_count_once_and_by_layer(sim_plan: Plan) -> None:
-    selector = Selector(SimKernel(sim_plan.shape), sim_plan, max_tokens=64, mode="eager")
+    selector = Selector(SimKernel(sim_plan.shape), sim_plan, max_tokens=64, mode="lagged")
     for layer in ("a", "b", "b"):
-        selector.layer(layer)(topk_ids=ids())
+        selector.layer(layer)(topk_ids=torch.from_numpy(ids()))
     (source,) = rampwrap.stats()["sources"]
     assert source["kind"] == "selector" and source["plan"]["train_workloads"] == 40
     assert {entry["layer"]: entry["steps"] for entry in source["layers"]} == {"a": 1, "b": 2}
-    assert {entry["mode"] for entry in source["layers"]} == {"eager"}
+    assert {entry["mode"] for entry in source["layers"]} == {"lagged"}
 
 
 def test_what_the_gpu_counted(sim_plan: Plan) -> None:
@@ -111,7 +111,7 @@ def test_what_the_gpu_counted(sim_plan: Plan) -> None:
     text = observe.prometheus(found)
     assert text == observe.prometheus() and text.endswith("\n") and selector.rows
     assert "# TYPE rampwrap_launches_total counter\n" in text
-    assert 'layer="layers.3",tokens="64",mode="merged"} 0.1\n' in text and r'layer="odd \"name\"\\"' in text
+    assert 'layer="layers.3",tokens="64",mode="graph"} 0.1\n' in text and r'layer="odd \"name\"\\"' in text
     names = {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}
     assert names == {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
 

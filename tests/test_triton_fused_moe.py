@@ -20,7 +20,7 @@ from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.kernels.triton import configs as tuning
 from rampwrap.kernels.triton.align import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.kernels.triton.warm import run_merged, run_once
+from rampwrap.kernels.triton.warm import run_once
 from rampwrap.kernels.triton.workspace import workspace_bytes
 
 needs_kernels = pytest.mark.skipif(
@@ -188,7 +188,6 @@ def test_warming_runs_both_ways(shape):
     rows = [next(row for known, row in LAYERS if known.dtype == shape.dtype)]
     assert run_once(shape, rows, torch.int32, DEVICE) == [None]
     assert run_once(shape, rows, torch.int32, DEVICE, True) == [None]
-    assert run_merged(shape, [rows * 2], torch.int32, DEVICE) == [None]
     assert "KeyError" in str(run_once(shape, [{"block_m": 16}], torch.int32, DEVICE)[0])
 
 
@@ -247,7 +246,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rampwrap.kernels.triton import align, configs, fused_moe, gemm, quantise
 
-INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "block_m", "capacity"}
+INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "block_m", "capacity", "most_rows", "pieces"}
 
 def build(kernel, pointers, constants, **options):
     signature, constexprs, attrs = {}, {}, {}
@@ -300,11 +299,10 @@ for row, dtype, persistent in json.loads(sys.argv[1]):
     report("down", build(gemm.down_kernel, down, constants, **options), formula=shared, row=row, dtype=dtype)
 
 ids = dict(topk_ids_ptr="i32", sorted_token_ids_ptr="i32", expert_ids_ptr="i32", num_tokens_post_padded_ptr="i32",
-           expert_counts_ptr="i32", chunk_counts_ptr="i32", chunk_offsets_ptr="i32")
+           expert_counts_ptr="i32", scratch_ptr="i32")
 report("align", build(align.align_by_expert_kernel, ids, dict(CHUNK=1024, BINS=128), num_warps=4))
-report("count", build(align.count_chunks_kernel, ids, dict(CHUNK=512, BINS=512)))
-report("scan", build(align.scan_chunks_kernel, ids, dict(BINS=512, OWN=32, ROWS=8)))
-report("place", build(align.place_chunks_kernel, ids, dict(CHUNK=512, BINS=512, COLUMNS=8), num_warps=8))
+report("count", build(align.count_and_fill_kernel, ids, dict(PIECE=256, BINS=512)))
+report("place", build(align.place_kernel, ids, dict(PIECE=256, BINS=512, ROWS=8, IDS=32, TILE=64), num_warps=8))
 report("quantise", build(quantise.quantise_rows_kernel, dict(q_ptr="fp8e4nv", scale_ptr="fp32", x_ptr="bf16"), dict(COLUMNS=2048, GROUPS=8)))
 report("sum", build(gemm.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids_ptr="i32"), dict(TOP_K=8, HIDDEN=2048, SPLIT_K=1, SPLIT_OF=0, BLOCK_H=1024)))
 """
@@ -336,7 +334,7 @@ def test_compiles_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 4 * len(rows) + 6
+    assert len(reports) == 4 * len(rows) + 5
     for built in reports:
         # n_spills is only known once a GPU has loaded the kernel.
         assert not built["spills"] and built["local"] == 0, built

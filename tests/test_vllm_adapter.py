@@ -260,12 +260,12 @@ def test_candidates(vllm, chosen, expert_parallel):
     pytest.importorskip("triton")
     from rampwrap.kernels.triton.align import align_tokens
 
-    assert VllmFusedMoE(SHAPE).graph_modes == ()
+    assert not VllmFusedMoE(SHAPE).chooses_in_graph
     launched = []
     inner_parts(vllm.impl, launched)
     shape = MoEShape(8, 2, 64, 32, num_local_experts=4 if expert_parallel else 8)
     kernel = VllmFusedMoE(shape)
-    assert kernel.graph_modes == ("early-exit",)
+    assert kernel.chooses_in_graph
     generator = torch.Generator().manual_seed(chosen)
     ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(11)]).int()
     inputs = kernel.inputs(shape, ids)

@@ -6,14 +6,13 @@ The contract is the one every fused-MoE kernel here reads. With n = num_tokens *
 `num_tokens_post_padded` is the number of rows in blocks. Slots whose id is out of range, or on another
 rank by `expert_map`, take no row. Order inside an expert is the slot order: same ids, same result.
 
-Three paths with the same result, no atomics in any:
+Two paths with the same result, no atomics in any:
 
 * ``expert``, one launch: CTA e reads all ids, makes the whole histogram in registers, and places the slots
   of expert e. The CTAs exchange nothing, so there is no second launch to wait for (about 2 us each inside
   a CUDA graph); the price is that the ids are read once per expert, from L2.
 * ``chunks``, two launches: at most 128 CTAs count a chunk of slots each and fill the result with sentinels; then each
   adds up the histograms before its own and places its chunk (`chunk_kernels`).
-* ``scan``, three launches: count each chunk, scan over chunks, place each chunk. To be compared with, not chosen.
 """
 
 from typing import Any
@@ -24,15 +23,10 @@ import torch
 import triton
 from rampwrap.errors import InputError
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align_kernels import (
-    align_by_expert_kernel,
-    count_chunks_kernel,
-    place_chunks_kernel,
-    scan_chunks_kernel,
-)
+from rampwrap.kernels.triton.align_kernels import align_by_expert_kernel
 from rampwrap.kernels.triton.chunk_kernels import count_and_fill_kernel, place_kernel
 
-PATHS = ("expert", "chunks", "scan")
+PATHS = ("expert", "chunks")
 # The one-launch path does num_slots * num_experts work, and each CTA holds the ids of all slots in registers: 16 a thread
 # for 4096. One after the other, eight times as many were measured to cost 34 us, where a second launch costs 2.
 BY_EXPERT_MAX_SLOTS = 4096
@@ -44,10 +38,6 @@ MAX_CHUNKS = 128
 # CTAs up to which the two launches overlap. CTAs that start early fill the SMs that are free, several on one, and then run
 # so: with 128 two launches took 15-29 us instead of 11, with 64 they took 8.6 instead of 9.5.
 MOST_OVERLAPPING = 64
-# Slots of one CTA in the three-launch path.
-CHUNK_SLOTS = 512
-# Experts whose columns one CTA of the scan handles.
-SCAN_EXPERTS = 32
 # Every part of the memory starts at a multiple of 16 bytes: Triton compiles another kernel for one that does not,
 # and would do so under capture.
 ALIGNED = 4
@@ -173,73 +163,35 @@ def align_tokens(
             **pdl.arguments(),
         )
         return blocks
-    if path == "chunks":
-        num_chunks, pieces = _chunks(num_slots)
-        count_and_fill_kernel[(num_chunks,)](
-            topk_ids,
-            expert_map,
-            blocks.scratch,
-            blocks.sorted_token_ids,
-            pieces,
-            num_slots,
-            num_experts,
-            num_local_experts,
-            capacity,
-            PIECE=PIECE,
-            BINS=bins,
-            **_overlap(num_chunks),
-        )
-        place_kernel[(num_chunks,)](
-            blocks.scratch,
-            blocks.sorted_token_ids,
-            blocks.expert_ids,
-            blocks.num_tokens_post_padded,
-            blocks.expert_counts,
-            num_chunks,
-            pieces,
-            num_slots,
-            num_local_experts,
-            block_m,
-            BINS=bins,
-            **_placing(bins),
-            **_overlap(num_chunks),
-        )
-        return blocks
-    num_chunks = triton.cdiv(num_slots, CHUNK_SLOTS)
-    chunk_counts, chunk_offsets = blocks.scratch[: num_chunks * bins], blocks.scratch[num_chunks * bins :]
-    count_chunks_kernel[(num_chunks,)](
-        topk_ids, expert_map, chunk_counts, num_slots, num_experts, num_local_experts, CHUNK=CHUNK_SLOTS, BINS=bins
+    num_chunks, pieces = _chunks(num_slots)
+    count_and_fill_kernel[(num_chunks,)](
+        topk_ids,
+        expert_map,
+        blocks.scratch,
+        blocks.sorted_token_ids,
+        pieces,
+        num_slots,
+        num_experts,
+        num_local_experts,
+        capacity,
+        PIECE=PIECE,
+        BINS=bins,
+        **_overlap(num_chunks),
     )
-    scan_chunks_kernel[(triton.cdiv(num_local_experts, SCAN_EXPERTS),)](
-        chunk_counts,
-        chunk_offsets,
+    place_kernel[(num_chunks,)](
+        blocks.scratch,
         blocks.sorted_token_ids,
         blocks.expert_ids,
         blocks.num_tokens_post_padded,
         blocks.expert_counts,
         num_chunks,
+        pieces,
         num_slots,
         num_local_experts,
         block_m,
         BINS=bins,
-        OWN=SCAN_EXPERTS,
-        ROWS=8,
-    )
-    place_chunks_kernel[(num_chunks,)](
-        topk_ids,
-        expert_map,
-        chunk_offsets,
-        blocks.sorted_token_ids,
-        blocks.num_tokens_post_padded,
-        None,
-        num_slots,
-        num_experts,
-        num_local_experts,
-        capacity,
-        CHUNK=CHUNK_SLOTS,
-        BINS=bins,
-        COLUMNS=8,  # 32 spills
-        num_warps=8,
+        **_placing(bins),
+        **_overlap(num_chunks),
     )
     return blocks
 
@@ -295,4 +247,4 @@ def _scratch_ints(num_slots: int, num_local_experts: int) -> int:
     # The most chunks, not those of `_chunks`, which fall where a chunk gets one more piece: memory for a batch must
     # hold every smaller one.
     num_chunks, padded = min(MAX_CHUNKS, pieces), pieces * PIECE
-    return max(num_chunks * bins + padded, 2 * int(triton.cdiv(num_slots, CHUNK_SLOTS)) * bins)
+    return num_chunks * bins + padded

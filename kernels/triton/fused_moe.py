@@ -9,6 +9,7 @@ ends (`pdl`).
 the others find no rows and leave, and the sum runs once.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 import triton
 from rampwrap.grid import max_blocks
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align import ALIGNED, TokenBlocks, align_tokens
+from rampwrap.kernels.triton.align import TokenBlocks, align_tokens
+from rampwrap.kernels.triton.branches import run_beside
 from rampwrap.kernels.triton.configs import quantises_h, splits
-from rampwrap.kernels.triton.gemm import down_kernel, down_merged_kernel, sum_kernel, up_kernel, up_merged_kernel
+from rampwrap.kernels.triton.gemm import down_kernel, sum_kernel, up_kernel
 from rampwrap.kernels.triton.quantise import quantise_rows
 from rampwrap.kernels.triton.workspace import Workspace, allocate
 
@@ -165,47 +167,6 @@ class _Layer:
             **tuning,
         )
 
-    def merged_gemms(
-        self, configs: Sequence[Mapping[str, Any]], blocks: Sequence[TokenBlocks], limits: Sequence[int | None]
-    ) -> None:
-        """Up and down of all candidates in one launch each, or one for each number of warps; not for FP8."""
-        num_slots, local = self.num_slots, self.w2.shape[0]
-        _, hidden, intermediate = self.w2.shape
-        for warps in sorted({config["num_warps"] for config in configs}):
-            places = [place for place, config in enumerate(configs) if config["num_warps"] == warps]
-            rows = tuple(
-                (
-                    place,
-                    *(configs[place][key] for key in ("block_m", "block_n", "block_k", "group_m")),
-                    splits(configs[place], num_slots),
-                    *(configs[place][key] for key in ("swap_ab", "num_stages")),
-                )
-                for place in places
-            )
-            most = [max_blocks(num_slots, local, row[1]) * triton.cdiv(2 * intermediate, row[2]) for row in rows]
-            downs = [max_blocks(num_slots, local, row[1]) * triton.cdiv(hidden, row[2]) * row[5] for row in rows]
-            # Registers and shared memory are those of the largest, so what runs at a time is that of the smallest.
-            limit = min(limits[place] or max(most + downs) for place in places)
-            first = blocks[places[0]]
-            # The candidates' rows stand ALIGNED values apart, the first of all candidates at the front.
-            routing = (first.sorted_token_ids, first.expert_ids, blocks[0].num_tokens_post_padded, num_slots)
-            common = {
-                "HIDDEN": hidden,
-                "INTERMEDIATE": intermediate,
-                "STRIDE": ALIGNED,
-                "CONFIGS": rows,
-                "num_warps": warps,
-                "num_stages": max(row[7] for row in rows),
-                **self.launch,
-            }
-            h = self.workspace.h[:num_slots]
-            up_merged_kernel[(min(limit, max(most)),)](
-                h, self.x, self.w13, *routing, TOP_K=self.topk_ids.shape[1], **common
-            )
-            down_merged_kernel[(min(limit, max(downs)),)](
-                self.workspace.y, h, self.w2, self.topk_weights, *routing, **common
-            )
-
     def sum(self, all_splits: Sequence[int], choice: torch.Tensor | None = None) -> torch.Tensor:
         """Sums the rows of the config that ran: the only one, or candidate `choice` (int32 [1]) of several."""
         hidden = self.w2.shape[1]
@@ -264,7 +225,6 @@ def fused_moe(
             the batch is so small that it runs without an alignment.
     """
     tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
-    # A given alignment may be that of the chosen of several candidates, in a body of a conditional node.
     layer = _Layer.make(*tensors, several=blocks is not None)
     num_tokens, top_k = topk_ids.shape
     if num_tokens == 0:
@@ -294,7 +254,6 @@ def fused_moe_candidates(
     workspace: Workspace | None = None,
     most_ctas: Sequence[int | None] = (),
     streams: Sequence[Any] = (),
-    merged: bool = False,
 ) -> torch.Tensor:
     """One MoE layer by the one of several configs that was chosen on the GPU; arguments not named are `fused_moe`'s.
 
@@ -302,32 +261,15 @@ def fused_moe_candidates(
         blocks: one for each config, made by `select.align_and_select`: without rows for all but the chosen one.
         choice: int32 [1], place of the chosen config.
         most_ctas: for each config; absent means grids sized from capacity.
-        streams: CUDA streams for the configs after the first, so that those without rows cost no time of their own:
-            in a graph they become branches. Absent, all run one after the other.
-        merged: one launch of each GEMM for all candidates, which then share registers and shared memory of the
-            largest: nothing idle is launched. FP8 layers are launched one by one all the same.
+        streams: CUDA streams for the configs after the first, as in `branches.run_beside`.
     """
     tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
     layer = _Layer.make(*tensors, several=True)
     if layer.num_slots == 0:
         return layer.out
     limits = most_ctas or [None] * len(configs)
-    if merged and layer.x_scale is None:
-        layer.merged_gemms(configs, blocks, limits)
-        return layer.sum([splits(config, layer.num_slots) for config in configs], choice)
-    forked = [place for place in range(1, len(configs)) if place - 1 < len(streams)]
-    ready = torch.cuda.Event() if forked else None  # type: ignore[no-untyped-call]
-    if ready is not None:
-        ready.record()
-    for place in [*forked, *(place for place in range(len(configs)) if place not in forked)]:
-        if ready is not None and place in forked:
-            streams[place - 1].wait_event(ready)
-            with torch.cuda.stream(streams[place - 1]):
-                layer.gemms(configs[place], blocks[place], limits[place])
-        else:
-            layer.gemms(configs[place], blocks[place], limits[place])
-    for place in forked:
-        torch.cuda.current_stream().wait_stream(streams[place - 1])
+    each = zip(configs, blocks, limits, strict=True)
+    run_beside(streams, [functools.partial(layer.gemms, *its) for its in each])
     return layer.sum([splits(config, layer.num_slots) for config in configs], choice)
 
 

@@ -74,7 +74,6 @@ def up_kernel(
                 BLOCK_N,
                 BLOCK_K,
                 SWAP_AB,
-                None,
             )
     else:
         if tl.program_id(0) >= num_blocks * TILES_N:
@@ -104,7 +103,6 @@ def up_kernel(
             BLOCK_N,
             BLOCK_K,
             SWAP_AB,
-            None,
         )
 
 
@@ -164,7 +162,6 @@ def down_kernel(
                 BLOCK_K,
                 SPLIT_K,
                 SWAP_AB,
-                None,
             )
     else:
         if tl.program_id(0) >= num_blocks * TILES_N * SPLIT_K:
@@ -195,109 +192,7 @@ def down_kernel(
             BLOCK_K,
             SPLIT_K,
             SWAP_AB,
-            None,
         )
-
-
-@triton.jit(do_not_specialize=["num_slots"])
-def up_merged_kernel(
-    h_ptr,
-    x_ptr,
-    w_ptr,
-    sorted_token_ids_ptr,
-    expert_ids_ptr,
-    post_padded_ptr,
-    num_slots,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CONFIGS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The gate+up GEMM by whichever of CONFIGS has rows: a loop over tiles for each, all but one of them empty.
-
-    CONFIGS: a tuple of (place, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP_AB, STAGES); the rows of each stand at
-    post_padded[place * STRIDE].
-    """
-    wait_for_launch_before(PDL)
-    for i in tl.static_range(len(CONFIGS)):
-        num_blocks = tl.load(post_padded_ptr + CONFIGS[i][0] * STRIDE) // CONFIGS[i][1]
-        tiles_n = (2 * INTERMEDIATE + CONFIGS[i][2] - 1) // CONFIGS[i][2]
-        for index in range(tl.program_id(0), num_blocks * tiles_n, tl.num_programs(0)):
-            block, tile = tile_of(
-                index, num_blocks, (2 * INTERMEDIATE + CONFIGS[i][2] - 1) // CONFIGS[i][2], CONFIGS[i][4]
-            )
-            up_tile(
-                block,
-                tile,
-                tl.load(expert_ids_ptr + block),
-                h_ptr,
-                None,
-                x_ptr,
-                None,
-                w_ptr,
-                None,
-                sorted_token_ids_ptr,
-                num_slots,
-                TOP_K,
-                HIDDEN,
-                INTERMEDIATE,
-                CONFIGS[i][1],
-                CONFIGS[i][2],
-                CONFIGS[i][3],
-                CONFIGS[i][6],
-                CONFIGS[i][7],
-            )
-
-
-@triton.jit(do_not_specialize=["num_slots"])
-def down_merged_kernel(
-    y_ptr,
-    h_ptr,
-    w_ptr,
-    topk_weights_ptr,
-    sorted_token_ids_ptr,
-    expert_ids_ptr,
-    post_padded_ptr,
-    num_slots,
-    HIDDEN: tl.constexpr,
-    INTERMEDIATE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    CONFIGS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The down GEMM by whichever of CONFIGS has rows, as `up_merged_kernel`."""
-    wait_for_launch_before(PDL)
-    for i in tl.static_range(len(CONFIGS)):
-        num_blocks = tl.load(post_padded_ptr + CONFIGS[i][0] * STRIDE) // CONFIGS[i][1]
-        tiles = (HIDDEN + CONFIGS[i][2] - 1) // CONFIGS[i][2] * CONFIGS[i][5]
-        for index in range(tl.program_id(0), num_blocks * tiles, tl.num_programs(0)):
-            block, tile = tile_of(
-                index // CONFIGS[i][5], num_blocks, (HIDDEN + CONFIGS[i][2] - 1) // CONFIGS[i][2], CONFIGS[i][4]
-            )
-            down_tile(
-                block,
-                tile,
-                index % CONFIGS[i][5],
-                tl.load(expert_ids_ptr + block),
-                y_ptr,
-                h_ptr,
-                None,
-                w_ptr,
-                None,
-                topk_weights_ptr,
-                sorted_token_ids_ptr,
-                num_slots,
-                HIDDEN,
-                INTERMEDIATE,
-                CONFIGS[i][1],
-                CONFIGS[i][2],
-                CONFIGS[i][3],
-                CONFIGS[i][5],
-                CONFIGS[i][6],
-                CONFIGS[i][7],
-            )
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts"])

@@ -19,13 +19,11 @@ from rampwrap.errors import InputError
 from rampwrap.ingraph import TALLY, Packed
 from rampwrap.kernels.triton import align, pdl
 from rampwrap.kernels.triton.align import ALIGNED, TokenBlocks
-from rampwrap.kernels.triton.align_kernels import count_chunks_kernel, place_chunks_kernel
 from rampwrap.kernels.triton.chunk_kernels import count_and_fill_kernel
 from rampwrap.kernels.triton.select_kernels import (
     choose_kernel,
     select_and_place_kernel,
     select_by_expert_kernel,
-    select_chunks_kernel,
 )
 
 
@@ -238,79 +236,34 @@ def align_and_select(
             **pdl.arguments(several=True),
         )
         return selected
-    if path == "chunks":
-        num_chunks, pieces = align._chunks(num_slots)
-        count_and_fill_kernel[(num_chunks,)](
-            topk_ids,
-            expert_map,
-            first.scratch,
-            sorted_token_ids,
-            pieces,
-            num_slots,
-            num_experts,
-            num_local_experts,
-            sorted_token_ids.numel(),
-            PIECE=align.PIECE,
-            BINS=bins,
-            **align._overlap(num_chunks, several=True),
-        )
-        select_and_place_kernel[(num_chunks + 1,)](
-            first.scratch,
-            candidates.ints,
-            candidates.reals,
-            *outputs,
-            num_chunks,
-            pieces,
-            num_slots,
-            num_local_experts,
-            fallback,
-            BINS=bins,
-            **align._placing(bins),
-            **constants,
-            **align._overlap(num_chunks, several=True),
-        )
-        return selected
-    num_chunks = triton.cdiv(num_slots, align.CHUNK_SLOTS)
-    chunk_counts, chunk_offsets = first.scratch[: num_chunks * bins], first.scratch[num_chunks * bins :]
-    count_chunks_kernel[(num_chunks,)](
+    num_chunks, pieces = align._chunks(num_slots)
+    count_and_fill_kernel[(num_chunks,)](
         topk_ids,
         expert_map,
-        chunk_counts,
+        first.scratch,
+        sorted_token_ids,
+        pieces,
         num_slots,
         num_experts,
         num_local_experts,
-        CHUNK=align.CHUNK_SLOTS,
+        sorted_token_ids.numel(),
+        PIECE=align.PIECE,
         BINS=bins,
+        **align._overlap(num_chunks, several=True),
     )
-    select_chunks_kernel[(triton.cdiv(num_local_experts, align.SCAN_EXPERTS),)](
-        chunk_counts,
-        chunk_offsets,
+    select_and_place_kernel[(num_chunks + 1,)](
+        first.scratch,
         candidates.ints,
         candidates.reals,
         *outputs,
         num_chunks,
+        pieces,
         num_slots,
         num_local_experts,
         fallback,
         BINS=bins,
-        OWN=align.SCAN_EXPERTS,
-        ROWS=8,
+        **align._placing(bins),
         **constants,
-    )
-    place_chunks_kernel[(num_chunks,)](
-        topk_ids,
-        expert_map,
-        chunk_offsets,
-        sorted_token_ids,
-        selected.record[ALIGNED:],
-        selected.record[2 * ALIGNED :],
-        num_slots,
-        num_experts,
-        num_local_experts,
-        0,
-        CHUNK=align.CHUNK_SLOTS,
-        BINS=bins,
-        COLUMNS=8,
-        num_warps=8,
+        **align._overlap(num_chunks, several=True),
     )
     return selected

@@ -10,7 +10,7 @@ Each kernel makes a histogram as `align` does, loads the candidates before it, a
 import triton
 import triton.language as tl
 from rampwrap.ingraph import TALLY
-from rampwrap.kernels.triton.align_kernels import ids_and_histogram, place_expert, scan_own, sum3, sum_chunks
+from rampwrap.kernels.triton.align_kernels import ids_and_histogram, place_expert, sum3
 from rampwrap.kernels.triton.chunk_kernels import counts_before, place_chunk
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.scoring import choose_candidate, load_tables
@@ -204,69 +204,6 @@ def select_and_place_kernel(
             IDS,
             TILE,
         )
-
-
-@triton.jit(do_not_specialize=["num_chunks", "num_slots", "num_local_experts", "fallback"])
-def select_chunks_kernel(
-    chunk_counts_ptr,
-    chunk_offsets_ptr,
-    ints_ptr,
-    reals_ptr,
-    sorted_token_ids_ptr,
-    expert_ids_ptr,
-    post_padded_ptr,
-    record_ptr,
-    expert_counts_ptr,
-    tally_ptr,
-    num_chunks,
-    num_slots,
-    num_local_experts,
-    fallback,
-    BINS: tl.constexpr,
-    OWN: tl.constexpr,
-    ROWS: tl.constexpr,
-    C: tl.constexpr,
-    S: tl.constexpr,
-    LAUNCHES: tl.constexpr,
-    MARGINS: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    """The scan of the three-launch path, with selection before it."""
-    tables = load_tables(ints_ptr, reals_ptr, C, S, LAUNCHES, MARGINS)
-    counts = sum_chunks(chunk_counts_ptr, num_chunks, BINS, ROWS)
-    choice, block_m, static_us, chosen_us, active, outside = choose_candidate(counts, tables, fallback, C, LAUNCHES)
-    if tl.program_id(0) == 0:
-        record_choice(
-            choice,
-            block_m,
-            static_us,
-            chosen_us,
-            active,
-            outside,
-            tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m),
-            counts,
-            record_ptr,
-            post_padded_ptr,
-            tally_ptr,
-            C,
-            STRIDE,
-        )
-    scan_own(
-        counts,
-        block_m,
-        chunk_counts_ptr,
-        chunk_offsets_ptr,
-        sorted_token_ids_ptr,
-        expert_ids_ptr,
-        record_ptr + STRIDE,
-        expert_counts_ptr,
-        num_chunks,
-        num_slots,
-        num_local_experts,
-        BINS,
-        OWN,
-        ROWS,
-    )
 
 
 @triton.jit(do_not_specialize=["num_local_experts", "fallback"])

@@ -3,7 +3,7 @@
 In the first GEMM the `block_n` weight rows of a tile are block_n/2 gate rows and the block_n/2 up rows that belong
 to them, interleaved so that a thread's accumulator holds both halves of each product: SwiGLU then needs no second
 tile, no exchange between threads and half the memory traffic of writing 2I columns. There is one `tl.dot` per step,
-as in a plain GEMM. STAGES of its pipeline are those of the whole kernel where it is None.
+as in a plain GEMM.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -67,7 +67,6 @@ def multiply_tile(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """x[rows] @ w[w_rows]^T in float32: [BLOCK_M, BLOCK_N], transposed if SWAP_AB; of SPLIT_K parts of K the one `split`.
 
@@ -96,7 +95,7 @@ def multiply_tile(
         w_ptrs += first * BLOCK_K
     # Weights carry no mask where K is a multiple of BLOCK_K: plain 16-byte cp.async. Padding rows of x are
     # masked, which costs no traffic.
-    for step in tl.range(first, end, num_stages=STAGES):
+    for step in range(first, end):
         if EVEN_K:
             x_mask = row_mask[None, :] if SWAP_AB else row_mask[:, None]
             x = tl.load(x_ptrs, mask=x_mask, other=0.0)
@@ -146,7 +145,6 @@ def up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """h[slot] = silu(x W_gate^T) * (x W_up^T) for the slots of one M block and BLOCK_N / 2 columns of h."""
     HALF_N: tl.constexpr = BLOCK_N // 2
@@ -191,7 +189,6 @@ def up_tile(
         BLOCK_K,
         1,
         SWAP_AB,
-        STAGES,
     )
     if SWAP_AB:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
@@ -236,7 +233,6 @@ def down_tile(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """y[split, slot] = topk_weight[slot] * (h[slot] W_down^T) for one M block, BLOCK_N columns of y, a part of K."""
     slots = block_slots(block, sorted_token_ids_ptr, num_slots, BLOCK_M)
@@ -274,7 +270,6 @@ def down_tile(
         BLOCK_K,
         SPLIT_K,
         SWAP_AB,
-        STAGES,
     )
     if SWAP_AB:
         acc = tl.trans(acc)

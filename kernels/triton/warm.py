@@ -3,16 +3,14 @@
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from rampwrap.kernel import Config, MoEShape
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.fused_moe import DIRECT_FACTOR, fused_moe, fused_moe_candidates
+from rampwrap.kernels.triton.fused_moe import DIRECT_FACTOR, fused_moe
 from rampwrap.kernels.triton.quantise import GROUP
-from rampwrap.kernels.triton.select import allocate_selected
 from rampwrap.kernels.triton.workspace import TORCH_DTYPES
 from rampwrap.spawn import main_hidden
 
@@ -40,64 +38,18 @@ def warm(
     Returns:
         For each config None, or why it failed.
     """
-    return _in_processes(run_once, shape, configs, processes, (ids_dtype, "cuda", persistent))
-
-
-def warm_merged(
-    shape: MoEShape,
-    candidates: Sequence[Sequence[Config]],
-    *,
-    ids_dtype: torch.dtype = torch.int32,
-    processes: int | None = None,
-) -> list[str | None]:
-    """`warm` for what mode merged of a `Selector` launches: each list of candidates is a kernel of its own."""
-    return _in_processes(run_merged, shape, candidates, processes, (ids_dtype, "cuda"))
-
-
-def _in_processes(
-    run: Callable[..., list[str | None]],
-    shape: MoEShape,
-    items: Sequence[Any],
-    processes: int | None,
-    more: tuple[Any, ...],
-) -> list[str | None]:
-    count = min(processes or os.cpu_count() or 1, 16, max(1, len(items)))
+    count = min(processes or os.cpu_count() or 1, 16, max(1, len(configs)))
     # Fork servers start from a process without a CUDA context and pay for importing torch once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rampwrap.kernels.triton.warm"])
-    parts = [list(items[i::count]) for i in range(count)]
+    parts = [(shape, list(configs[i::count]), ids_dtype, "cuda", persistent) for i in range(count)]
     # The setting of this process, not the environment's that the server may have seen: it is part of what is compiled.
     # All the while: a pool starts processes anew, from a thread, where one has died.
     with main_hidden(), context.Pool(count, pdl.use, (pdl.setting(),)) as pool:
-        found = pool.starmap(run, [(shape, part, *more) for part in parts])
-    reasons: list[str | None] = [None] * len(items)
+        found = pool.starmap(run_once, parts)
+    reasons: list[str | None] = [None] * len(configs)
     for i, part in enumerate(found):
         reasons[i::count] = part
-    return reasons
-
-
-def run_merged(
-    shape: MoEShape, candidates: Sequence[Sequence[Config]], ids_dtype: torch.dtype, device: str = "cuda"
-) -> list[str | None]:
-    """Launches each list merged, on blocks without rows; for each None, or the first line of the error."""
-    num_tokens = _batches(shape)[-1]
-    args, scales = _zeros(shape, num_tokens, ids_dtype, device)
-    reasons: list[str | None] = []
-    for configs in candidates:
-        heights = [config["block_m"] for config in configs]
-        selected = allocate_selected(num_tokens, shape.top_k, shape.num_local_experts, heights, device)
-        selected.post_padded.zero_()
-        selected.choice.zero_()
-        with _reason(reasons, device):
-            fused_moe_candidates(
-                configs,
-                selected.blocks,
-                selected.choice,
-                *args,
-                w13_scale=scales.get("w13_scale"),
-                w2_scale=scales.get("w2_scale"),
-                merged=True,
-            )
     return reasons
 
 
@@ -108,7 +60,7 @@ def run_once(
     arguments = [_zeros(shape, num_tokens, ids_dtype, device) for num_tokens in _batches(shape)]
     ways: list[tuple[str, int | None]] = [(pdl.setting(), None)]
     if persistent:
-        # Candidates are launched as those of several, whole grids of them too: a body of a conditional node has these.
+        # Candidates are launched as those of several.
         several = pdl.setting() if pdl.setting() == pdl.EVERYWHERE else pdl.NOWHERE
         ways = list(dict.fromkeys([*ways, (several, None), (several, 1)]))
     reasons: list[str | None] = []

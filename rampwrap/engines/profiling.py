@@ -16,7 +16,7 @@ from rampwrap.fitting import make_plan
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.kernels.cute.library import find
 from rampwrap.models import read_model
-from rampwrap.selector import graph_modes
+from rampwrap.selector import chooses_in_graph
 from rampwrap.timings import Timings
 
 Measure = Callable[[MoEShape, str], tuple[Kernel, Timings]]
@@ -99,7 +99,7 @@ def profile_model(
         if prepare is not None:
             prepare(made, str(path))
         written.append(str(path))
-        choices = sum(len(its.candidates) > 1 for its in plan.in_graph) if graph_modes(made) else 0
+        choices = sum(len(its.candidates) > 1 for its in plan.in_graph) if chooses_in_graph(made) else 0
         lines.append(f"{path}: {shape}, {len(plan.configs)} configs, {choices} of {len(plan.in_graph)} batches choose")
     if place != plans_path() and not Plans.read().found:
         lines.append(f"next: RAMPWRAP_PLANS={place} for the engine")

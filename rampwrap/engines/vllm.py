@@ -36,7 +36,7 @@ from rampwrap.errors import CaptureError, RampwrapError
 from rampwrap.kernel import MoEShape
 from rampwrap.lane import Layer
 from rampwrap.observe import start_log
-from rampwrap.selector import Selector, graph_modes
+from rampwrap.selector import Selector, chooses_in_graph
 
 TESTED = ("0.26",)
 "Releases (major.minor) whose sources this module was checked against, and which it serves."
@@ -143,7 +143,7 @@ class _Engine:
         """The selector of a plan, made for the first layer that has it."""
         found = self.selectors.get(fit.path)
         if found is None or found.max_tokens < most_tokens:
-            mode = "auto" if graph_modes(fit.kernel) or not self.eager else "lagged"
+            mode = "graph" if chooses_in_graph(fit.kernel) or not self.eager else "lagged"
             found = Selector(
                 fit.kernel, fit.plan, max_tokens=most_tokens, mode=mode, shape=shape, device=device, strict=True
             )

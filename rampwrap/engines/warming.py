@@ -114,7 +114,7 @@ def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool
 def compile_plan(selector: Selector) -> list[str]:
     """Compiles what the buckets of a selector launch up to its `max_tokens`; the errors, as sentences.
 
-    Of a portfolio all configs of the plan: in mode lagged the host may choose any, and graph modes it has none.
+    Of a portfolio all configs of the plan: in mode lagged the host may choose any, and in graphs it never chooses.
     """
     reasons: list[str | None] = []
     for kernel, configs in by_member(selector.kernel, selector.plan.configs):
@@ -128,29 +128,25 @@ def compile_plan(selector: Selector) -> list[str]:
 
 def _compile_triton(selector: Selector, configs: list[Config] | None) -> list[str | None]:
     """Compiles our Triton kernel in these configs, launched alone; None: as the buckets launch it."""
-    from rampwrap.kernels.triton.warm import warm, warm_merged
+    from rampwrap.kernels.triton.warm import warm
 
-    single, several, merged = launched(selector) if configs is None else (configs, [], [])
+    single, several = launched(selector) if configs is None else (configs, [])
     shape: MoEShape = selector.shape
     reasons = warm(shape, single) if single else []
-    reasons += warm(shape, several, persistent=True) if several else []
-    return reasons + (warm_merged(shape, merged) if merged else [])
+    return reasons + (warm(shape, several, persistent=True) if several else [])
 
 
-def launched(selector: Selector) -> tuple[list[Config], list[Config], list[tuple[Config, ...]]]:
-    """What the buckets up to `max_tokens` launch: configs alone, configs among candidates, and lists merged."""
+def launched(selector: Selector) -> tuple[list[Config], list[Config]]:
+    """What the buckets up to `max_tokens` launch: configs alone, and configs among candidates."""
     single: list[Config] = []
     several: list[Config] = []
-    merged: list[tuple[Config, ...]] = []
     for tokens in _firsts(selector):
         bucket = selector.bucket(tokens)
         if len(bucket.configs) == 1:
             single.append(bucket.configs[0])
-        elif bucket.mode == "merged" and selector.shape.dtype != "fp8":
-            merged.append(bucket.configs)
         else:
             several += bucket.configs
-    return _once(single), _once(several), _once(merged)
+    return _once(single), _once(several)
 
 
 def _firsts(selector: Selector) -> list[int]:
