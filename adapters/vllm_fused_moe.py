@@ -23,6 +23,7 @@ import torch
 
 from rampwrap.adapters import vllm_candidates
 from rampwrap.errors import ConfigError, InputError
+from rampwrap.files import replacing
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, MoEShape, check_configs, config_key, format_config
 from rampwrap.kernels.triton import configs as sm90
@@ -246,7 +247,8 @@ class VllmFusedMoE:
     def export_static(self, table: StaticTable, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Writes a table over `configs` where vLLM finds it with ``VLLM_TUNED_CONFIG_FOLDER=folder``; returns the file."""
         path = pathlib.Path(folder) / config_file_name(self.shape, self._device_name, per_tensor=self.per_tensor)
-        path.write_text(write_static(table, self.configs))
+        with replacing(path) as stream:
+            stream.write(write_static(table, self.configs).encode())
         return path
 
     def supports(self, config: Config, shape: MoEShape) -> str | None:

@@ -23,6 +23,7 @@ from multiprocessing.context import BaseContext
 
 import attrs
 
+from rampwrap import files
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernels.cute import gate
 from rampwrap.kernels.cute.configs import Variant, all_variants
@@ -91,9 +92,8 @@ def source_digest() -> str:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where object files and libraries are kept: ``$XDG_CACHE_HOME/rampwrap/cute``, by default below ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "rampwrap" / "cute"
+    """Where object files and libraries are kept: ``cute`` in rampwrap's cache."""
+    return files.cache_folder() / "cute"
 
 
 def default_folder() -> pathlib.Path:
@@ -141,11 +141,8 @@ def build(
     wanted = list(dict.fromkeys(all_variants() if variants is None else variants))
     objects = cache_folder() / "objects" / f"{source_digest()}-{version}"
     folder = pathlib.Path(out) if out is not None else default_folder()
-    try:
-        objects.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be written ({error.strerror}); give another --out.") from error
+    files.make_folder(objects, "set XDG_CACHE_HOME")
+    files.make_folder(folder, "give another --out")
     missing = [variant for variant in wanted if not (objects / f"{variant.symbol}.o").exists()]
     failures = _compile_all(missing, objects, processes or os.cpu_count() or 1, len(wanted), progress)
     refused, kept = dict(failures), []
@@ -176,7 +173,8 @@ def build(
         "kernels": found,
         "refused": refused,
     }
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    with files.replacing(folder / MANIFEST) as stream:
+        stream.write(json.dumps(manifest, indent=1).encode() + b"\n")
     built = len(missing) - len(failures)
     return Build(library, len(kept), built, len(wanted) - len(missing), refused, seconds, num_bytes)
 
@@ -311,9 +309,3 @@ def _runtime_archive() -> pathlib.Path:
         raise InputError(f"the CuTe DSL has no libcuda_dialect_runtime_static.a; get a whole one with {GET_DSL}.")
     # That of the newest CUDA: its folder is cu13, an older one cu12.
     return found[-1]
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    scratch.replace(path)

@@ -18,6 +18,7 @@ import attrs
 from rampwrap.catalog import make_kernel
 from rampwrap.device import Device
 from rampwrap.errors import ConfigError, InputError, PlanError, PlanMismatchError
+from rampwrap.files import cache_folder
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.plan import Plan
 from rampwrap.portfolio import members_of
@@ -33,15 +34,17 @@ def disabled() -> bool:
 
 
 def default_folder() -> pathlib.Path:
-    """``~/.cache/rampwrap/plans``, or the same under $XDG_CACHE_HOME."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(cache) if cache else pathlib.Path.home() / ".cache") / "rampwrap" / "plans"
+    """``~/.cache/rampwrap/plans``, or where else `cache_folder` is."""
+    return cache_folder() / "plans"
 
 
 def plans_path() -> pathlib.Path:
     """Where plans are looked for: $RAMPWRAP_PLANS, else `default_folder()`."""
     given = os.environ.get(PLANS, "").strip()
-    return pathlib.Path(given).expanduser() if given else default_folder()
+    try:
+        return pathlib.Path(given).expanduser() if given else default_folder()
+    except RuntimeError as error:  # a user without a home
+        raise InputError(f"{PLANS}={given} names a home folder, and there is none; give a full path.") from error
 
 
 @attrs.frozen(eq=False)
@@ -78,8 +81,11 @@ class Plans:
     def read(cls, where: str | os.PathLike[str] | None = None) -> "Plans":
         """Reads a folder's ``*.plan.json`` or one file, `plans_path()` by default; a place that is not there is empty."""
         path = plans_path() if where is None else pathlib.Path(where)
-        single = [path] if path.exists() else []
-        files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else single
+        try:
+            single = [path] if path.exists() else []
+            files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else single
+        except OSError as error:
+            return cls(str(path), broken=(f"{path} cannot be read ({error.strerror}); set {PLANS} to another folder.",))
         found, broken = [], []
         for file in files:
             try:

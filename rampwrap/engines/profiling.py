@@ -1,7 +1,6 @@
 """The plans of a model: one for each shape of MoE layer that its `config.json` gives a rank."""
 
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,10 @@ import torch
 
 from rampwrap.catalog import make_kernel
 from rampwrap.device import device_of
-from rampwrap.engines.plans import SUFFIX, Plans, plans_path
+from rampwrap.engines.plans import PLANS, SUFFIX, Plans, plans_path
 from rampwrap.engines.vllm import preference
 from rampwrap.errors import ConfigError, InputError
+from rampwrap.files import make_folder
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.kernels.cute.library import find
@@ -86,8 +86,7 @@ def profile_model(
         InputError: as `read_model`.
         TableError, FitError: as profiling and fitting.
     """
-    place = pathlib.Path(folder) if folder is not None else plans_path()
-    place.mkdir(parents=True, exist_ok=True)
+    place = make_folder(folder if folder is not None else plans_path(), f"give another --out, or set {PLANS}")
     lines, written = [], []
     for shape in read_model(model, tp_size=tp_size, expert_parallel=expert_parallel, dtype=dtype):
         made = kernel(shape)

@@ -7,15 +7,13 @@ that it lacks are compiled the same way where the CuTe DSL is installed, and kep
     python -m rampwrap.engines.warming PLAN.json MAX_TOKENS
 """
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ import torch
 from rampwrap._version import __version__
 from rampwrap.catalog import make_kernel
 from rampwrap.errors import RampwrapError
+from rampwrap.files import locked, make_folder, replacing
 from rampwrap.kernel import Config, Kernel, MoEShape
 from rampwrap.plan import Plan
 from rampwrap.portfolio import by_member
@@ -63,12 +62,14 @@ def ensure_compiled(selector: Selector, path: str) -> bool:
 
 
 def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
-    with _locked(mark.with_suffix(".lock")):
+    # One process of a machine at a time; ranks that come second find the work done.
+    with locked(mark, wait_s=-1):
         # The mark holds the largest batch compiled for; larger ones may take buckets that are not.
         if mark.exists() and int(mark.read_text() or 0) >= selector.max_tokens:
             return False
         if _run(path, selector.max_tokens):
-            mark.write_text(str(selector.max_tokens))
+            with replacing(mark) as stream:
+                stream.write(str(selector.max_tokens).encode())
     return True
 
 
@@ -77,8 +78,8 @@ def _ensure_cute(kernel: Any, configs: Sequence[Config], max_tokens: int, path: 
 
     compiles, done = kernel.must_compile(configs), True
     if compiles:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with _locked(cache_folder() / "warming.lock"):
+        make_folder(cache_folder(), "set XDG_CACHE_HOME")
+        with locked(cache_folder() / "warming", wait_s=-1):
             done = _run(path, max_tokens)
     if done:
         # Linked and loaded in one piece; at its first launch each would be by itself.
@@ -177,21 +178,12 @@ def _mark(selector: Selector, path: str) -> pathlib.Path:
 
     from rampwrap.kernels.triton import pdl
 
-    root = pathlib.Path(os.environ.get("TRITON_CACHE_DIR") or pathlib.Path.home() / ".triton" / "cache")
+    root = pathlib.Path(os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache"))  # noqa: PTH111, as Triton does, home or not
     said = hashlib.sha256(f"{__version__} {triton.__version__} {pdl.setting()}".encode())
     sources = (pathlib.Path(__file__).parents[1] / "kernels" / "triton").glob("*.py")
     for file in (pathlib.Path(path), *sorted(sources)):
         said.update(file.read_bytes())
-    root.mkdir(parents=True, exist_ok=True)
-    return root / f"rampwrap-{said.hexdigest()[:16]}"
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """One process of a machine at a time; ranks that come second find the work done."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+    return make_folder(root, "set TRITON_CACHE_DIR") / f"rampwrap-{said.hexdigest()[:16]}"
 
 
 def main(argv: Sequence[str]) -> int:
