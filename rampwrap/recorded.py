@@ -8,26 +8,34 @@
 | ``.npy``, ``.npz`` of ids | vLLM, ``CompletionOutput.routed_experts`` | ids [tokens, layers, top_k] of each request |
 | ``.npy``, ``.npz``, ``.json`` of counts | anyone | counts or loads [..., layers, experts] |
 
-Passes that recorded nothing, and layers without experts, leave no row. A ``.pt`` file is opened with
-``weights_only=True``: it cannot run code.
+Passes that recorded nothing, layers without experts and tokens that no expert saw leave no row, and `Account` says how
+many there were. `rampwrap.dumps` opens the files, `rampwrap.passes` makes
+histograms of them.
 """
 
-import functools
-import json
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
 from rampwrap.errors import InputError
 from rampwrap.grid import FloatArray, IntArray
+from rampwrap.passes import one_part, read_passes
 
-SUFFIXES = (".pt", ".json", ".npy", ".npz")
-Array = npt.NDArray[Any]
+MOST_TOKENS = 65_536
+"Of one launch: SGLang splits larger batches here, vLLM at half of it. A histogram of more is a sum over steps."
+SAYING = {
+    "steps_without_tokens": "steps without tokens",
+    "layers_without_experts": "layers without experts",
+    "rows_without_tokens": "histograms without tokens",
+    "padding_tokens": "padding tokens",
+    "incomplete_tokens": "tokens with fewer experts than top_k",
+    "other_arrays": "arrays of something else",
+    "sums_over_steps": f"histograms of more than {MOST_TOKENS} tokens",
+}
+"What can be left out, and how it is said."
 
 
 @attrs.frozen(eq=False)
@@ -38,12 +46,18 @@ class Recording:
         path: the file.
         counts: int64 [rows, num_experts], no row empty.
         step, layer: int64 [rows], where each row stood in the file.
+        top_k: experts a token where the file holds ids; 0 where it holds counts alone.
+        steps: in the file, those without tokens included.
+        left_out: how many of each kind of `SAYING` the file had, none of 0.
     """
 
     path: str
     counts: IntArray
     step: IntArray
     layer: IntArray
+    top_k: int = 0
+    steps: int = 0
+    left_out: dict[str, int] = attrs.field(factory=dict)
 
     def num_tokens(self, top_k: int) -> IntArray:
         """Tokens of each row, int64 [rows].
@@ -51,17 +65,61 @@ class Recording:
         Raises:
             InputError: a row is not the histogram of any batch that visits `top_k` different experts a token.
         """
+        if self.top_k not in (0, top_k):
+            raise InputError(
+                f"{self.path!r} records ids of {self.top_k} experts a token, which no batch with top_k={top_k} has; "
+                f"give the top_k of the recorded model{', and ids of all ranks' if self.top_k < top_k else ''}."
+            )
         slots, busiest = self.counts.sum(axis=1), self.counts.max(axis=1)
         wrong = np.flatnonzero((slots % top_k != 0) | (busiest * top_k > slots))
         if len(wrong):
             row = int(wrong[0])
             raise InputError(
                 f"{self.path!r} records {slots[row]} slots, {busiest[row]} of them on one expert, in step "
-                f"{self.step[row]}, layer {self.layer[row]}, which no batch with top_k={top_k} gives; give the top_k of "
-                "the recorded model."
+                f"{self.step[row]}, layer {self.layer[row]}, which no batch with top_k={top_k} gives; {self._why()}."
             )
         out: IntArray = slots // top_k
         return out
+
+    def _why(self) -> str:
+        """What would explain rows that are no histogram with the top_k that was asked for."""
+        slots, busiest = self.counts.sum(axis=1), self.counts.max(axis=1)
+        most = int((slots // busiest).min())
+        common = int(np.gcd.reduce(slots))
+        fits = [top_k for top_k in range(2, most + 1) if common % top_k == 0]
+        if fits:
+            return f"give the top_k of the recorded model (all rows fit {' or '.join(map(str, fits[-3:]))})"
+        part = one_part(self.counts.any(axis=0))
+        which = "" if part is None else f" (only experts {part[0]} to {part[1]} have any)"
+        return (
+            f"all rows fit top_k=1 alone, so they are part of their batches{which}: give counts of all ranks of expert "
+            "parallelism together, with no slot left out"
+        )
+
+    def batches(self, top_k: int) -> tuple["Recording", IntArray]:
+        """The rows that one launch may have had, and the tokens of each, int64 [rows].
+
+        Raises:
+            InputError: as `num_tokens`, or most rows are sums over many steps.
+        """
+        tokens = self.num_tokens(top_k)
+        launched = tokens <= MOST_TOKENS
+        sums = int((~launched).sum())
+        if 2 * sums > len(tokens):
+            raise InputError(
+                f"{self.path!r} records up to {tokens.max()} tokens a step, and no launch has more than {MOST_TOKENS}: "
+                f"these are sums over many steps; use their popularities, --routing trace:{self.path}."
+            )
+        if not sums:
+            return self, tokens
+        kept = attrs.evolve(
+            self,
+            counts=self.counts[launched],
+            step=self.step[launched],
+            layer=self.layer[launched],
+            left_out={**self.left_out, "sums_over_steps": sums},
+        )
+        return kept, tokens[launched]
 
     def pick(self, limit: int, top_k: int) -> IntArray:
         """At most `limit` rows that stand for all, ascending: spread over token counts (by powers of two), and within
@@ -84,6 +142,56 @@ class Recording:
         return np.array(sorted(taken), dtype=np.int64)
 
 
+@attrs.frozen
+class Account:
+    """What became of a file: for people as a sentence, for programs as JSON.
+
+    Attributes:
+        file: with the layer, as it was given.
+        found: histograms that are whole.
+        taken: how many of them stand for all.
+        left_out: how many of each kind of `SAYING`.
+        tokens: of the largest batch where the file holds counts of a single step, which may be a sum; else 0.
+    """
+
+    file: str
+    found: int
+    taken: int
+    left_out: dict[str, int]
+    tokens: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return attrs.asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{self.taken} of {self.found} histograms taken"]
+        if self.left_out:
+            parts += ["left out: " + ", ".join(f"{count} {SAYING[kind]}" for kind, count in self.left_out.items())]
+        if self.tokens:
+            parts += [
+                f"it holds one step, read as one batch of {self.tokens} tokens; where that is a sum over steps, use "
+                f"--routing trace:{self.file}"
+            ]
+        return f"{self.file}: {'; '.join(parts)}."
+
+
+def account(path: str, num_experts: int, top_k: int | None = None, limit: int | None = None) -> Account:
+    """Of ``FILE`` or ``FILE:LAYER``: what `recorded_workloads` takes of it, or with `top_k` None what a trace does.
+
+    Raises:
+        InputError: as `read_recording`.
+    """
+    file, layer = split_layer(path)
+    if top_k is None:
+        dump = read_passes(file, num_experts, layer)
+        return Account(path, len(dump.rows), len(dump.rows), dump.left_out)
+    found, tokens = read_recording(file, num_experts, layer).batches(top_k)
+    taken = len(tokens) if limit is None else min(limit, len(tokens))
+    once = found.top_k == 0 and found.steps == 1
+    return Account(path, len(tokens), taken, found.left_out, int(tokens.max()) if once else 0)
+
+
 def read_recording(path: str | os.PathLike[str], num_experts: int, layer: int | None = None) -> Recording:
     """Histograms of the passes in a file.
 
@@ -96,26 +204,16 @@ def read_recording(path: str | os.PathLike[str], num_experts: int, layer: int | 
         layer: only this one; None takes all.
 
     Raises:
-        InputError: the file cannot be read, holds nothing for `num_experts` experts or nothing of `layer`, or holds
-            counts that are no whole numbers of tokens.
+        InputError: the file cannot be read, holds nothing for `num_experts` experts or nothing of `layer`, holds what
+            one rank of several saw, ids that no engine writes, or counts that are no whole numbers of tokens.
     """
     name = os.fspath(path)
-    counts, steps, layers, at = [], [], [], 0
-    for block in _blocks(name, num_experts):
-        if block.dtype.kind == "f" and not np.array_equal(block, np.rint(block)):
-            odd = block[block != np.rint(block)][0]
-            raise InputError(f"{name!r} holds a count of {odd:g}; whole histograms need whole numbers of tokens.")
-        found, chosen = _layers(block, layer)
-        place = np.indices(found.shape[:2])
-        counts.append(found.reshape(-1, num_experts).astype(np.int64))
-        steps.append(place[0].ravel() + at)
-        layers.append(chosen[place[1].ravel()])
-        at += len(found)
-    rows = [np.concatenate(part) if part else np.empty(0, dtype=np.int64) for part in (counts, steps, layers)]
-    filled = np.flatnonzero(rows[0].any(axis=-1)) if rows[0].size else np.empty(0, dtype=np.int64)
-    if not len(filled):
-        raise InputError(_nothing(name, num_experts, layer))
-    return Recording(name, *(part[filled] for part in rows))
+    dump = read_passes(name, num_experts, layer)
+    counts = np.rint(dump.rows).astype(np.int64)
+    if dump.rows.dtype.kind == "f" and (counts != dump.rows).any():
+        odd = dump.rows[counts != dump.rows][0]
+        raise InputError(f"{name!r} holds a count of {odd:g}; whole histograms need whole numbers of tokens.")
+    return Recording(name, counts, dump.step, dump.layer, dump.top_k, dump.steps, dict(dump.left_out))
 
 
 def read_trace(path: str, num_experts: int, layer: int | None = None) -> FloatArray:
@@ -124,185 +222,13 @@ def read_trace(path: str, num_experts: int, layer: int | None = None) -> FloatAr
     Args: as for `read_recording`; loads may be fractions here.
 
     Raises:
-        InputError: the file cannot be read, or holds no usable row.
+        InputError: as `read_recording`, but for fractions.
     """
-    rows = [_layers(block, layer)[0].reshape(-1, num_experts) for block in _blocks(path, num_experts)]
-    every = np.concatenate(rows).astype(np.float64) if rows else np.empty((0, num_experts))
-    loads: FloatArray = every[every.sum(axis=1) > 0]
-    if not len(loads):
-        raise InputError(_nothing(path, num_experts, layer))
-    return loads
+    return read_passes(path, num_experts, layer).rows.astype(np.float64)
 
 
 def split_layer(text: str) -> tuple[str, int | None]:
     """``FILE`` or ``FILE:LAYER``: the file, and the layer where one is named."""
     file, _, last = text.rpartition(":")
-    return (file, int(last)) if file and last.isdecimal() and not pathlib.Path(text).exists() else (text, None)
-
-
-def _nothing(path: str, num_experts: int, layer: int | None) -> str:
-    if layer is not None:
-        return f"trace {path!r} holds nothing of layer {layer} for {num_experts} experts; name a layer it has."
-    return (
-        f"trace {path!r} holds no loads of {num_experts} experts; give counts whose last axis is the experts, or ids "
-        "[tokens, layers, top_k]."
-    )
-
-
-def _layers(block: Array, layer: int | None) -> tuple[Array, IntArray]:
-    """Of a block [steps, layers, experts]: the part that was asked for, and the numbers of its layers."""
-    numbers = np.arange(block.shape[1])
-    keep = numbers if layer is None else numbers[numbers == layer]
-    return block[:, keep], keep
-
-
-def _blocks(path: str, num_experts: int) -> tuple[Array, ...]:
-    """All histograms of a file, each block [steps, layers, num_experts], finite and not negative."""
-    try:
-        stat = pathlib.Path(path).stat()
-    except (OSError, ValueError) as error:
-        raise InputError(f"trace {path!r} cannot be read ({error}); check the path.") from error
-    return _read_blocks(path, num_experts, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _read_blocks(path: str, num_experts: int, mtime_ns: int, size: int) -> tuple[Array, ...]:
-    """Kept for as long as the file does not change: a profile asks once for every workload."""
-    suffix = pathlib.Path(path).suffix
-    if suffix not in SUFFIXES:
-        raise InputError(f"trace {path!r} is of no known kind; give {', '.join(SUFFIXES)}.")
-    try:
-        blocks = tuple(_PARSERS[suffix](path, num_experts))
-    except InputError:
-        raise
-    except Exception as error:  # torch.load and numpy raise whatever a damaged archive makes them stumble over
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise InputError(
-            f"trace {path!r} cannot be read ({said}); give the file as the engine wrote it, or loads [rows, experts]."
-        ) from error
-    for block in blocks:
-        if not np.isfinite(block).all() or block.min(initial=0) < 0:
-            bad = block[~(np.isfinite(block) & (block >= 0))][0]
-            raise InputError(f"trace {path!r} holds a load of {bad}; a count is finite and not negative.")
-    return blocks
-
-
-def _parse_torch(path: str, num_experts: int) -> Iterator[Array]:
-    import torch
-
-    raw = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(raw, dict) or not {"logical_count", "records"} & set(raw):
-        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise InputError(f"trace {path!r} holds {found}; an expert-distribution dump has logical_count or records.")
-    if "logical_count" in raw:
-        yield from _of_counts(path, raw["logical_count"], num_experts)
-        return
-    where = raw.get("last_physical_to_logical_map")
-    physical = None if where is None else np.asarray(where)
-    if physical is not None and (physical.ndim != 2 or physical.min() < 0 or physical.max() >= num_experts):
-        raise InputError(
-            f"trace {path!r} maps physical experts to {physical.max(initial=0) + 1} logical ones; the layer has {num_experts}."
-        )
-    for record in raw["records"]:
-        if "topk_ids_of_layer" in record:
-            yield _of_ids(path, np.asarray(record["topk_ids_of_layer"]), num_experts, physical)[None]
-        else:
-            counts = np.asarray(record["global_physical_count"])
-            logical = np.zeros((len(counts), num_experts), dtype=np.int64)
-            np.add.at(logical, (np.arange(len(counts))[:, None], _logical(path, counts, physical)), counts)
-            yield logical[None]
-
-
-def _logical(path: str, counts: Array, physical: Array | None) -> Array:
-    """Which logical expert each column of counts [layers, physical experts] stands for."""
-    if physical is None:
-        return np.broadcast_to(np.arange(counts.shape[1]), counts.shape)
-    if physical.shape != counts.shape:
-        raise InputError(
-            f"trace {path!r} maps experts {physical.shape} but counts {counts.shape}; it contradicts itself."
-        )
-    return physical
-
-
-def _parse_json(path: str, num_experts: int) -> Iterator[Array]:
-    raw = json.loads(pathlib.Path(path).read_text())
-    if isinstance(raw, dict):
-        if "logical_count" not in raw:
-            raise InputError(f"trace {path!r} has no logical_count; give an expert-distribution dump or nested lists.")
-        raw = raw["logical_count"]
-    yield from _of_counts(path, raw, num_experts)
-
-
-def _parse_numpy(path: str, num_experts: int) -> Iterator[Array]:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        arrays = [loaded]
-    else:
-        with loaded:
-            arrays = [loaded[key] for key in loaded.files]
-    requests = []
-    for array in arrays:
-        if array.ndim and array.shape[-1] == num_experts and array.dtype.kind in "iuf":
-            yield from _of_counts(path, array, num_experts)
-        elif _is_ids(array, num_experts):
-            requests.append(array.astype(np.int64))
-    for ids in requests:
-        yield _of_ids(path, ids.transpose(1, 0, 2), num_experts)[None]
-    # Positions that at least two requests have: what a decode step of them would route.
-    alike = [ids for ids in requests if ids.shape[1:] == requests[0].shape[1:]]
-    shared = sorted((len(ids) for ids in alike), reverse=True)[1] if len(alike) > 1 else 0
-    for position in range(shared):
-        batch = np.stack([ids[position] for ids in alike if len(ids) > position], axis=1)
-        yield _of_ids(path, batch, num_experts)[None]
-
-
-_PARSERS = {".pt": _parse_torch, ".json": _parse_json, ".npy": _parse_numpy, ".npz": _parse_numpy}
-
-
-def _of_counts(path: str, raw: Any, num_experts: int) -> Iterator[Array]:
-    counts = np.asarray(raw)
-    if counts.dtype.kind not in "iuf" or counts.ndim < 1 or counts.shape[-1] != num_experts:
-        raise InputError(
-            f"trace {path!r} holds {counts.dtype} {counts.shape}, no loads of {num_experts} experts; the last axis must "
-            "be the experts of this model."
-        )
-    layers = counts.shape[-2] if counts.ndim > 1 else 1
-    yield counts.reshape(-1, layers, num_experts)
-
-
-def _is_ids(array: Array, num_experts: int) -> bool:
-    """Whether an array may be ids [tokens, layers, top_k]: no id too large and no expert twice for a token.
-
-    Layers without experts are all zeros in vLLM's arrays, all -1 in SGLang's.
-    """
-    if array.ndim != 3 or array.dtype.kind not in "iu" or not array.size or array.shape[2] > num_experts:
-        return False
-    ids = array.astype(np.int64)
-    if ids.min() < -1 or ids.max() >= num_experts:
-        return False
-    ordered = np.sort(ids, axis=2)
-    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(axis=2)
-    return bool((~twice | ~ids.any(axis=2)).all())
-
-
-def _of_ids(path: str, ids: Array, num_experts: int, physical: Array | None = None) -> Array:
-    """Histograms, int64 [layers, num_experts], of ids [layers, tokens, top_k]; -1 is nobody.
-
-    A layer of zeros has no experts unless top_k is 1: a token visits no expert twice.
-    """
-    if ids.ndim != 3 or ids.dtype.kind not in "iu":
-        raise InputError(f"trace {path!r} holds ids {ids.dtype} {ids.shape}; give integers [layers, tokens, top_k].")
-    limit = num_experts if physical is None else physical.shape[1]
-    if physical is not None and len(physical) != len(ids):
-        raise InputError(f"trace {path!r} maps {len(physical)} layers but records {len(ids)}; it contradicts itself.")
-    if ids.size and (ids.max() >= limit or ids.min() < -1):
-        bad = ids[(ids >= limit) | (ids < -1)][0]
-        raise InputError(f"trace {path!r} holds expert {bad}; the layer has experts 0 to {limit - 1}.")
-    out = np.zeros((len(ids), num_experts), dtype=np.int64)
-    for layer, here in enumerate(ids):
-        if here.shape[1] > 1 and not here.any():
-            continue
-        seen = here[here >= 0].astype(np.int64)
-        found = seen if physical is None else physical[layer, seen]
-        out[layer] = np.bincount(found, minlength=num_experts)
-    return out
+    named = file and last.isascii() and last.isdecimal() and len(last) < 10
+    return (file, int(last)) if named and not pathlib.Path(text).exists() else (text, None)

@@ -267,11 +267,11 @@ def recorded_workloads(
     """At most `limit` recorded histograms that stand for all of a file, ``FILE`` or ``FILE:LAYER``.
 
     Raises:
-        InputError: the file is none, or records a model with another number of experts or top_k.
+        InputError: the file is none, records a model with another number of experts or top_k, one rank of several, or
+            sums over steps.
     """
     file, layer = split_layer(path)
-    recording = read_recording(file, num_experts, layer)
-    tokens = recording.num_tokens(top_k)
+    recording, tokens = read_recording(file, num_experts, layer).batches(top_k)
     return [
         RecordedWorkload(
             num_tokens=int(tokens[row]),

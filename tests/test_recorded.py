@@ -179,7 +179,7 @@ SAID = {
     "ids.pt": "experts 0 to 15",
     "map.pt": "maps 1 layers",
     "flat.pt": r"\[layers, tokens, top_k\]",
-    "none.pt": "cannot be read",
+    "none.pt": "record 0 of rank",
     "torn.pt": "cannot be read",
     "torn.json": "cannot be read",
     "odd.json": "no logical_count",
