@@ -3,12 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 
 from rampwrap.errors import InputError
 from rampwrap.joining import join
 from rampwrap.kernel import SHAPES, MoEShape
+from rampwrap.recorded import account
 from rampwrap.routing import Routing, Workload, recorded_workloads
 from rampwrap.timings import Timings
 
@@ -79,6 +81,22 @@ def recorded_of(paths: Sequence[str], shape: MoEShape, a: argparse.Namespace, sp
         for path in dict.fromkeys(paths)
     ]
     return [workload for part in found for workload in part]
+
+
+def recorded_said(a: argparse.Namespace, shape: MoEShape) -> dict[str, Any]:
+    """What became of the recordings and traces that a command was given: ``{"recorded": [...]}``, {} without any.
+
+    On stderr a line for each of which anything is left out.
+    """
+    files = dict.fromkeys([*a.recorded, *getattr(a, "eval_recorded", [])])
+    routings = routings_of([*a.routing, *getattr(a, "eval_routing", [])])
+    traces = dict.fromkeys(its.value for its in routings if its.kind == "trace")
+    found = [account(path, shape.num_experts, shape.top_k, a.recorded_limit) for path in files]
+    found += [account(path, shape.num_experts) for path in traces if path not in files]
+    for its in found:
+        if its.left_out or its.tokens or its.taken < its.found:
+            print(f"rampwrap: {its}", file=sys.stderr)
+    return {"recorded": [its.to_dict() for its in found]} if found else {}
 
 
 def joined_tables(paths: Sequence[str]) -> Timings:

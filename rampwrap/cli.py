@@ -21,6 +21,7 @@ from rampwrap.arguments import (
     joined_tables,
     positive,
     recorded_of,
+    recorded_said,
     routings_of,
     seconds,
     shape_name,
@@ -150,13 +151,14 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     tokens = a.batch_size or ([] if a.recorded else EVAL_TOKENS)
     workloads = workload_grid(tokens, routings_of(a.routing), "eval", a.seed + 1)
     workloads += recorded_of(a.recorded, plan.shape, a, "eval")
+    recorded = recorded_said(a, plan.shape)
     timings = profile(
         kernel, plan.shape, workloads, configs=configs, out=a.out, rounds=a.rounds, quiet=a.quiet, seed=a.seed
     )
     policies: dict[str, Policy] = {name: Static(configs, table.renumber(place)) for name, table in tables.items()}
     policies["default"] = Renumbered(configs, routed, tuple(place[where[index]] for index in range(len(plan.configs))))
     policies[compare.ORACLE] = Oracle(timings)
-    return _reported(compare.evaluate(timings, policies), a)
+    return {**_reported(compare.evaluate(timings, policies), a), **recorded}
 
 
 def _replay(a: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Passes:
 
 def one_part(used: Array) -> tuple[int, int] | None:
     """The smallest of n equal parts of the experts, n >= 2, that holds all that are used: its first and last expert."""
-    where, experts = np.flatnonzero(used), len(used)
+    where, experts = np.flatnonzero(used), used.size
     for size in range(1, experts // 2 + 1):
         if experts % size == 0 and len(where) and where[0] // size == where[-1] // size:
             first = int(where[0]) // size * size
@@ -121,7 +121,7 @@ def _checked(path: str, block: Block, num_experts: int) -> Array:
         return values
     logical = np.zeros((*values.shape[:2], num_experts), dtype=np.int64)
     for layer, experts in enumerate(block.physical):
-        np.add.at(logical[:, layer], (slice(None), experts), values[:, layer].astype(np.int64))
+        np.add.at(logical[:, layer].T, experts, values[:, layer].T.astype(np.int64))
     return logical
 
 

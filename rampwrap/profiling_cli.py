@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from rampwrap import catalog
-from rampwrap.arguments import joined_tables, recorded_of, routings_of, shape_name, shape_of
+from rampwrap.arguments import joined_tables, recorded_of, recorded_said, routings_of, shape_name, shape_of
 from rampwrap.errors import InputError
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.portfolio import members_of
@@ -28,7 +28,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
 
     shape = shape_of(a)
     out = a.out or f"{file_name(_kernel(a, shape).name)}-{shape_name(shape)}.npz"
-    done = _profile_shape(a, shape, out)
+    said = recorded_said(a, shape)
+    done = {**_profile_shape(a, shape, out), **said}
     return done if a.dry_run else {**done, "text": f"{done['text']}\nnext: rampwrap fit {out}"}
 
 
@@ -60,16 +61,21 @@ def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--engine was given without --model; give the folder of a model with its config.json.")
     sizes: dict[str, Any] = {"tp_size": a.tp_size, "expert_parallel": a.ep, "dtype": a.dtype}
     if a.dry_run:
-        found = [_profile_shape(a, shape, "") for shape in read_model(a.model, **sizes)]
+        shapes = read_model(a.model, **sizes)
+        found = [{**recorded_said(a, shape), **_profile_shape(a, shape, "")} for shape in shapes]
         return {"shapes": found, "text": "\n".join(its["text"] for its in found)}
 
+    said: list[dict[str, Any]] = []
+
     def measure(shape: MoEShape, out: str) -> tuple[Kernel, Timings]:
+        said.extend(recorded_said(a, shape).get("recorded", []))
         _profile_shape(a, shape, out)
         return _kernel(a, shape), Timings.load(out)
 
     done = profile_model(a.model, functools.partial(_kernel, a), measure, folder=a.out, prepare=compile_for, **sizes)
     hints = {default_kernel(a.engine, shape)[1] for shape in read_model(a.model, **sizes) if not a.kernel}
-    return {**done, "text": "\n".join([done["text"], *sorted(hints - {""})])}
+    recorded = {"recorded": said} if said else {}
+    return {**done, **recorded, "text": "\n".join([done["text"], *sorted(hints - {""})])}
 
 
 def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Recording:
         fits = [top_k for top_k in range(2, most + 1) if common % top_k == 0]
         if fits:
             return f"give the top_k of the recorded model (all rows fit {' or '.join(map(str, fits[-3:]))})"
-        part = one_part(self.counts.any(axis=0))
+        part = one_part(self.counts.max(axis=0))
         which = "" if part is None else f" (only experts {part[0]} to {part[1]} have any)"
         return (
             f"all rows fit top_k=1 alone, so they are part of their batches{which}: give counts of all ranks of expert "
@@ -167,7 +167,7 @@ class Account:
     def __str__(self) -> str:
         parts = [f"{self.taken} of {self.found} histograms taken"]
         if self.left_out:
-            parts += ["left out: " + ", ".join(f"{count} {SAYING[kind]}" for kind, count in self.left_out.items())]
+            parts += ["left out: " + ", ".join(f"{SAYING[kind]} ({count})" for kind, count in self.left_out.items())]
         if self.tokens:
             parts += [
                 f"it holds one step, read as one batch of {self.tokens} tokens; where that is a sum over steps, use "
