@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import attrs
@@ -28,7 +28,7 @@ from rampwrap.arguments import (
     shape_of,
 )
 from rampwrap.cost import MODELS
-from rampwrap.device import find_device
+from rampwrap.device import device_of, find_device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.fitting import make_plan
@@ -36,7 +36,7 @@ from rampwrap.kernel import SHAPES, config_key, format_config, index_by_key
 from rampwrap.plan import Plan
 from rampwrap.policy import Oracle, Policy, Renumbered, Static
 from rampwrap.routing import Routing, Workload, check_counts, expert_counts, workload_grid
-from rampwrap.static import default_table, read_static
+from rampwrap.static import default_table, read_measured, read_static
 from rampwrap.timings import Timings
 
 # What a new table is profiled on, and what it is judged on: token counts and skews that the fit never sees.
@@ -49,22 +49,40 @@ ENGINES = ("vllm", "sglang", "transformers")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    arguments = _parser().parse_args(argv)
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as ended:
+        # --help and --version have printed, but into a buffer.
+        ended.code = _printed("", end="") or ended.code
+        raise
     try:
         result: dict[str, Any] = arguments.run(arguments)
         text = result.pop("text")
-        print(json.dumps(result, default=float) if arguments.json else text, flush=True)
-        return 0
+        return _printed(json.dumps(result, default=float) if arguments.json else text)
     except RampwrapError as error:
         print(f"rampwrap: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("rampwrap: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output left (`rampwrap show ... | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _printed(text: str, end: str = "\n") -> int:
+    """Prints a command's answer; returns the exit code."""
+    try:
+        try:
+            print(text, end=end, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), flush=True)
         return 0
+    except OSError as error:
+        # What is still in the buffer is written again at exit, where nobody catches that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output left (`rampwrap show ... | head`): not an error of ours.
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"rampwrap: the answer cannot be written ({error.strerror}); free some space there.", file=sys.stderr)
+        return 1
 
 
 def _fit(a: argparse.Namespace) -> dict[str, Any]:
@@ -132,6 +150,7 @@ def _explain(a: argparse.Namespace) -> dict[str, Any]:
 def _compare(a: argparse.Namespace) -> dict[str, Any]:
     from rampwrap.profiler import profile
 
+    _check_pictures(a.plot)
     plan = Plan.load(a.plan)
     kernel = catalog.make_kernel(a.kernel or plan.kernel, plan.shape)
     routed = Dispatcher(kernel, plan, strict=True).policy
@@ -140,30 +159,39 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     every = tuple(kernel.configs)
     number = index_by_key(every)
     where = {index: number[config_key(config)] for index, config in enumerate(plan.configs)}
-    tables = {compare.STATIC_UNIFORM: plan.static.renumber(where)}
-    tables |= {f"static {pathlib.Path(path).stem}": read_static(path, every) for path in a.static_file}
-    if a.kernel_default:
-        tables["static kernel-default"] = default_table(kernel)
-    used = sorted({*where.values(), *(i for table in tables.values() for i in table.indices)})
-    used = list(range(len(every))) if a.oracle else used
-    place = {index: position for position, index in enumerate(used)}
-    configs = tuple(every[index] for index in used)
     tokens = a.batch_size or ([] if a.recorded else EVAL_TOKENS)
     workloads = workload_grid(tokens, routings_of(a.routing), "eval", a.seed + 1)
     workloads += recorded_of(a.recorded, plan.shape, a, "eval")
     recorded = recorded_said(a, plan.shape)
+    # Named after what it is: `fit --static` takes others than the uniform one.
+    own = plan.static.source in ("uniform", "averaged")
+    baseline = f"static-{plan.static.source}" if own else f"static {plan.static.source}"
+    tables = {baseline: plan.static.renumber(where)}
+    if a.kernel_default:
+        tables["static kernel-default"] = default_table(kernel)
+    for name, path in _static_files(a.static_file, tables).items():
+        judged = [workload.num_tokens for workload in workloads]
+        tables[name] = read_static(
+            path, every, kernel=kernel.name, device=device_of(kernel).name, shape=plan.shape, num_tokens=judged
+        )
+    used = sorted({*where.values(), *(i for table in tables.values() for i in table.indices)})
+    used = list(range(len(every))) if a.oracle else used
+    place = {index: position for position, index in enumerate(used)}
+    configs = tuple(every[index] for index in used)
     timings = profile(
         kernel, plan.shape, workloads, configs=configs, out=a.out, rounds=a.rounds, quiet=a.quiet, seed=a.seed
     )
     policies: dict[str, Policy] = {name: Static(configs, table.renumber(place)) for name, table in tables.items()}
     policies["default"] = Renumbered(configs, routed, tuple(place[where[index]] for index in range(len(plan.configs))))
     policies[compare.ORACLE] = Oracle(timings)
-    return {**_reported(compare.evaluate(timings, policies), a), **recorded}
+    return {**_reported(compare.evaluate(timings, policies, baseline), a), **recorded}
 
 
 def _replay(a: argparse.Namespace) -> dict[str, Any]:
+    _check_pictures(a.plot, a.plot_fit)
     timings = joined_tables(a.tables)
-    extra = {f"static {pathlib.Path(path).stem}": read_static(path, timings.configs) for path in a.static_file}
+    files = _static_files(a.static_file, ())
+    extra = {name: read_measured(path, timings, timings.rows(a.eval)) for name, path in files.items()}
     models = tuple(dict.fromkeys(("ramp4", a.model)))
     comparison = compare.replay(timings, a.train, a.eval, models, extra)
     if a.plot_fit:
@@ -172,9 +200,28 @@ def _replay(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def _regions(a: argparse.Namespace) -> dict[str, Any]:
+    _check_pictures(a.plot)
     one = a.model or any((a.num_experts, a.top_k, a.hidden_size, a.intermediate_size))
     shapes = {a.model or shape_name(shape_of(a)): shape_of(a)} if one else SHAPES
     return regions.run(shapes, find_device(a.device), a.batch_size, a.plot)
+
+
+def _check_pictures(*paths: str | None) -> None:
+    for path in filter(None, paths):
+        report.picture_type(path)
+
+
+def _static_files(paths: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """Names of tuned files as policies; the folder tells those of one name apart, as SGLang's by version of Triton."""
+    named: dict[str, str] = {}
+    for path in dict.fromkeys(map(os.path.normpath, paths)):
+        parts, stem = list(pathlib.Path(path).absolute().parts[:-1]), pathlib.Path(path).name.removesuffix(".json")
+        name = f"static {stem}"
+        while (name in named or name in taken) and parts:
+            stem = f"{parts.pop().strip('/')}/{stem}"
+            name = f"static {stem}"
+        named[name] = path
+    return named
 
 
 def _reported(comparison: compare.Comparison, a: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rampwrap.cost import CostModel, fit
 from rampwrap.errors import InputError, TableError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.policy import Bucket, Oracle, Policy, Static, WaveCost
-from rampwrap.static import StaticTable, static_table
+from rampwrap.static import FileNotes, StaticTable, static_table
 from rampwrap.timings import Timings
 
 STATIC_UNIFORM, STATIC_AVERAGED, ORACLE = "static-uniform", "static-averaged", "oracle"
@@ -47,6 +47,8 @@ class Comparison:
         baseline: the policy that speedups and headroom refer to.
         models: the models behind the fitted policies, by policy.
         fit_seconds: wall-clock time of all fits.
+        files: what does not count of the tuned files that policies were read from, by policy.
+        notes: what else a reader has to know, in sentences.
     """
 
     timings: Timings
@@ -54,6 +56,8 @@ class Comparison:
     baseline: str = STATIC_UNIFORM
     models: dict[str, CostModel] = attrs.field(factory=dict)
     fit_seconds: float = 0.0
+    files: dict[str, FileNotes] = attrs.field(factory=dict)
+    notes: tuple[str, ...] = ()
 
     def us(self, policy: str) -> FloatArray:
         """Measured time of what the policy picked, float64 [workloads].
@@ -120,10 +124,13 @@ class Comparison:
             if summary.policy in self.models:
                 error = prediction_error(self.models[summary.policy], self.timings)
                 policies[summary.policy]["mean_absolute_error"] = error
+            if summary.policy in self.files:
+                policies[summary.policy]["file"] = self.files[summary.policy].to_dict()
         return {
             "policies": policies,
             "fit_seconds": self.fit_seconds,
             "baseline": self.baseline,
+            "notes": list(self.notes),
             "workloads": len(self.timings.us),
             "configs": len(self.timings.configs),
             "kernel": self.timings.kernel,
@@ -160,7 +167,8 @@ def evaluate(timings: Timings, policies: Mapping[str, Policy], baseline: str = S
             policy.index(counts, int(tokens)) for counts, tokens in zip(timings.counts, timings.num_tokens, strict=True)
         ]
         picks[name] = np.array(chosen, dtype=np.int64)
-    return Comparison(timings, picks, baseline)
+    files = {name: its.table.file for name, its in policies.items() if isinstance(its, Static) and its.table.file}
+    return Comparison(timings, picks, baseline, files=files)
 
 
 def replay(
@@ -194,7 +202,10 @@ def replay(
     seconds = time.perf_counter() - started
     policies |= {name: routing_aware(fitted, model, uniform) for name, model in fits.items()}
     policies[ORACLE] = Oracle(judged)
-    return attrs.evolve(evaluate(judged, policies), models=fits, fit_seconds=seconds)
+    notes = (
+        () if fitted.is_uniform.any() else (f"no {train!r} row is uniform: {STATIC_UNIFORM} is tuned on all routings",)
+    )
+    return attrs.evolve(evaluate(judged, policies), models=fits, fit_seconds=seconds, notes=notes)
 
 
 def routing_aware(

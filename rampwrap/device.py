@@ -1,5 +1,6 @@
 """`Device`: the hardware constants that predictions depend on, and how to read them off a GPU."""
 
+import re
 from typing import Any
 
 import attrs
@@ -86,14 +87,25 @@ def device_of(kernel: object) -> Device:
     return stated if isinstance(stated, Device) else Device.current()
 
 
+# How people name them, besides the vendor: the model, and words that say nothing else than what that device is.
+_NAMES = {
+    "nvidia-h200": ("h200", {"sxm", "sxm5", "141gb", "hbm3e"}),
+    "nvidia-h100-80gb-hbm3": ("h100", {"sxm", "sxm5", "80gb", "hbm3"}),
+    "nvidia-a100-sxm4-80gb": ("a100", {"sxm", "sxm4", "80gb", "hbm2e"}),
+    "nvidia-b200": ("b200", {"sxm", "sxm6", "180gb", "192gb", "hbm3e"}),
+}
+_VENDOR = {"nvidia", "tesla", "gpu", "tensor", "core"}
+
+
 def find_device(name: str) -> Device:
-    """A device by name, in any spelling of its words: ``H200``, ``nvidia-h200``.
+    """A device as people write it, in any spelling of its words: ``H200``, ``NVIDIA_H100``, ``A100 80GB``.
 
     Raises:
-        InputError: no such device is known.
+        InputError: no such device is known; one of the same family with other memory or form is another device.
     """
-    wanted = "-".join(name.lower().replace("_", "-").split())
-    for key, device in DEVICES.items():
-        if wanted in (key, key.removeprefix("nvidia-")) or key.removeprefix("nvidia-").startswith(wanted + "-"):
-            return device
+    joined = re.sub(r"(\d+)[\s_-]*gi?b?\b", r"\1gb", name.lower().replace("_", " "))
+    words = set(re.findall(r"[a-z0-9]+", joined)) - _VENDOR
+    for key, (model, also) in _NAMES.items():
+        if model in words and words - {model} <= also:
+            return DEVICES[key]
     raise InputError(f"device {name!r} is unknown; use one of {', '.join(DEVICES)}.")

@@ -48,6 +48,10 @@ def make_plan(
         "train_workloads": len(rows),
         "profiled_configs": len(timings.configs),
     }
+    if table.file is not None:
+        provenance["static_file"] = table.file.to_dict()
+    if static != table.source and table.file is None:
+        provenance["static"] = f"no {train!r} row is {static}: tuned on all routings"
     if "eval" in timings.split and train != "eval":
         # Judged is what is shipped: the shortlists, against the table that serves without them.
         policies: dict[str, Policy] = {

@@ -3,13 +3,14 @@
 import csv
 import io
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from rampwrap.compare import ORACLE, Comparison
 from rampwrap.cost import CostModel
-from rampwrap.errors import InputError
+from rampwrap.errors import InputError, RampwrapError
 from rampwrap.files import replacing
 from rampwrap.kernel import format_config
 from rampwrap.timings import Timings
@@ -17,16 +18,18 @@ from rampwrap.timings import Timings
 
 def text(comparison: Comparison) -> str:
     """A table of policies, then the A/B of the routing-aware policy by token count."""
-    t = comparison.timings
+    t, wide = comparison.timings, max(16, *map(len, comparison.picks))
     lines = [
         f"{t.kernel} on {t.device.name}, {t.shape}: {len(t.us)} workloads x {len(t.configs)} configs",
-        f"{'policy':<16} {'mean us':>9} {'speedup':>8} {'regret mean':>12} {'p95':>7} {'max':>7} {'captured':>9} {'>1% slower':>11}",
+        f"{'policy':<{wide}} {'mean us':>9} {'speedup':>8} {'regret mean':>12} {'p95':>7} {'max':>7} {'captured':>9} {'>1% slower':>11}",
     ]
     for s in comparison.summaries():
         lines.append(
-            f"{s.policy:<16} {s.mean_us:9.1f} {s.speedup:7.3f}x {s.regret_mean:12.2%} {s.regret_p95:7.1%} "
+            f"{s.policy:<{wide}} {s.mean_us:9.1f} {s.speedup:7.3f}x {s.regret_mean:12.2%} {s.regret_p95:7.1%} "
             f"{s.regret_max:7.1%} {s.captured_headroom:9.0%} {s.slower_than_static_share:11.1%}"
         )
+    said = [f"{name}: {note}" for name, file in comparison.files.items() for note in file.notes]
+    lines += [f"note: {sentence}." for sentence in (*comparison.notes, *said)]
     ours = subject(comparison)
     lines.append(
         f"\nA/B by tokens: {comparison.baseline} -> {ours} (us, mean over routings; spread of one measurement)"
@@ -92,11 +95,38 @@ def pyplot() -> Any:
     return plt
 
 
+def picture_type(path: str | os.PathLike[str]) -> str:
+    """What a picture is written as: as its name ends, PNG where that says nothing.
+
+    Asked before the work, so that no name is refused after it.
+
+    Raises:
+        InputError: matplotlib is not installed or writes no such type.
+    """
+    plt, ending = pyplot(), pathlib.Path(path).suffix[1:].lower()
+    figure = plt.figure()
+    known = figure.canvas.get_supported_filetypes()
+    plt.close(figure)
+    if ending and ending not in known:
+        raise InputError(
+            f"{os.fspath(path)} is no picture: matplotlib writes no {ending!r}; end it in .png, .svg or .pdf."
+        )
+    return ending or "png"
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a matplotlib figure whole or not at all, as the type its name ends in, and closes it."""
-    with replacing(path) as stream:
-        figure.savefig(stream, dpi=130, format=os.fspath(path).rsplit(".", 1)[-1])
-    pyplot().close(figure)
+    """Writes a matplotlib figure whole or not at all, as `picture_type` says, and closes it."""
+    kind = picture_type(path)
+    try:
+        with replacing(path) as stream:
+            figure.savefig(stream, dpi=130, format=kind)
+    except RampwrapError:
+        raise
+    except Exception as error:
+        # Some types need programs or packages besides: pgf LaTeX, webp Pillow with its codec.
+        raise InputError(f"{os.fspath(path)} cannot be drawn ({error}); end it in .png, .svg or .pdf.") from error
+    finally:
+        pyplot().close(figure)
 
 
 def model_picture(model: CostModel, timings: Timings, path: str | os.PathLike[str]) -> None:

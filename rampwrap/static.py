@@ -12,16 +12,27 @@ import numpy as np
 
 from rampwrap.errors import ConfigError, InputError, TableError
 from rampwrap.grid import IntArray
-from rampwrap.kernel import MEMBER, Config, Kernel, config_key, format_config, index_by_key
+from rampwrap.kernel import MEMBER, Config, Kernel, MoEShape, config_key, format_config, index_by_key
 from rampwrap.timings import Timings
+from rampwrap.tuned_file import ENGINE_DEFAULTS, ENGINE_KERNEL, SPELLING, TunedFile
 
-# How vLLM and SGLang spell what other kernels call block_m, ...
-_SPELLING = {
-    "BLOCK_SIZE_M": "block_m",
-    "BLOCK_SIZE_N": "block_n",
-    "BLOCK_SIZE_K": "block_k",
-    "GROUP_SIZE_M": "group_m",
-}
+
+@attrs.frozen
+class FileNotes:
+    """What of a tuned file does not count where it is judged."""
+
+    path: str
+    entries: int
+    left_out: tuple[int, ...] = ()
+    "Token counts whose config is not among those judged."
+    completed: tuple[int, ...] = ()
+    "Token counts whose entry lacks num_warps or the like."
+    notes: tuple[str, ...] = ()
+    "All of it in words."
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; the token counts as lists, their numbers in the words."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in attrs.asdict(self).items()}
 
 
 @attrs.frozen
@@ -37,6 +48,8 @@ class StaticTable:
     "Ascending."
     indices: tuple[int, ...]
     "Index of the config for each token count."
+    file: FileNotes | None = attrs.field(default=None, eq=False)
+    "What was left out of the file that it was read from."
 
     def __attrs_post_init__(self) -> None:
         counts = self.token_counts
@@ -130,7 +143,7 @@ def static_table(timings: Timings, source: str) -> StaticTable:
     rows = np.arange(len(timings.us))
     if source == "uniform" and timings.is_uniform.any():
         return tuned_uniform(timings, rows)
-    return tuned_averaged(timings, rows) if source in ("uniform", "averaged") else read_static(source, timings.configs)
+    return tuned_averaged(timings, rows) if source in ("uniform", "averaged") else read_measured(source, timings)
 
 
 def default_table(kernel: Kernel) -> StaticTable:
@@ -148,47 +161,119 @@ def default_table(kernel: Kernel) -> StaticTable:
         ) from None
 
 
-def _spelled(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {_SPELLING.get(key, key): value for key, value in config.items()}
+def read_static(
+    path: str | os.PathLike[str],
+    configs: Sequence[Config],
+    *,
+    kernel: str = "",
+    device: str = "",
+    shape: MoEShape | None = None,
+    num_tokens: Sequence[int] | IntArray = (),
+) -> StaticTable:
+    """Reads an engine's tuned file: ``{"64": {"BLOCK_SIZE_M": 16, ...}}`` of vLLM or SGLang, or another kernel's.
 
+    An entry whose config is not among `configs` is left out, and its neighbours serve in its place. What does not count, and
+    what of the file's name is another than the arguments say, is told in the table's `file`.
 
-def read_static(path: str | os.PathLike[str], configs: Sequence[Config]) -> StaticTable:
-    """Reads an engine's tuned file: ``{"64": {"BLOCK_SIZE_M": 16, ...}}`` of vLLM or SGLang, or Alpha-MoE's.
-
-    Keys that a kernel's configs do not have are ignored, so that a file of a newer engine still serves; a
-    token count whose config the kernel does not have is left out.
+    Args:
+        configs: the kernel's, over which the table is made.
+        kernel, device, shape: what they were measured with; the file's name is not judged by what is absent.
+        num_tokens: token counts that will be judged.
 
     Raises:
-        InputError: the file cannot be read or names none of the kernel's configs.
+        InputError: the file cannot be read; by its name it is for another layer or dtype, or for one GEMM of two; its
+            entries are another kernel's; or most of them are not among `configs`, or would serve most of `num_tokens`.
     """
-    try:
-        raw = json.loads(pathlib.Path(path).read_text())
-        entries = {int(key): _spelled(value) for key, value in raw.items() if str(key).isdigit()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{os.fspath(path)} is not a tuned config file ({error}); give JSON of the form {{'64': {{...}}}}."
-        ) from error
-    names = {name for config in configs for name in _spelled(config)}
-    where = index_by_key([_spelled(config) for config in configs])
-    found = {
-        tokens: where[key]
-        for tokens, config in sorted(entries.items())
-        if (key := config_key({name: value for name, value in config.items() if name in names})) in where
-    }
-    if not found:
-        example = format_config(next(iter(entries.values()), {}))
-        hint = f"add a key {MEMBER!r} to each entry" if all(MEMBER in config for config in configs) else "add them"
-        raise InputError(
-            f"{os.fspath(path)} names none of the kernel's {len(configs)} configs (it has {example}); {hint}."
+    file = TunedFile.read(path)
+    notes = _of_its_name(file, kernel, device, shape)
+    if foreign := file.foreign(configs, kernel):
+        every = all(MEMBER in config for config in configs)
+        hint = f"add a key {MEMBER!r} to each entry" if every else _where_to_judge(file)
+        raise InputError(f"{os.fspath(path)} is of another kernel than {kernel or 'this one'}, {foreign}; {hint}.")
+    found = file.find(configs)
+    everything = StaticTable("", tuple(file.entries), tuple(range(len(file.entries))))
+    left_out = tuple(count for count in file.entries if count not in found.indices)
+    if left_out:
+        lost = [everything.token_counts[everything.index(int(count))] in left_out for count in num_tokens]
+        total, share = len(file.entries), f", and with them {sum(lost)} of {len(lost)} workloads" if lost else ""
+        what = f"{len(left_out)} of {total} entries ({_few(left_out)} tokens) name configs that the table lacks{share}"
+        if 2 * len(left_out) > total or 2 * sum(lost) > len(lost):
+            first = f"{left_out[0]} tokens: {format_config(file.entries[left_out[0]])}"
+            raise InputError(f"{file.path} cannot be judged: {what} ({first}); {_how_to_add(kernel)}.")
+        notes.append(f"{what}; their neighbours serve there")
+    if found.completed:
+        defaults = " ".join(f"{key}={value}" for key, value in ENGINE_DEFAULTS.items())
+        notes.append(
+            f"{len(found.completed)} of {len(file.entries)} entries ({_few(found.completed)} tokens) lack one of "
+            f"{', '.join(ENGINE_DEFAULTS)}; taken as the engine's defaults ({defaults})"
         )
-    missing = len(entries) - len(found)
-    source = pathlib.Path(path).name + (f" ({missing} of {len(entries)} entries unknown)" if missing else "")
-    return StaticTable(source, tuple(found), tuple(found.values()))
+    notes += [
+        f"{times} entries set {key}, which no config of the table has; judged without"
+        for key, times in found.ignored.items()
+    ]
+    said = FileNotes(file.path, len(file.entries), left_out, found.completed, tuple(notes))
+    source = pathlib.Path(path).name + (
+        f" ({len(left_out)} of {len(file.entries)} entries unknown)" if left_out else ""
+    )
+    return StaticTable(source, tuple(found.indices), tuple(found.indices.values()), said)
+
+
+def _of_its_name(file: TunedFile, kernel: str, device: str, shape: MoEShape | None) -> list[str]:
+    """What of a file's name is another than the table's, in sentences; refused where it is the layer."""
+    notes: list[str] = []
+    layer = file.layer
+    if layer is None:
+        return notes
+    if layer.down:
+        raise InputError(f"{file.path} holds the configs of the down GEMM alone; give the file without _down.")
+    if shape is not None:
+        if other := layer.other_layer(shape):
+            raise InputError(
+                f"{file.path} is tuned for another layer: {other}; give this layer's file, or judge a copy under a "
+                "name that does not say so."
+            )
+        if other := layer.other_scales(shape, kernel):
+            notes.append(f"tuned with {other}")
+    if device and layer.other_device(device):
+        notes.append(f"tuned on another GPU, {layer.device}, where the table is of {device}")
+    if (down := pathlib.Path(file.path.removesuffix(".json") + "_down.json")).exists():
+        notes.append(f"SGLang runs {down.name} in the second GEMM; judged is this file's config in both")
+    return notes
+
+
+def _where_to_judge(file: TunedFile) -> str:
+    if file.kernel is None:
+        return "give a file of this kernel's configs"
+    return f"judge it on a table of {file.kernel}, made by 'rampwrap profile --kernel {file.kernel}'"
+
+
+def _how_to_add(kernel: str) -> str:
+    if kernel.startswith(ENGINE_KERNEL):
+        return "profile again with VLLM_TUNED_CONFIG_FOLDER naming the file's folder, which times its configs too"
+    return "add them to the kernel's configs and profile it again"
+
+
+def _few(counts: Sequence[int]) -> str:
+    """``1, 2, 4, 8, ...`` for a list of token counts."""
+    return ", ".join(map(str, counts[:6])) + (", ..." if len(counts) > 6 else "")
+
+
+def read_measured(path: str | os.PathLike[str], timings: Timings, rows: IntArray | None = None) -> StaticTable:
+    """`read_static` over what a table measured; `rows` are the workloads that will be judged, all by default."""
+    judged = timings.num_tokens if rows is None else timings.num_tokens[rows]
+    return read_static(
+        path,
+        timings.configs,
+        kernel=timings.kernel,
+        device=timings.device.name,
+        shape=timings.shape,
+        num_tokens=judged,
+    )
 
 
 def write_static(table: StaticTable, configs: Sequence[Config], *, spelling: str = "vllm") -> str:
     """The table as text of the engines' JSON file, keys spelled as vLLM does where it has them."""
-    back = {short: long for long, short in _SPELLING.items()} if spelling == "vllm" else {}
+    back = {short: long for long, short in SPELLING.items()} if spelling == "vllm" else {}
     entries = {
         str(tokens): {back.get(key, key): value for key, value in configs[index].items()}
         for tokens, index in zip(table.token_counts, table.indices, strict=True)
