@@ -26,6 +26,7 @@ import attrs
 import torch
 import triton
 
+from rampwrap import schema
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.device import Device
 from rampwrap.kernel import SHAPES, MoEShape, config_key, format_config
@@ -323,7 +324,7 @@ def main() -> int:
         ]
         raw = {
             "command": " ".join(sys.argv),
-            "device": device.to_dict(),
+            "device": schema.dump(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
             "held_out": HELD_OUT,
             "not_measured": left_out,

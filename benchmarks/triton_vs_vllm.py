@@ -25,6 +25,7 @@ import attrs
 import torch
 import triton
 
+from rampwrap import schema
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.device import Device
 from rampwrap.kernel import SHAPES, MoEShape, format_config
@@ -328,7 +329,7 @@ def main() -> int:
     if arguments.out is not None:
         raw = {
             "command": " ".join(sys.argv),
-            "device": device.to_dict(),
+            "device": schema.dump(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
             "dtype": arguments.dtype,
             "configs": sizes,

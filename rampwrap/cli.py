@@ -1,4 +1,4 @@
-"""The command line: ``rampwrap profile | fit | show | explain | compare | replay | regions | build-kernels``.
+"""The command line: ``rampwrap profile | fit | show | seal | explain | compare | replay | regions | build-kernels``.
 
 Exit codes: 0 done, 1 a one-sentence error, 2 wrong usage, 130 interrupted.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from rampwrap import catalog, compare, kernel_build, profiling_cli, regions, report
+from rampwrap import catalog, compare, kernel_build, profiling_cli, regions, report, schema
 from rampwrap._version import __version__
 from rampwrap.arguments import (
     counts,
@@ -37,7 +37,7 @@ from rampwrap.plan import Plan
 from rampwrap.policy import Oracle, Policy, Renumbered, Static
 from rampwrap.routing import Routing, Workload, check_counts, expert_counts, workload_grid
 from rampwrap.static import default_table, read_measured, read_static
-from rampwrap.timings import Timings
+from rampwrap.timings import Timings, is_table
 
 # What a new table is profiled on, and what it is judged on: token counts and skews that the fit never sees.
 TRAIN_TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -108,7 +108,7 @@ def _plan_text(plan: Plan) -> str:
 
 
 def _show(a: argparse.Namespace) -> dict[str, Any]:
-    if a.file.endswith(".npz"):
+    if is_table(a.file):
         t = Timings.load(a.file)
         ran = float((~np.isnan(t.us)).mean())
         text = (
@@ -118,7 +118,7 @@ def _show(a: argparse.Namespace) -> dict[str, Any]:
         text += "".join(f"\n  refused: {format_config(t.configs[i])}: {why}" for i, why in t.reasons.items())
         return {
             "kernel": t.kernel,
-            "shape": t.shape.to_dict(),
+            "shape": schema.dump(t.shape),
             "workloads": len(t.us),
             "configs": len(t.configs),
             "measured": ran,
@@ -126,6 +126,12 @@ def _show(a: argparse.Namespace) -> dict[str, Any]:
         }
     plan = Plan.load(a.file)
     return {**json.loads(plan.to_json()), "text": _plan_text(plan)}
+
+
+def _seal(a: argparse.Namespace) -> dict[str, Any]:
+    kind: type[Timings | Plan] = Timings if is_table(a.file) else Plan
+    kind.load(a.file, sealed=False).save(a.file)
+    return {"out": a.file, "text": f"{a.file} is whole and sealed with the checksum of what it holds now."}
 
 
 def _explain(a: argparse.Namespace) -> dict[str, Any]:
@@ -332,6 +338,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="PLAN.json")
 
     p = command("show", _show, "what a plan or a timing table holds")
+    p.add_argument("file", metavar="PLAN.json|TABLE.npz")
+
+    p = command(
+        "seal", _seal, "accept a plan or timing table that you edited by hand: check it whole, renew its checksum"
+    )
     p.add_argument("file", metavar="PLAN.json|TABLE.npz")
 
     p = command("explain", _explain, "which config a routing would get, and why")

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from rampwrap import schema
 from rampwrap.cost import CostModel, fit
 from rampwrap.errors import InputError, TableError
 from rampwrap.grid import FloatArray, IntArray
@@ -135,7 +136,7 @@ class Comparison:
             "configs": len(self.timings.configs),
             "kernel": self.timings.kernel,
             "device": self.timings.device.name,
-            "shape": self.timings.shape.to_dict(),
+            "shape": schema.dump(self.timings.shape),
         }
 
 

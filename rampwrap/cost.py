@@ -27,8 +27,9 @@ import numpy.typing as npt
 from rampwrap import native
 from rampwrap.correction import distinct, fit_local, ratio_errors, span_of
 from rampwrap.errors import FitError, InputError
-from rampwrap.features import Geometry, Tables, pass_over, scaled
+from rampwrap.features import Geometry, Tables, pass_over, scaled, shaped
 from rampwrap.grid import FloatArray, IntArray
+from rampwrap.schema import LARGEST, MOST_SIZE, between
 from rampwrap.timings import Timings
 
 COEF_UNIT = 2.0**-30
@@ -37,6 +38,10 @@ WEIGHT_UNIT = 2.0**-20
 "Of the correction's weights and of its kernel, both."
 CORRECTION_RANGE = (-0.6, 1.5)
 "No correction moves a trend further than this; on two real tables it moves none by more than 0.25."
+MOST_WEIGHT = 1 << 40
+"Of one support point, in `WEIGHT_UNIT`: a correction of a million times the trend, before it is bounded."
+MOST_SUPPORT = 1 << 41
+"Slots, active experts and blocks of a support point: up to 2**42 their logarithm is exact."
 MIN_MARGIN = 0.003
 "Repeated measurements of a cell differ by 0.2-0.3 %: no gain below it can be told from noise."
 MARGIN_SHARE = 0.65
@@ -60,9 +65,23 @@ class CostModel(abc.ABC):
 
     name: ClassVar[str]
     geometry: Geometry
-    span: IntArray
-    error: float
-    local_error: tuple[tuple[int, float], ...]
+    span: IntArray = attrs.field()
+    error: float = attrs.field(validator=between(0, 1e6, FitError, whole=False))
+    local_error: tuple[tuple[int, float], ...] = attrs.field()
+
+    @span.validator
+    def _ordered(self, attribute: "attrs.Attribute[IntArray]", value: IntArray) -> None:
+        shaped("span", value, (len(self.geometry.block_m), 2), 0, LARGEST)
+        if (value[:, 0] > value[:, 1]).any():
+            raise FitError("span has a least number of slots above the largest; fit the model anew.")
+
+    @local_error.validator
+    def _by_slots(self, attribute: "attrs.Attribute[Any]", value: tuple[tuple[int, float], ...]) -> None:
+        slots = [at for at, _ in value]
+        if slots != sorted(set(slots)) or not all(at >= 1 and 0 <= error <= 1e6 for at, error in value):
+            raise FitError(
+                "local_error is not ascending in slots with finite errors of at least 0; fit the model anew."
+            )
 
     @cached_property
     def _all_near(self) -> tuple[int, int]:
@@ -153,39 +172,10 @@ class CostModel(abc.ABC):
     def take(self, configs: tuple[int, ...] | IntArray) -> Self:
         """The same model for some of the configs, in this order."""
 
-    @abc.abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, numbers and lists of numbers only; `from_dict` of it predicts the same bits."""
-
-    @classmethod
-    @abc.abstractmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """Reads `to_dict`'s form."""
-
     @classmethod
     @abc.abstractmethod
     def fit(cls, timings: Timings, rows: IntArray) -> Self:
         """Fits to the workloads `rows` of a table."""
-
-    def _head(self) -> dict[str, Any]:
-        geometry = self.geometry
-        return {
-            "name": self.name,
-            "error": self.error,
-            "local_error": [list(entry) for entry in self.local_error],
-            "num_sms": geometry.num_sms,
-            "block_m": geometry.block_m.tolist(),
-            "launches": geometry.launches.tolist(),
-            "resident": geometry.resident.tolist(),
-            "span": self.span.tolist(),
-        }
-
-    @staticmethod
-    def _read_head(raw: dict[str, Any]) -> tuple[Geometry, IntArray, float, tuple[tuple[int, float], ...]]:
-        block_m, launches, resident, span = (_ints(raw[key]) for key in ("block_m", "launches", "resident", "span"))
-        geometry = Geometry(int(raw["num_sms"]), block_m, launches.reshape(len(block_m), -1), resident)
-        local = tuple((int(slots), float(error)) for slots, error in raw["local_error"])
-        return geometry, span.reshape(-1, 2), float(raw["error"]), local
 
 
 @attrs.frozen(eq=False)
@@ -197,7 +187,13 @@ class Ramp4(CostModel):
     """
 
     name: ClassVar[str] = "ramp4"
-    coef: FloatArray
+    coef: FloatArray = attrs.field()
+
+    @coef.validator
+    def _finite(self, attribute: "attrs.Attribute[FloatArray]", value: FloatArray) -> None:
+        shaped("coef", np.nan_to_num(value, nan=0.0), (self.num_configs, 4), -1e12, 1e12)
+        if (np.isnan(value).any(axis=1) != np.isnan(value).all(axis=1)).any():
+            raise FitError("coef lacks some of a config's numbers; give all, or none where it was not fitted.")
 
     @staticmethod
     def _design(geometry: Geometry, counts: IntArray) -> FloatArray:
@@ -219,17 +215,6 @@ class Ramp4(CostModel):
         """The same model for some of the configs, in this order."""
         index = _ints(configs)
         return attrs.evolve(self, geometry=self.geometry.take(index), span=self.span[index], coef=self.coef[index])
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; a config that could not be fitted has nulls."""
-        coef = [[None if np.isnan(value) else value for value in row] for row in self.coef.tolist()]
-        return {**self._head(), "coef": coef}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """Reads `to_dict`'s form."""
-        coef = np.array([[np.nan if value is None else float(value) for value in row] for row in raw["coef"]])
-        return cls(*cls._read_head(raw), coef.reshape(-1, 4))
 
     @classmethod
     def fit(cls, timings: Timings, rows: IntArray) -> Self:
@@ -276,10 +261,13 @@ class Local(CostModel):
     _least: int = attrs.field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        wanted = {"coef": (self.num_configs, 5), "weights": (self.num_configs, len(self.support))}
-        for name, shape in wanted.items():
-            if getattr(self, name).shape != shape:
-                raise FitError(f"{name} has shape {getattr(self, name).shape} instead of {shape}; fit the model anew.")
+        configs, heights, points = self.num_configs, len(self.block_ms), len(self.support)
+        shaped("block_ms", self.block_ms, (heights,), 1, MOST_SIZE)
+        shaped("support", self.support, (points, 2 + heights), 1, MOST_SUPPORT)
+        shaped("coef", self.coef, (configs, 5), 0, LARGEST)
+        shaped("weights", self.weights, (configs, points), -MOST_WEIGHT, MOST_WEIGHT)
+        if (np.diff(self.block_ms) <= 0).any() or not np.isin(self.geometry.block_m, self.block_ms).all():
+            raise FitError("block_ms is not ascending or lacks a config's block_m; fit the model anew.")
         coef = np.multiply(self.coef, COEF_UNIT, dtype=np.float64)
         weights = np.multiply(self.weights, WEIGHT_UNIT * WEIGHT_UNIT, dtype=np.float64)
         tables = Tables.make(self.geometry, self.support, self.block_ms, coef, weights)
@@ -337,24 +325,6 @@ class Local(CostModel):
             weights=self.weights[index],
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; integers throughout, `error` excepted."""
-        return {
-            **self._head(),
-            "block_ms": self.block_ms.tolist(),
-            "support": self.support.tolist(),
-            "coef": self.coef.tolist(),
-            "weights": self.weights.tolist(),
-        }
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """Reads `to_dict`'s form."""
-        head = cls._read_head(raw)
-        coef, weights, block_ms = (_ints(raw[key]) for key in ("coef", "weights", "block_ms"))
-        support = _ints(raw["support"]).reshape(-1, 2 + len(block_ms))
-        return cls(*head, coef.reshape(-1, 5), weights.reshape(-1, len(support)), support, block_ms)
-
     @classmethod
     def fit(cls, timings: Timings, rows: IntArray) -> Self:
         """Fits the trend and its correction, and chooses CTAs per SM, by held-out error on `rows` alone."""
@@ -396,17 +366,6 @@ def fit(timings: Timings, model: str = "default", rows: IntArray | None = None) 
     if not len(chosen):
         raise FitError("rows is empty, so there is nothing to fit; give workloads or leave it out.")
     return MODELS[model].fit(timings, chosen)
-
-
-def model_from_dict(raw: dict[str, Any]) -> CostModel:
-    """Reads any model's `to_dict` form.
-
-    Raises:
-        FitError: written by a model that this version does not know.
-    """
-    if raw.get("name") not in MODELS:
-        raise FitError(f"there is no model {raw.get('name')!r}; fit again with one of {', '.join(sorted(MODELS))}.")
-    return MODELS[raw["name"]].from_dict(raw)
 
 
 def _ints(values: npt.ArrayLike) -> IntArray:

@@ -1,11 +1,13 @@
 """`Device`: the hardware constants that predictions depend on, and how to read them off a GPU."""
 
 import re
-from typing import Any
 
 import attrs
 
 from rampwrap.errors import InputError
+from rampwrap.schema import LARGEST, OMIT, between
+
+_known = attrs.validators.optional(between(0, 1e9, InputError, whole=False))
 
 
 @attrs.frozen
@@ -17,38 +19,19 @@ class Device:
     """
 
     name: str
-    num_sms: int
-    l2_bytes: int = 0
-    copy_gbps: float | None = None
-    smem_bytes_per_sm: int | None = None
-    bf16_tflops: float | None = None
-    fp8_tflops: float | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if self.num_sms < 1:
-            raise InputError(f"device {self.name!r} has {self.num_sms} SMs; give at least 1.")
+    num_sms: int = attrs.field(validator=between(1, 1 << 16, InputError))
+    l2_bytes: int = attrs.field(default=0, validator=between(0, LARGEST, InputError))
+    copy_gbps: float | None = attrs.field(default=None, validator=_known, metadata=OMIT)
+    smem_bytes_per_sm: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(between(0, LARGEST, InputError)), metadata=OMIT
+    )
+    bf16_tflops: float | None = attrs.field(default=None, validator=_known, metadata=OMIT)
+    fp8_tflops: float | None = attrs.field(default=None, validator=_known, metadata=OMIT)
 
     @property
     def label(self) -> str:
         """What tells GPUs apart, whose timings do not mix: ``NVIDIA H200 (132 SMs)``. A part of a GPU has its name."""
         return f"{self.name} ({self.num_sms} SMs)"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form without unknown values."""
-        return {key: value for key, value in attrs.asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Device":
-        """Reads `to_dict`'s form; unknown keys are ignored.
-
-        Raises:
-            InputError: no name or no number of SMs.
-        """
-        known = {field.name for field in attrs.fields(cls)}
-        try:
-            return cls(**{key: value for key, value in raw.items() if key in known})
-        except TypeError as error:
-            raise InputError(f"device {raw!r} is not usable ({error}); give at least name and num_sms.") from error
 
     @classmethod
     def current(cls) -> "Device":

@@ -8,7 +8,9 @@ import attrs
 import numpy as np
 
 from rampwrap.cost import CostModel
+from rampwrap.errors import InputError
 from rampwrap.grid import IntArray
+from rampwrap.schema import LARGEST, between
 
 # Ranges narrower than this are taken as this wide: with few tokens every profiled batch has the same numbers.
 LEAST_EXPERTS = 1.0
@@ -26,30 +28,15 @@ class Profiled:
         concentration: sum_e (c_e / slots)^2: 1 / experts for even routing, 1 with all tokens on one expert.
     """
 
-    num_tokens: int
-    active_experts: tuple[float, float]
-    concentration: tuple[float, float]
+    num_tokens: int = attrs.field(validator=between(1, LARGEST, InputError))
+    active_experts: tuple[float, float] = attrs.field()
+    concentration: tuple[float, float] = attrs.field()
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in attrs.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Profiled":
-        """Reads `to_dict`'s form.
-
-        Raises:
-            ValueError: a range is none.
-        """
-        pairs = {name: tuple(map(float, raw[name])) for name in ("active_experts", "concentration")}
-        for name, pair in pairs.items():
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] < math.inf:
-                raise ValueError(f"profiled {name} is {list(pair)}")
-        return cls(
-            int(raw["num_tokens"]),
-            (pairs["active_experts"][0], pairs["active_experts"][1]),
-            (pairs["concentration"][0], pairs["concentration"][1]),
-        )
+    @active_experts.validator
+    @concentration.validator
+    def _range(self, attribute: "attrs.Attribute[Any]", value: tuple[float, float]) -> None:
+        if not 0 < value[0] <= value[1] < math.inf:
+            raise InputError(f"Profiled.{attribute.name} is {list(value)}; give a least and a largest number above 0.")
 
 
 def routing_numbers(counts: IntArray) -> tuple[Any, Any]:

@@ -1,12 +1,15 @@
 """What the cost model reads of a histogram: four kinds of integers, made in one pass over the experts."""
 
 from functools import cached_property
+from typing import Any
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
+from rampwrap.errors import FitError
 from rampwrap.grid import CtaGrid, FloatArray, IntArray
+from rampwrap.schema import MOST_SIZE, between
 
 #: Distances that halve the weight of a workload: slots, active experts, blocks, waves (powers of two each, so
 #: that scaling is exact) and unused waves.
@@ -30,6 +33,21 @@ def float_log2(value: FloatArray) -> FloatArray:
     return np.multiply(bits, 2.0**-52, dtype=np.float64) - 1023.0
 
 
+def shaped(name: str, value: npt.NDArray[Any], shape: tuple[int, ...], low: float, high: float) -> None:
+    """Whether a part of a model is whole.
+
+    Raises:
+        FitError: it has another shape, no entries, or one that is not from `low` to `high`; says which.
+    """
+    if value.shape != shape or not value.size:
+        raise FitError(f"{name} has shape {value.shape} instead of {shape}; fit the model anew.")
+    least, most = value.min(), value.max()
+    if not (low <= least and most <= high):
+        raise FitError(
+            f"{name} holds {most if most > high else least}, not from {low:g} to {high:g}; fit the model anew."
+        )
+
+
 @attrs.frozen(eq=False, slots=False)
 class Geometry:
     """How each config cuts a histogram into blocks, CTAs and waves.
@@ -41,10 +59,18 @@ class Geometry:
         resident: int64 [C], CTAs resident on one SM at a time.
     """
 
-    num_sms: int
+    num_sms: int = attrs.field(validator=between(1, 1 << 16, FitError))
     block_m: IntArray
     launches: IntArray
     resident: IntArray
+
+    def __attrs_post_init__(self) -> None:
+        configs = self.block_m.shape[:1]
+        shaped("block_m", self.block_m, configs, 1, MOST_SIZE)
+        shaped("launches", self.launches, (*configs, *self.launches.shape[1:2]), 0, MOST_SIZE)
+        shaped("resident", self.resident, configs, 1, 1 << 10)
+        if (self.launches.sum(axis=1) < 1).any():
+            raise FitError("launches has a config without CTAs; fit the model anew.")
 
     @classmethod
     def of(cls, grids: tuple[CtaGrid, ...], num_sms: int) -> "Geometry":

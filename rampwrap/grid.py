@@ -1,20 +1,15 @@
 """`CtaGrid`: all that a cost model may know of a config, and the arithmetic of blocks and waves."""
 
-from typing import Any
-
 import attrs
 import numpy as np
 import numpy.typing as npt
 
 from rampwrap.errors import ConfigError
+from rampwrap.schema import MOST_SIZE, OMIT, between
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-
-
-def _positive(instance: object, attribute: "attrs.Attribute[Any]", value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"CtaGrid.{attribute.name} is {value}; give a number of at least 1.")
+_size = between(1, MOST_SIZE, ConfigError)
 
 
 @attrs.frozen
@@ -25,16 +20,18 @@ class CtaGrid:
     number of CTAs for each of them, so ``CTAs = num_blocks(expert_counts, block_m) * ctas_per_block``.
     """
 
-    block_m: int = attrs.field(validator=_positive)
+    block_m: int = attrs.field(validator=_size)
     "Token rows of one M block."
-    ctas_per_block: int = attrs.field(validator=_positive)
+    ctas_per_block: int = attrs.field(validator=_size)
     "CTAs of one M block over all launches of the layer, split-K copies included."
-    launches: tuple[int, ...] = attrs.field(converter=tuple, kw_only=True)
+    launches: tuple[int, ...] = attrs.field(converter=tuple, kw_only=True, metadata=OMIT)
     "The same by launch: sums to `ctas_per_block`."
-    ctas_per_sm: int | None = attrs.field(default=None, kw_only=True)
+    ctas_per_sm: int | None = attrs.field(
+        default=None, kw_only=True, validator=attrs.validators.optional(between(1, 1 << 10, ConfigError)), metadata=OMIT
+    )
     "CTAs of this config resident on one SM at a time; None where the kernel cannot say."
-    split_k: int = attrs.field(default=1, kw_only=True, validator=_positive)
-    persistent: bool = attrs.field(default=False, kw_only=True)
+    split_k: int = attrs.field(default=1, kw_only=True, validator=_size, metadata=OMIT)
+    persistent: bool = attrs.field(default=False, kw_only=True, metadata=OMIT)
     "One CTA per slot of the GPU, each looping over tiles: there is no tail wave to quantise."
 
     @launches.default
@@ -48,40 +45,9 @@ class CtaGrid:
                 f"CtaGrid.launches is {value}; give positive numbers that add up to ctas_per_block={self.ctas_per_block}."
             )
 
-    @ctas_per_sm.validator
-    def _resident(self, attribute: "attrs.Attribute[int | None]", value: int | None) -> None:
-        if value is not None:
-            _positive(self, attribute, value)
-
     def num_ctas(self, expert_counts: npt.ArrayLike) -> int:
         """CTAs that do work for this histogram, over all launches of the layer."""
         return int(num_blocks(expert_counts, self.block_m)) * self.ctas_per_block
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; fields at their defaults are left out, so that tables stay small."""
-        out: dict[str, Any] = {"block_m": self.block_m, "ctas_per_block": self.ctas_per_block}
-        if self.launches != (self.ctas_per_block,):
-            out["launches"] = list(self.launches)
-        if self.ctas_per_sm is not None:
-            out["ctas_per_sm"] = self.ctas_per_sm
-        if self.split_k != 1:
-            out["split_k"] = self.split_k
-        if self.persistent:
-            out["persistent"] = True
-        return out
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "CtaGrid":
-        """Reads `to_dict`'s form; unknown keys are ignored, so that newer tables stay readable.
-
-        Raises:
-            ConfigError: a required key is missing or a value is not a positive number.
-        """
-        known = {field.name for field in attrs.fields(cls)}
-        try:
-            return cls(**{key: value for key, value in raw.items() if key in known})
-        except TypeError as error:
-            raise ConfigError(f"A grid {raw!r} is not usable ({error}); give block_m and ctas_per_block.") from error
 
 
 def num_blocks(expert_counts: npt.ArrayLike, block_m: int) -> IntArray:

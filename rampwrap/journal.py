@@ -13,12 +13,17 @@ from typing import Any
 import attrs
 import numpy as np
 
+from rampwrap import schema
 from rampwrap.device import Device
-from rampwrap.errors import ConfigError, InputError, TableError
+from rampwrap.errors import InputError, RampwrapError, TableError
 from rampwrap.grid import CtaGrid, IntArray
-from rampwrap.kernel import Config, MoEShape, config_key
+from rampwrap.kernel import Config, MoEShape, check_configs, config_key
 from rampwrap.routing import Workload, expert_counts
-from rampwrap.timings import SCHEMA, Timings
+from rampwrap.schema import between
+from rampwrap.timings import LEAST_US, MOST_COUNT, MOST_SPREAD, MOST_US, SCHEMA, Timings
+
+MOST_BYTES = 1 << 26
+"Of the file, 2.5 million cells; read, they take 500 MB."
 
 RowKey = tuple[str, str, tuple[int, ...]]
 "What a row of the table is found by: label, split, histogram."
@@ -36,33 +41,10 @@ class Header:
     grids: tuple[CtaGrid, ...]
     timer: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {
-            "journal": SCHEMA,
-            "kernel": self.kernel,
-            "kernel_version": self.kernel_version,
-            "device": self.device.to_dict(),
-            "shape": self.shape.to_dict(),
-            "timer": self.timer,
-            "configs": [dict(config) for config in self.configs],
-            "grids": [grid.to_dict() for grid in self.grids],
-        }
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "Header":
-        """Reads `to_dict`'s form; KeyError, TypeError or ValueError where it is none."""
-        if raw["journal"] != SCHEMA:
-            raise ValueError(f"it has schema {raw['journal']!r}")
-        return cls(
-            str(raw["kernel"]),
-            str(raw["kernel_version"]),
-            Device.from_dict(raw["device"]),
-            MoEShape(**raw["shape"]),
-            tuple(raw["configs"]),
-            tuple(CtaGrid.from_dict(grid) for grid in raw["grids"]),
-            str(raw["timer"]),
-        )
+    def __attrs_post_init__(self) -> None:
+        check_configs(self.configs, "the journal")
+        if len(self.grids) != len(self.configs):
+            raise TableError(f"the journal has {len(self.configs)} configs and {len(self.grids)} grids.")
 
     def difference(self, other: "Header") -> str | None:
         """In words, the first thing in which `other` was measured differently; None if it goes together."""
@@ -84,6 +66,48 @@ class Header:
 
 
 @attrs.frozen
+class Measured:
+    """A line of the file: cells of one row, as (config, microseconds, spread)."""
+
+    label: str
+    split: str
+    counts: tuple[int, ...]
+    cells: tuple[tuple[int, float, float], ...] = attrs.field()
+    seconds: float = attrs.field(default=0.0, validator=between(0, 1e9, TableError, whole=False))
+
+    @cells.validator
+    def _times(self, attribute: "attrs.Attribute[Any]", value: tuple[tuple[int, float, float], ...]) -> None:
+        for config, us, spread in value:
+            if not (LEAST_US <= us <= MOST_US and 0 <= spread <= MOST_SPREAD):
+                raise TableError(f"config {config} took {us} us with a spread of {spread}, which cannot be.")
+
+    def check(self, header: Header) -> None:
+        """Whether it is of this profile; TableError where a config or an expert is not."""
+        if len(self.counts) != header.shape.num_local_experts or not all(0 <= n <= MOST_COUNT for n in self.counts):
+            raise TableError(f"counts is no histogram of {header.shape.num_local_experts} experts.")
+        for config, _, _ in self.cells:
+            check_index(config, header)
+
+
+@attrs.frozen
+class Failed:
+    """A line of the file: a config that cannot run."""
+
+    failed: int
+    reason: str
+
+    def check(self, header: Header) -> None:
+        """Whether it is of this profile; TableError where it has no such config."""
+        check_index(self.failed, header)
+
+
+def check_index(config: int, header: Header) -> None:
+    """TableError where a profile has no such config."""
+    if config not in range(len(header.configs)):
+        raise TableError(f"config {config} is none of the {len(header.configs)} of this profile.")
+
+
+@attrs.frozen
 class Cells:
     """What is known so far: by row, then by config, microseconds and spread."""
 
@@ -91,16 +115,14 @@ class Cells:
     reasons: dict[int, str] = attrs.field(factory=dict)
     "Why a config failed, by its index."
 
-    def add(self, record: Mapping[str, Any]) -> float:
-        """Takes in one record of the file and returns the seconds it took; KeyError or the like if it is none."""
-        if "failed" in record:
-            self.reasons[int(record["failed"])] = str(record["reason"])
+    def add(self, record: "Measured | Failed") -> float:
+        """Takes in one record of the file and returns the seconds it took."""
+        if isinstance(record, Failed):
+            self.reasons[record.failed] = record.reason
             return 0.0
-        key = (str(record["label"]), str(record["split"]), tuple(int(count) for count in record["counts"]))
-        self.rows.setdefault(key, {}).update(
-            {int(config): (float(us), float(spread)) for config, us, spread in record["cells"]}
-        )
-        return float(record.get("seconds", 0.0))
+        key = (record.label, record.split, record.counts)
+        self.rows.setdefault(key, {}).update({config: (us, spread) for config, us, spread in record.cells})
+        return record.seconds
 
 
 class Journal:
@@ -137,7 +159,7 @@ class Journal:
                 raise TableError(
                     f"{path} is the journal of another profile ({difference}); delete it or choose another output file."
                 )
-            self.seconds = _fill(path, self.cells, lines[1:])
+            self.seconds = _fill(path, other, self.cells, lines[1:])
         try:
             # Unbuffered: a write either raises here or has reached the kernel, and nothing is retried at close.
             stream = path.open("ab", buffering=0)
@@ -155,7 +177,7 @@ class Journal:
         stream.truncate(good)
         self._stream = stream
         if not lines:
-            self._write(header.to_dict())
+            self._write({"journal": SCHEMA, **schema.dump(header)})
 
     def append(self, key: RowKey, cells: Mapping[int, tuple[float, float]], seconds: float) -> None:
         """Records measured cells of one row.
@@ -164,14 +186,15 @@ class Journal:
             TableError: the disk is full; everything recorded before stays readable.
         """
         label, split, counts = key
-        listed = [[config, float(f"{us:.8g}"), float(f"{spread:.5g}")] for config, (us, spread) in cells.items()]
-        self._record(
-            {"label": label, "split": split, "counts": list(counts), "cells": listed, "seconds": round(seconds, 3)}
-        )
+        listed = [
+            (config, float(f"{us:.8g}"), float(f"{min(spread, MOST_SPREAD):.5g}"))
+            for config, (us, spread) in cells.items()
+        ]
+        self._record(Measured(label, split, counts, tuple(listed), round(seconds, 3)))
 
     def fail(self, config: int, reason: str) -> None:
         """Records that a config cannot run, so that no later run tries it again."""
-        self._record({"failed": config, "reason": reason})
+        self._record(Failed(config, reason))
 
     def close(self) -> None:
         """Leaves the file for the next run."""
@@ -184,14 +207,14 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self._write(record)
+    def _record(self, record: Measured | Failed) -> None:
+        self._write(schema.dump(record))
         self.seconds += self.cells.add(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._stream is None:
             return
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(schema.seal(record), separators=(",", ":")).encode() + b"\n"
         start = os.fstat(self._stream.fileno()).st_size
         try:
             written = self._stream.write(line)
@@ -219,7 +242,7 @@ def read_journal(path: str | os.PathLike[str]) -> Timings:
         raise TableError(f"{path} is empty; start the profile anew.")
     header = _header(path, lines[0])
     cells = Cells()
-    seconds = _fill(path, cells, lines[1:])
+    seconds = _fill(path, header, cells, lines[1:])
     if not cells.rows:
         raise TableError(f"{path} holds no finished workload yet; run the profile again to go on with it.")
     return to_timings(header, list(cells.rows), cells, {"elapsed_s": round(seconds, 1), "unfinished": True})
@@ -272,27 +295,48 @@ def row_keys(shape: MoEShape, workloads: Sequence[Workload]) -> list[RowKey]:
 def _read(path: pathlib.Path) -> tuple[list[bytes], int]:
     """The whole lines of a file and how many bytes they take."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(MOST_BYTES + 1)
     except OSError as error:
         raise TableError(f"{path} cannot be read ({error.strerror}); name the journal of a profile.") from error
+    if len(data) > MOST_BYTES:
+        raise TableError(
+            f"{path} has more than {MOST_BYTES >> 20} MB, which no profile fills; delete it or name another."
+        )
     whole = data[: data.rfind(b"\n") + 1]
-    return whole.splitlines(), len(whole)
+    return whole.split(b"\n")[:-1], len(whole)
 
 
 def _header(path: pathlib.Path, line: bytes) -> Header:
     try:
-        return Header.from_dict(json.loads(line))
-    except (ValueError, KeyError, TypeError, InputError, ConfigError) as error:
-        raise TableError(f"{path} is not a profile journal; delete it or choose another output file.") from error
+        raw = _line(line)
+        if raw.pop("journal", None) != SCHEMA:
+            raise ValueError(f"it is none of schema {SCHEMA}")
+        return schema.read(raw, Header, TableError)
+    except (ValueError, RampwrapError) as error:
+        raise TableError(
+            f"{path} is not a profile journal ({error}); delete it or choose another output file."
+        ) from error
 
 
-def _fill(path: pathlib.Path, cells: Cells, lines: Sequence[bytes]) -> float:
+def _fill(path: pathlib.Path, header: Header, cells: Cells, lines: Sequence[bytes]) -> float:
     seconds = 0.0
     for number, line in enumerate(lines, start=2):
         try:
-            seconds += cells.add(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raw = _line(line)
+            kind: type[Measured | Failed] = Failed if "failed" in raw else Measured
+            record = schema.read(raw, kind, TableError)
+            record.check(header)
+            seconds += cells.add(record)
+        except (ValueError, RampwrapError) as error:
             raise TableError(
-                f"{path} is damaged in line {number}; delete that line (its cells are measured again) or the file."
+                f"{path} is damaged in line {number} ({error}); delete that line (its cells are measured again) or the file."
             ) from error
     return seconds
+
+
+def _line(line: bytes) -> dict[str, Any]:
+    raw = schema.parse(line)
+    if not isinstance(raw, dict):
+        raise ValueError("it is no object")
+    return schema.unseal(raw)

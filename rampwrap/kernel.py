@@ -8,6 +8,7 @@ import attrs
 
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.grid import CtaGrid
+from rampwrap.schema import MOST_EXPERTS, MOST_SIZE, OMIT, between
 
 Config = Mapping[str, Any]
 "A kernel's tuning parameters: flat, JSON-able, and opaque to everything but the kernel."
@@ -25,19 +26,18 @@ class MoEShape:
     whose weights this rank holds and therefore the length of `expert_counts`.
     """
 
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
+    num_experts: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError))
+    top_k: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError))
+    hidden_size: int = attrs.field(validator=between(1, MOST_SIZE, InputError))
+    intermediate_size: int = attrs.field(validator=between(1, MOST_SIZE, InputError))
     dtype: str = "bf16"
-    num_local_experts: int = attrs.field(default=None, converter=attrs.converters.optional(int))
+    num_local_experts: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError), metadata=OMIT)
+
+    @num_local_experts.default
+    def _all(self) -> int:
+        return self.num_experts
 
     def __attrs_post_init__(self) -> None:
-        if self.num_local_experts is None:
-            object.__setattr__(self, "num_local_experts", self.num_experts)
-        for name in ("num_experts", "top_k", "hidden_size", "intermediate_size", "num_local_experts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; give a number of at least 1.")
         if self.top_k > self.num_experts:
             raise InputError(
                 f"top_k is {self.top_k} with {self.num_experts} experts; a token cannot visit an expert twice."
@@ -54,13 +54,6 @@ class MoEShape:
         """Bytes of w13 [E,2I,H] and w2 [E,H,I] on this rank, without scales."""
         element = 1 if self.dtype == "fp8" else 2
         return 3 * self.num_local_experts * self.hidden_size * self.intermediate_size * element
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; `num_local_experts` only where it differs from `num_experts`."""
-        raw = attrs.asdict(self)
-        if self.num_local_experts == self.num_experts:
-            del raw["num_local_experts"]
-        return raw
 
     def __str__(self) -> str:
         local = "" if self.num_local_experts == self.num_experts else f" ({self.num_local_experts} here)"

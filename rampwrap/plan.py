@@ -1,28 +1,26 @@
 """`Plan`: the file a deployment loads. JSON that people check in, read and diff; matched on its content, never its name."""
 
-import json
-import math
 import os
-import pathlib
-import re
 from typing import Any
 
 import attrs
+import numpy as np
 
+from rampwrap import plan_file
 from rampwrap.catalog import KERNELS
-from rampwrap.cost import CostModel, model_from_dict
+from rampwrap.cost import CostModel
 from rampwrap.device import Device
 from rampwrap.drift import Profiled
-from rampwrap.errors import PlanError, PlanMismatchError, RampwrapError
+from rampwrap.errors import PlanError, PlanMismatchError
+from rampwrap.features import Geometry
 from rampwrap.files import replacing
 from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
 from rampwrap.policy import Bucket, Static, WaveCost
 from rampwrap.portfolio import members_of
+from rampwrap.schema import between
 from rampwrap.shortlist import Shortlist
 from rampwrap.static import StaticTable
-
-SCHEMA = 1
 
 
 @attrs.frozen(eq=False)
@@ -50,30 +48,43 @@ class Plan:
     static: StaticTable
     model: CostModel
     buckets: tuple[Bucket, ...]
-    choosing_us: float = 0.0
+    choosing_us: float = attrs.field(default=0.0, validator=between(0, 1e12, PlanError, whole=False))
     in_graph: tuple[Shortlist, ...] = ()
     profiled: tuple[Profiled, ...] = ()
     provenance: dict[str, Any] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        check_configs(self.configs, "the plan")
-        known = range(len(self.configs))
-        named = [*self.static.indices, *(i for bucket in self.buckets for i in bucket.shortlist)]
-        for index in (*named, *(i for its in self.in_graph for i in its.candidates)):
-            if index not in known:
-                raise PlanError(
-                    f"the plan names config {index} but holds {len(self.configs)}; make it anew with 'rampwrap fit'."
-                )
-        numbers = (self.choosing_us, self.model.error, *(error for _, error in self.model.local_error))
-        if not all(map(math.isfinite, numbers)):
+        configs, grids, geometry = self.configs, self.grids, self.model.geometry
+        check_configs(configs, "the plan")
+        if len(grids) != len(configs) or self.model.num_configs != len(configs):
             raise PlanError(
-                "an error or the cost of choosing is not finite; the plan is poisoned, make it anew with 'rampwrap fit'."
-            )
-        if len(self.grids) != len(self.configs) or self.model.num_configs != len(self.configs):
-            raise PlanError(
-                f"the plan holds {len(self.configs)} configs, {len(self.grids)} grids and coefficients for "
+                f"the plan holds {len(configs)} configs, {len(grids)} grids and coefficients for "
                 f"{self.model.num_configs}; make it anew with 'rampwrap fit'."
             )
+        named = [*self.static.indices, *(i for bucket in self.buckets for i in bucket.shortlist)]
+        for index in (*named, *(i for its in self.in_graph for i in its.candidates)):
+            if index not in range(len(configs)):
+                raise PlanError(
+                    f"the plan names config {index} but holds {len(configs)}; make it anew with 'rampwrap fit'."
+                )
+        meant = Geometry.of(grids, self.device.num_sms)
+        launches = np.pad(meant.launches, [(0, 0), (0, max(0, geometry.launches.shape[1] - meant.launches.shape[1]))])
+        for name, is_so in (
+            ("num_sms", geometry.num_sms == meant.num_sms),
+            ("block_m", np.array_equal(geometry.block_m, meant.block_m)),
+            ("launches", np.array_equal(geometry.launches, launches)),
+        ):
+            if not is_so:
+                raise PlanError(
+                    f"{name} of the model contradicts the plan's device or grids; make it anew with 'rampwrap fit'."
+                )
+        for name, places in (
+            ("buckets", [its.num_tokens for its in self.buckets]),
+            ("in_graph", [its.first for its in self.in_graph]),
+            ("profiled", [its.num_tokens for its in self.profiled]),
+        ):
+            if places != sorted(set(places)):
+                raise PlanError(f"{name} of the plan is not ascending in tokens; make it anew with 'rampwrap fit'.")
 
     def policy(self, choosing_us: float | None = None) -> WaveCost:
         """The routing-aware policy this plan stands for; `choosing_us` in place of the plan's own, where given."""
@@ -120,35 +131,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The file's text: one number list a line, so that a diff shows which config changed."""
-        raw = {
-            "schema": SCHEMA,
-            "kernel": self.kernel,
-            "kernel_version": self.kernel_version,
-            "device": self.device.to_dict(),
-            "shape": self.shape.to_dict(),
-            "provenance": self.provenance,
-            "configs": [dict(config) for config in self.configs],
-            "grids": [grid.to_dict() for grid in self.grids],
-            "static": {
-                "source": self.static.source,
-                "config": dict(zip(map(str, self.static.token_counts), self.static.indices, strict=True)),
-            },
-            "choosing_us": self.choosing_us,
-            "buckets": [bucket.to_dict() for bucket in self.buckets],
-            "in_graph": [its.to_dict() for its in self.in_graph],
-            "profiled": [its.to_dict() for its in self.profiled],
-            "model": self.model.to_dict(),
-        }
-        try:
-            text = json.dumps(raw, indent=1, allow_nan=False)
-        except ValueError as error:
-            raise PlanError(
-                f"the plan holds a number that is not finite ({error}); make it anew with 'rampwrap fit'."
-            ) from error
-        # Innermost lists and objects go on one line each, and objects with one list in them: the shortlists.
-        for innermost in (r"[\[{][^\[\]{}]*[\]}]", r"\{[^\[\]{}]*\[[^\[\]{}]*\][^\[\]{}]*\}"):
-            text = re.sub(innermost, lambda m: re.sub(r"\s*\n\s*", " ", m[0]), text)
-        return text + "\n"
+        return plan_file.text_of(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file whole or not at all."""
@@ -156,54 +139,17 @@ class Plan:
             stream.write(self.to_json().encode())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Plan":
-        """Reads a plan.
+    def load(cls, path: str | os.PathLike[str], *, sealed: bool = True) -> "Plan":
+        """Reads a plan, whole: what is loaded neither fails nor predicts nonsense later.
+
+        Args:
+            sealed: whether the file's checksum must fit; False for a plan that was edited on purpose.
 
         Raises:
-            PlanError: missing, truncated, not a plan, of another schema, or with numbers that are not finite.
+            PlanError: missing, truncated, not a plan, of another schema, with a field that is missing, unknown or out
+                of range, or with another checksum than its content has.
         """
-        try:
-            raw = json.loads(pathlib.Path(path).read_text(), parse_constant=_no_constant, parse_float=_finite)
-        except (OSError, ValueError) as error:
-            raise PlanError(
-                f"{os.fspath(path)} is not a readable plan ({error}); make one with 'rampwrap fit'."
-            ) from error
-        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA or "buckets" not in raw:
-            found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
-            raise PlanError(
-                f"{os.fspath(path)} is no plan of schema {SCHEMA} (found {found!r}); make one with 'rampwrap fit'."
-            )
-        try:
-            table = {int(tokens): int(index) for tokens, index in raw["static"]["config"].items()}
-            return cls(
-                kernel=raw["kernel"],
-                kernel_version=raw["kernel_version"],
-                device=Device.from_dict(raw["device"]),
-                shape=MoEShape(**raw["shape"]),
-                configs=tuple(raw["configs"]),
-                grids=tuple(CtaGrid.from_dict(grid) for grid in raw["grids"]),
-                static=StaticTable(raw["static"]["source"], tuple(table), tuple(table.values())),
-                model=model_from_dict(raw["model"]),
-                buckets=tuple(Bucket.from_dict(bucket) for bucket in raw["buckets"]),
-                choosing_us=float(raw.get("choosing_us", 0.0)),
-                in_graph=tuple(Shortlist.from_dict(its) for its in raw.get("in_graph", ())),
-                profiled=tuple(Profiled.from_dict(its) for its in raw.get("profiled", ())),
-                provenance=raw.get("provenance", {}),
-            )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            reason = str(error) if isinstance(error, RampwrapError) else f"{type(error).__name__}: {error}"
-            raise PlanError(
-                f"{os.fspath(path)} is not a usable plan ({reason}); make one with 'rampwrap fit'."
-            ) from error
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"a coefficient is {text}")
-
-
-def _finite(text: str) -> float:
-    value = float(text)  # 1e999 is JSON, and infinite
-    return value if math.isfinite(value) else _no_constant(text)
+        return plan_file.read(path, cls, sealed)
 
 
 def profile_command(kernel: Kernel, shape: MoEShape) -> str:

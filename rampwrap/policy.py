@@ -14,6 +14,7 @@ from rampwrap.cost import CostModel
 from rampwrap.errors import InputError
 from rampwrap.grid import CtaGrid, IntArray, last_wave_util, num_waves
 from rampwrap.kernel import Config, format_config
+from rampwrap.schema import LARGEST, between
 from rampwrap.static import StaticTable
 from rampwrap.timings import Timings
 
@@ -103,19 +104,10 @@ class Pinned:
 class Bucket:
     """The candidates around one token count."""
 
-    num_tokens: int
+    num_tokens: int = attrs.field(validator=between(0, LARGEST, InputError))
     shortlist: tuple[int, ...]
     "Indices of configs, ascending; the model chooses among these and the static config."
     why: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {"num_tokens": self.num_tokens, "shortlist": list(self.shortlist), "why": self.why}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Bucket":
-        """Reads `to_dict`'s form."""
-        return cls(int(raw["num_tokens"]), tuple(int(index) for index in raw["shortlist"]), str(raw.get("why", "")))
 
 
 @attrs.frozen(eq=False)

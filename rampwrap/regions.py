@@ -29,6 +29,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from rampwrap import schema
 from rampwrap.device import Device
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
@@ -98,7 +99,7 @@ class Region:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        raw = attrs.asdict(self) | {"shape": self.shape.to_dict()}
+        raw = attrs.asdict(self) | {"shape": schema.dump(self.shape)}
         for launch in (raw["up"], raw["down"]):
             launch["lambda"] = launch.pop("n_tiles")
         return raw
@@ -273,7 +274,7 @@ def run(
     if plot:
         picture(found, device, plot)
     raw = {name: [region.to_dict() for region in rows] for name, rows in found.items()}
-    return {"device": device.to_dict(), "regions": raw, "held_out": list(HELD_OUT), "text": table(found)}
+    return {"device": schema.dump(device), "regions": raw, "held_out": list(HELD_OUT), "text": table(found)}
 
 
 def picture(found: Mapping[str, Sequence[Region]], device: Device, path: str | os.PathLike[str]) -> None:

@@ -3,16 +3,17 @@
 import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
 
 from rampwrap.cost import CostModel
+from rampwrap.errors import InputError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.kernel import MoEShape
 from rampwrap.policy import Bucket
 from rampwrap.routing import Routing, expert_counts
+from rampwrap.schema import LARGEST, between
 from rampwrap.static import StaticTable
 
 MAX_CANDIDATES = 8
@@ -125,6 +126,7 @@ almost none did, and next to no gain was given up."""
 # Microseconds that so many candidates cost over one config in a graph: OLMoE and Qwen3-30B, 8 to 512 tokens, on an H200
 # (benchmarks/README.md), the larger of two runs. All in one launch cost 12, a conditional node 10.
 COSTS: Mapping[int, float] = {1: 0.0, 2: 6.6, 3: 7.4, 4: 9.7}
+_microseconds = attrs.validators.optional(between(0, 1e12, InputError, whole=False))
 
 
 @attrs.frozen
@@ -142,13 +144,20 @@ class Shortlist:
         why: in one sentence.
     """
 
-    first: int
-    num_tokens: int
+    first: int = attrs.field(validator=between(0, LARGEST, InputError))
+    num_tokens: int = attrs.field(validator=between(0, LARGEST, InputError))
     candidates: tuple[int, ...]
     static: int
-    expected_us: float | None
-    static_us: float | None
+    expected_us: float | None = attrs.field(validator=_microseconds)
+    static_us: float | None = attrs.field(validator=_microseconds)
     why: str
+
+    def __attrs_post_init__(self) -> None:
+        few = list(self.candidates)
+        if self.static not in few or len(few) > MAX_IN_GRAPH or few != sorted(set(few)):
+            raise InputError(
+                f"a shortlist has candidates {few}; give 1 to {MAX_IN_GRAPH}, ascending, with {self.static}."
+            )
 
     @property
     def mode(self) -> str:
@@ -159,26 +168,6 @@ class Shortlist:
     def fallback(self) -> int:
         """Place of the static config among the candidates."""
         return self.candidates.index(self.static)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {**attrs.asdict(self), "candidates": list(self.candidates)}
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Shortlist":
-        """Reads `to_dict`'s form.
-
-        Raises:
-            ValueError: the static config is not among one to four candidates.
-        """
-        # Plans made before 0.1 name one of several launch modes here.
-        known = {name: value for name, value in raw.items() if name != "mode"}
-        made = cls(**{**known, "candidates": tuple(int(index) for index in raw["candidates"])})
-        if made.static not in made.candidates or len(made.candidates) > MAX_IN_GRAPH:
-            raise ValueError(
-                f"the shortlist {made.candidates} must have 1 to {MAX_IN_GRAPH} configs with {made.static}"
-            )
-        return made
 
 
 @attrs.frozen

@@ -53,7 +53,7 @@ class StaticTable:
 
     def __attrs_post_init__(self) -> None:
         counts = self.token_counts
-        if not counts or len(counts) != len(self.indices) or list(counts) != sorted(set(counts)):
+        if not counts or len(counts) != len(self.indices) or list(counts) != sorted(set(counts)) or counts[0] < 0:
             raise InputError(
                 f"a static table with token counts {counts} is not usable; give each once, ascending, with one config."
             )

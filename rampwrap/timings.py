@@ -2,8 +2,8 @@
 
 import json
 import os
+import pathlib
 import re
-import zipfile
 from functools import cached_property
 from typing import Any
 
@@ -11,14 +11,30 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from rampwrap import schema
+from rampwrap.archive import Array, read_arrays
 from rampwrap.device import Device
-from rampwrap.errors import ConfigError, InputError, TableError
+from rampwrap.errors import RampwrapError, TableError
 from rampwrap.files import replacing
 from rampwrap.grid import CtaGrid, FloatArray, IntArray
 from rampwrap.kernel import Config, MoEShape, check_configs
 
 SCHEMA = 1
-_LABEL = re.compile(r"^M=(\d+)(?:\s+(.*))?$")
+ARRAYS = {
+    "us": Array("f", 2),
+    "counts": Array("iu", 2),
+    "split": Array("U", 1),
+    "label": Array("U", 1),
+    "meta": Array("U", 0),
+    "spread": Array("f", 2, optional=True),
+}
+MOST_COUNT = (1 << 31) - 1
+"Counts are stored as int32."
+LEAST_US, MOST_US = 1e-3, 1e9
+"Times below a nanosecond and above a quarter of an hour are none of a layer."
+MOST_SPREAD = 6e4
+"Below the largest float16."
+_LABEL = re.compile(r"^M=([0-9]{1,9})(?:\s+(.*))?$", re.DOTALL)
 
 
 @attrs.define(frozen=True, eq=False, slots=False)
@@ -70,18 +86,29 @@ class Timings:
             raise TableError(
                 f"counts has shape {self.counts.shape}; give one column for each of {self.shape.num_local_experts} experts."
             )
-        if self.counts.min() < 0:
-            raise TableError(f"counts holds {int(self.counts.min())}; a count cannot be negative.")
-        if np.any(self.us <= 0) or np.any(np.isinf(self.us)):
-            raise TableError("us holds a time that is not positive and finite; mark cells that did not run with NaN.")
+        if self.counts.min() < 0 or self.counts.max() > MOST_COUNT:
+            wrong = int(self.counts.min() if self.counts.min() < 0 else self.counts.max())
+            raise TableError(f"counts holds {wrong}; a count is from 0 to {MOST_COUNT}.")
+        if not ((self.us >= LEAST_US) & (self.us <= MOST_US) | np.isnan(self.us)).all():
+            raise TableError(
+                f"us holds a time that is not positive, or not from {LEAST_US:g} to {MOST_US:g} microseconds; mark cells "
+                "that did not run with NaN."
+            )
         if self.spread is not None and self.spread.shape != self.us.shape:
             raise TableError(
                 f"spread has shape {self.spread.shape} but us has {self.us.shape}; the table contradicts itself."
             )
+        if self.spread is not None and not ((self.spread >= 0) & (self.spread < np.inf) | np.isnan(self.spread)).all():
+            raise TableError("spread holds a negative or infinite share; profile the table anew.")
+        for index in self.reasons:
+            if index not in range(configs):
+                raise TableError(f"reasons names config {index} but us has {configs}; the table contradicts itself.")
         for text in self.label:
-            if _LABEL.match(text) is None:
+            match = _LABEL.match(text)
+            if match is None or int(match[1]) > schema.MOST_TOKENS:
                 raise TableError(
-                    f"label {text!r} is not of the form 'M=64 zipf1.2'; tokens first, then the distribution."
+                    f"label {text!r:.80} is not of the form 'M=64 zipf1.2': at most {schema.MOST_TOKENS} tokens first, then "
+                    "the distribution."
                 )
         check_configs(self.configs, "the table")
 
@@ -125,66 +152,95 @@ class Timings:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table; the old file stays whole until the new one is on disk."""
-        meta = {
-            "schema": SCHEMA,
-            "kernel": self.kernel,
-            "kernel_version": self.kernel_version,
-            "device": self.device.to_dict(),
-            "shape": self.shape.to_dict(),
-            "configs": [dict(config) for config in self.configs],
-            "grids": [grid.to_dict() for grid in self.grids],
-            "reasons": {str(index): reason for index, reason in self.reasons.items()},
-            "notes": self.notes,
-        }
-        arrays: dict[str, Any] = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "us": self.us.astype(np.float32),
             "counts": self.counts.astype(np.int32),
             "split": np.array(self.split),
             "label": np.array(self.label),
-            "meta": np.array(json.dumps(meta)),
         }
         if self.spread is not None:
-            arrays["spread"] = self.spread.astype(np.float16)
+            arrays["spread"] = np.minimum(self.spread, MOST_SPREAD).astype(np.float16)
+        meta = schema.dump(_Meta(**{field.name: getattr(self, field.name) for field in attrs.fields(_Meta)}))
+        sealed = schema.seal({"schema": SCHEMA, **meta}, *_content(arrays))
         with replacing(path) as stream:
-            np.savez_compressed(stream, **arrays)
+            np.savez_compressed(stream, **arrays, meta=np.array(json.dumps(sealed)))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Timings":
-        """Reads a table of schema 1.
+    def load(cls, path: str | os.PathLike[str], *, sealed: bool = True) -> "Timings":
+        """Reads a table of schema 1, whole: what is loaded can be fitted and replayed, or says what it lacks.
+
+        Args:
+            sealed: whether the file's checksum must fit; False for a table that was edited on purpose.
 
         Raises:
-            TableError: the file is missing, truncated, of another schema, or contradicts itself.
+            TableError: the file is missing, damaged, too large, of another schema, contradicts itself, has a field that
+                is missing, unknown or out of range, or another checksum than its content has.
         """
+        name = os.fspath(path)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in archive.files}
-            meta = json.loads(str(arrays["meta"]))
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            arrays = read_arrays(path, ARRAYS)
+            raw = schema.parse(str(arrays.pop("meta")).encode(), "meta")
+            content = _content(arrays)
+        except ValueError as error:
             raise TableError(
-                f"{os.fspath(path)} is not a readable timing table ({error}); make one with 'rampwrap profile'."
+                f"{name} is not a readable timing table ({error}); make one with 'rampwrap profile'."
             ) from error
-        if meta.get("schema") != SCHEMA:
-            raise TableError(
-                f"{os.fspath(path)} has schema {meta.get('schema')!r}; this version reads schema {SCHEMA}."
-            )
+        found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+        if found is True or found != SCHEMA:
+            raise TableError(f"{name} has schema {found!r:.60}; this version reads schema {SCHEMA}.")
         try:
-            shape = MoEShape(**meta["shape"])
+            raw = schema.unseal(raw, *content, check=sealed)
+        except ValueError as error:
+            raise TableError(
+                f"{name} is not the table that was written ({error}); make it anew with 'rampwrap profile', or, if you "
+                f"edited it on purpose, run 'rampwrap seal {name}'."
+            ) from error
+        try:
+            meta = schema.read({key: value for key, value in raw.items() if key != "schema"}, _Meta, TableError)
             spread = arrays.get("spread")
             return cls(
                 us=arrays["us"].astype(np.float64),
                 counts=arrays["counts"].astype(np.int64),
                 split=tuple(arrays["split"].tolist()),
                 label=tuple(arrays["label"].tolist()),
-                kernel=str(meta["kernel"]),
-                kernel_version=str(meta.get("kernel_version", "0")),
-                device=Device.from_dict(meta["device"]),
-                shape=shape,
-                configs=tuple(meta["configs"]),
-                grids=tuple(CtaGrid.from_dict(raw) for raw in meta["grids"]),
                 spread=None if spread is None else spread.astype(np.float64),
-                reasons={int(index): reason for index, reason in meta.get("reasons", {}).items()},
-                notes=meta.get("notes", {}),
+                **{field.name: getattr(meta, field.name) for field in attrs.fields(_Meta)},
             )
-        except (KeyError, TypeError, AttributeError, InputError, ConfigError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else f"is not usable: {error}"
-            raise TableError(f"{os.fspath(path)} {what}; make it anew with 'rampwrap profile'.") from error
+        except RampwrapError as error:
+            raise TableError(f"{name} is not usable ({error}); make it anew with 'rampwrap profile'.") from error
+
+
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive, or, where it cannot be read, is named like one."""
+    try:
+        with pathlib.Path(path).open("rb") as stream:
+            return stream.read(2) == b"PK"
+    except OSError:
+        return pathlib.Path(path).suffix == ".npz"
+
+
+@attrs.frozen(kw_only=True)
+class _Meta:
+    """What stands beside the arrays, as JSON."""
+
+    kernel: str
+    kernel_version: str = "0"
+    device: Device
+    shape: MoEShape
+    configs: tuple[Config, ...]
+    grids: tuple[CtaGrid, ...]
+    reasons: dict[int, str] = attrs.field(factory=dict)
+    notes: dict[str, Any] = attrs.field(factory=dict)
+
+
+def _content(arrays: dict[str, npt.NDArray[Any]]) -> list[bytes]:
+    """What the checksum covers of the arrays: their names, shapes and values, whatever width they are stored in."""
+    parts = []
+    for name in sorted(arrays):
+        array = arrays[name]
+        parts.append(f"{name}{array.shape}".encode())
+        if array.dtype.kind == "U":
+            parts.append(json.dumps(array.tolist(), ensure_ascii=False).encode())  # refuses half characters
+        else:
+            parts.append(array.astype("<f8" if array.dtype.kind == "f" else "<i8").tobytes())
+    return parts

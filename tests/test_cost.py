@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 import attrs
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rampwrap.cost import MODELS, Local, Ramp4, fit, model_from_dict
+from rampwrap import plan_file, schema
+from rampwrap.cost import MODELS, CostModel, Local, Ramp4, fit
 from rampwrap.device import Device
 from rampwrap.errors import FitError, InputError
 from rampwrap.features import Geometry, float_log2, pass_over
@@ -20,6 +22,14 @@ from rampwrap.timings import Timings
 SMS = 132
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 HELD_OUT = (3, 6, 12, 24, 48, 96, 192, 384, 768, 1536)
+
+
+def read_model(raw: Any) -> CostModel:
+    return schema.read(raw, CostModel, FitError, plan_file.converter())
+
+
+def dump_model(model: CostModel) -> Any:
+    return plan_file.converter().unstructure(model, CostModel)
 
 
 def histogram(rng, tokens, num_experts, skew, top_k=8):
@@ -260,10 +270,10 @@ class TestFile:
         us = profiled.us.copy()
         us[:, 2] = np.nan
         model = fit(with_us(profiled, us), name)
-        again = model_from_dict(json.loads(json.dumps(model.to_dict(), allow_nan=False)))
+        again = read_model(json.loads(json.dumps(dump_model(model), allow_nan=False)))
         assert np.array_equal(again.predict(unseen.counts), model.predict(unseen.counts))
         assert np.all(np.isinf(again.predict(unseen.counts)[:, 2]))
-        assert again.to_dict() == model.to_dict()
+        assert dump_model(again) == dump_model(model)
         assert [again.choose(c, 5) for c in unseen.counts] == [model.choose(c, 5) for c in unseen.counts]
 
     @pytest.mark.parametrize("name", sorted(MODELS))
@@ -277,7 +287,7 @@ class TestFile:
         with pytest.raises(FitError, match="choose one of default, ramp4"):
             fit(profiled, "forest")
         with pytest.raises(FitError, match="ramp9"):
-            model_from_dict({"name": "ramp9"})
+            read_model({"name": "ramp9"})
 
 
 class TestPoorTables:
@@ -379,4 +389,4 @@ class TestPoorTables:
         assert np.all(predicted[counts.any(axis=1)] > 0) and np.all(predicted >= 0)
         assert np.isfinite(model.error) and model.error >= 0
         assert 0 <= model.choose(counts[0], 0) < configs
-        json.dumps(model.to_dict(), allow_nan=False)
+        json.dumps(dump_model(model), allow_nan=False)

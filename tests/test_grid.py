@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rampwrap import schema
 from rampwrap.errors import ConfigError
 from rampwrap.grid import CtaGrid, last_wave_util, max_blocks, num_blocks, num_waves
 
@@ -49,9 +50,8 @@ def test_batched_histograms_give_one_number_each() -> None:
 
 def test_json_keeps_only_what_is_not_default() -> None:
     grid = CtaGrid(16, 48, launches=(32, 16), ctas_per_sm=2)
-    assert CtaGrid.from_dict(grid.to_dict()) == grid
-    assert CtaGrid(16, 8).to_dict() == {"block_m": 16, "ctas_per_block": 8}
-    assert CtaGrid.from_dict({"block_m": 8, "ctas_per_block": 4, "of_a_newer_version": 1}) == CtaGrid(8, 4)
+    assert schema.read(schema.dump(grid), CtaGrid, ConfigError) == grid
+    assert schema.dump(CtaGrid(16, 8)) == {"block_m": 16, "ctas_per_block": 8}
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,10 @@ def test_json_keeps_only_what_is_not_default() -> None:
         ({"block_m": 16, "ctas_per_block": 4, "launches": [1, 2]}, "add up to ctas_per_block=4"),
         ({"ctas_per_block": 4}, "block_m"),
         ({"block_m": 16, "ctas_per_block": 4, "ctas_per_sm": 0}, "ctas_per_sm is 0"),
+        ({"block_m": 8, "ctas_per_block": 4, "of_a_newer_version": 1}, "'of_a_newer_version' is unknown"),
+        ({"block_m": True, "ctas_per_block": 4}, "block_m: True is not a whole number"),
     ],
 )
 def test_a_bad_grid_is_refused_by_name(raw: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        CtaGrid.from_dict(raw)
+        schema.read(raw, CtaGrid, ConfigError)

@@ -18,7 +18,7 @@ from rampwrap import lane
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.cost import Local
 from rampwrap.device import Device
-from rampwrap.errors import CaptureError, InputError, PlanError
+from rampwrap.errors import CaptureError, FitError, InputError
 from rampwrap.features import Geometry, pass_over
 from rampwrap.ingraph import pack
 from rampwrap.kernel import MoEShape
@@ -373,7 +373,7 @@ def test_another_device(kernel):
 
 def test_refusals(kernel, plan):
     """Poisoned plans, unknown modes, batches beyond the memory."""
-    with pytest.raises(PlanError, match="poisoned"):
+    with pytest.raises(FitError, match=r"error is nan"):
         attrs.evolve(plan, model=attrs.evolve(plan.model, error=float("nan")))
     with pytest.raises(InputError, match="mode 'fast' is unknown"):
         Selector(kernel, plan, max_tokens=16, mode="fast")

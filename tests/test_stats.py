@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rampwrap
-from rampwrap import Dispatcher, Plan, observe
+from rampwrap import Dispatcher, Plan, observe, schema
 from rampwrap.drift import Profiled, Sums, drift, profiled_ranges, routing_numbers
-from rampwrap.errors import CaptureError, PlanError
+from rampwrap.errors import CaptureError, InputError, PlanError
 from rampwrap.routing import Routing, Workload, expert_counts
 from rampwrap.selector import Selector
 from rampwrap.sim import SimKernel
@@ -121,7 +121,7 @@ def test_the_profiled_range_travels_with_the_plan(sim_plan: Plan, sim_timings: T
     assert [its.num_tokens for its in sim_plan.profiled] == sorted(set(train.num_tokens.tolist()))
     sim_plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").profiled == sim_plan.profiled
-    raw = json.loads(sim_plan.to_json())
+    raw = schema.unseal(json.loads(sim_plan.to_json()))
     for damage in ([0, 1], [3, 2], [1], ["a", "b"]):
         raw["profiled"][0]["concentration"] = damage
         (tmp_path / "plan.json").write_text(json.dumps(raw))
@@ -158,7 +158,7 @@ def test_ranges_hold_their_own_workloads(seed: int, tokens: list[int]) -> None:
     counts = np.array([rng.multinomial(8 * count, rng.dirichlet(np.full(16, 0.5))) for count in tokens])
     ranges = profiled_ranges(np.array(tokens), counts)
     for its in ranges:
-        assert Profiled.from_dict(json.loads(json.dumps(its.to_dict()))) == its
+        assert schema.read(json.loads(json.dumps(schema.dump(its))), Profiled, InputError) == its
     for count, histogram in zip(tokens, counts, strict=True):
         assert drift(ranges, count, *map(float, routing_numbers(histogram))) == pytest.approx(0, abs=1e-4)
 
