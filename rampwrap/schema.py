@@ -151,12 +151,12 @@ def dump(value: Any, using: "Converter | None" = None) -> Any:
 
 
 def _leaves(error: BaseException, path: str) -> Any:
-    from cattrs.errors import ClassValidationError, IterableValidationError
+    from cattrs.errors import AttributeValidationNote, ClassValidationError, IterableValidationError
 
     if isinstance(error, ClassValidationError | IterableValidationError):
         noted, other = error.group_exceptions()
         for inner, note in noted:
-            where = f"[{note.index}]" if isinstance(error, IterableValidationError) else f".{note.name}"
+            where = f".{note.name}" if isinstance(note, AttributeValidationNote) else f"[{note.index}]"
             yield from _leaves(inner, (path + where).lstrip("."))
         for inner in other:
             yield from _leaves(inner, path)
@@ -201,7 +201,8 @@ def new_converter() -> "Converter":
 
     def empty(cls: Any) -> Callable[..., Any]:
         omitted = [field.name for field in attrs.fields(cls) if field.metadata.get("omit")]
-        return make_dict_unstructure_fn(cls, made, **{name: override(omit_if_default=True) for name in omitted})
+        left_out: dict[str, Any] = {name: override(omit_if_default=True) for name in omitted}
+        return make_dict_unstructure_fn(cls, made, **left_out)
 
     made.register_structure_hook_factory(attrs.has, fill)
     made.register_unstructure_hook_factory(attrs.has, empty)
@@ -261,7 +262,7 @@ def _mapping(made: "Converter", raw: Any, kind: Any) -> dict[Any, Any]:
         raise ValueError(f"the key {_short(bad[0])} is not a whole number")
     if value_kind is Any:
         return dict(raw)
-    values: dict[Any, Any] = made.structure(list(raw.values()), list[value_kind])  # type: ignore[valid-type]
+    values = [made.structure(value, value_kind) for value in raw.values()]
     return dict(zip(map(key_kind, raw), values, strict=True))
 
 

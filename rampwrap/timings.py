@@ -152,7 +152,7 @@ class Timings:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table; the old file stays whole until the new one is on disk."""
-        arrays: dict[str, npt.NDArray[Any]] = {
+        arrays: dict[str, Any] = {
             "us": self.us.astype(np.float32),
             "counts": self.counts.astype(np.int32),
             "split": np.array(self.split),
