@@ -11,7 +11,7 @@ WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, 
 # Each of them gets one thread: more would only wait for each other.
 TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-.PHONY: demo test setup lint types unit tiles kernels wheel clean
+.PHONY: demo test setup lint types unit tiles kernels wheel mutants clean
 
 setup: $(VENV)/.ready
 
@@ -50,6 +50,10 @@ kernels: setup
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup
 	BIN="$(abspath $(BIN))" WORKERS=$(WORKERS) bash tests/test_wheel.sh
+
+# 40 random faults in the library, and which of them the tests see: half an hour. SAMPLE="--seed 7 --only rampwrap/cost.py"
+mutants: setup
+	nice -n 15 $(BIN)/python tests/mutants $(SAMPLE)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,98 @@
+"""Random mutants of the library, and whether the tests see them: ``make mutants``.
+
+A mutant is one small fault: a comparison off by one, a constant changed, an argument dropped, a statement deleted. It runs
+the tests that name its module and execute its lines, then all others that execute them, as one traced run of each test
+file says (kept in build/mutants). The tree is copied first: nothing here is touched.
+
+    python tests/mutants --count 40 --seed 7            # draws, runs, prints the survivors' diffs
+    python tests/mutants --only rampwrap/cost.py        # all that are drawn are of one file or folder
+    python tests/mutants --seed 7 --list                # what would run
+
+`known.toml` says what is counted apart: code that only a GPU executes, and mutants that were read and change nothing.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+
+from faults import Mutant, draw, listed
+from traced import Tests, copy_tree, judge
+
+# What is imported once, before each mutant's process is forked: 4 s of each.
+HEAVY = ("torch", "triton", "triton.language", "scipy.optimize", "numpy", "hypothesis", "matplotlib.pyplot")
+
+
+def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
+    """(verdict, reason or killer): the tests of its own module first, then all that execute its lines."""
+    apart = listed(mutant)
+    if apart and apart[0] == "equivalent":
+        return apart
+    near = tests.nearest(mutant.path)
+    tests.add(near)
+    ran: list[str] = []
+    for files in (near, [file for file in tests.files if file not in near]):
+        names = tests.of(mutant, files, files is near)
+        ran += names
+        verdict, killer = judge(mutant, tests.tree, names) if names else ("survived", "")
+        if verdict == "killed":
+            return verdict, killer
+    absent = len(tests.files) - len(tests.parts)
+    return apart or ("survived", f"{len(ran)} tests" + (f", {absent} files of tests not tried" if absent else ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000, help="default: another each time")
+    parser.add_argument("--only", nargs="*", default=[], help="files or folders, such as rampwrap/cost.py")
+    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    parser.add_argument("--lazy", action="store_true", help="trace only tests that name a mutant's module")
+    parser.add_argument("--fresh", action="store_true", help="trace all tests anew")
+    parser.add_argument("--json", type=pathlib.Path, help="write each verdict here")
+    args = parser.parse_args()
+    drawn = draw(args.seed, args.count, args.only)
+    if args.list:
+        print("\n".join(mutant.diff() for mutant in drawn))
+        return
+    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="mutants") as folder:
+        tree = copy_tree(pathlib.Path(folder) / "tree")
+        sys.path[:0] = [str(tree)]
+        os.environ["PYTHONPATH"] = str(tree)
+        for name in HEAVY:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        tests = Tests(tree, args.fresh)
+        if not args.lazy:
+            tests.add(tests.files)
+        rows, verdicts = [], defaultdict(list)
+        for place, mutant in enumerate(drawn, 1):
+            start = time.monotonic()
+            verdict, why = verdict_of(mutant, tests)
+            verdicts[verdict].append(mutant)
+            rows.append(
+                {"path": mutant.path, "line": mutant.lines[0], "kind": mutant.kind, "verdict": verdict, "why": why}
+            )
+            print(
+                f"{place:3} {verdict:11} {time.monotonic() - start:5.1f} s  {mutant.path}:{mutant.lines[0]} {mutant.kind}: {why}",
+                flush=True,
+            )
+    for verdict in ("device only", "equivalent", "survived"):
+        if verdicts[verdict]:
+            print(f"\n{verdict}:\n" + "\n".join(mutant.diff() for mutant in verdicts[verdict]))
+    killed, survived = len(verdicts["killed"]), len(verdicts["survived"])
+    print(f"\nseed {args.seed}: {dict(Counter(row['verdict'] for row in rows))}")
+    print(f"killed {killed} of {killed + survived} = {killed / max(1, killed + survived):.1%}")
+    if args.json:
+        args.json.write_text(json.dumps({"seed": args.seed, "mutants": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""`Tests`: which tests execute which lines, and runs of some of them in processes that are forked when torch is loaded."""
+
+import contextlib
+import fnmatch
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from faults import ROOT, SOURCES, Mutant, known
+
+STORE = ROOT / "build" / "mutants"
+MOST_SECONDS = 150.0
+"Of tests for one mutant, the fastest first."
+LIMIT = 60.0 + 5 * MOST_SECONDS
+"Seconds after which a mutant hangs, and is killed."
+
+
+class Only:
+    """A pytest plugin: runs the given tests alone, in the order given, and lets hypothesis stop at the first failure."""
+
+    def __init__(self, order: dict[str, int] | None = None) -> None:
+        self.order, self.seconds, self.failed = order, {}, []
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        from hypothesis import Phase, settings
+
+        phases = (Phase.explicit, Phase.generate)  # to shrink an example takes minutes
+        settings.register_profile("mutants", deadline=None, phases=phases, database=None)
+        settings.load_profile("mutants")
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.order is not None:
+            items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+class Traced(Only):
+    """Notes which lines each test executes, its fixtures included."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.tracer.switch_context(item.nodeid)
+        yield
+        self.tracer.switch_context("")
+
+
+def copy_tree(folder: pathlib.Path) -> pathlib.Path:
+    """The files of this checkout, uncommitted ones and the built extension too."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    extra = [str(path.relative_to(ROOT)) for path in (ROOT / "rampwrap").glob("_score*.so")]
+    for name in [*filter(None, names.split("\0")), *extra]:
+        source, target = ROOT / name, folder / name
+        if source.is_symlink() or source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+    return folder
+
+
+def forked(function: Callable[[], tuple[int, bytes]], log: pathlib.Path, limit: float) -> tuple[int | None, bytes]:
+    """Runs a function in a process of its own: (its status or None where time ran out, what it returned)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        status, answer = 70, b""
+        try:
+            status, answer = function()
+        finally:
+            os.write(writer, answer)
+            os._exit(status)
+    os.close(writer)
+    status, end = None, time.monotonic() + limit
+    while status is None and time.monotonic() < end:
+        done, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if done else None
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # and what it started
+    if status is None:
+        os.waitpid(child, 0)
+    with os.fdopen(reader, "rb") as answers:
+        return status, answers.read(65536)
+
+
+def pytest_args(tree: pathlib.Path, scratch: pathlib.Path) -> list[str]:
+    return [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"--basetemp={scratch}",
+        f"--rootdir={tree}",
+        "--hypothesis-seed=0",
+    ]
+
+
+class Tests:
+    """Which tests execute a line, how long each takes, and which fail on the library as it is; traced file by file.
+
+    A test file is traced once for its own content. Where a source changed since, its lines are no longer known and all
+    tests that execute anything of it count; `--fresh` traces anew.
+    """
+
+    def __init__(self, tree: pathlib.Path, fresh: bool) -> None:
+        STORE.mkdir(parents=True, exist_ok=True)
+        self.tree, self.fresh = tree, fresh
+        self.files = sorted((tree / "tests").glob("test_*.py"))
+        self.now = {str(p.relative_to(tree)): digest_of([p]) for root in SOURCES for p in (tree / root).rglob("*.py")}
+        self.parts: dict[str, dict[str, Any]] = {}
+        for file in self.files:
+            if self.store(file).exists() and not fresh:
+                self.parts[file.name] = json.loads(self.store(file).read_text())
+
+    def store(self, file: pathlib.Path) -> pathlib.Path:
+        return STORE / f"{file.stem}-{digest_of([file])}.json"
+
+    def add(self, files: Iterable[pathlib.Path]) -> None:
+        """Traces those of the files that are not yet."""
+        for file in files:
+            if file.name in self.parts:
+                continue
+            start, store = time.monotonic(), self.store(file)
+            status, _ = forked(functools.partial(trace, self.tree, file, store, self.now), STORE / "trace.log", 1800.0)
+            if not store.exists():
+                raise SystemExit(f"the traced run of {file.name} ended with {status}: {STORE / 'trace.log'}")
+            self.parts[file.name] = json.loads(store.read_text())
+            print(f"traced {file.name} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    def nearest(self, path: str) -> list[pathlib.Path]:
+        """Test files named after a source, or that name its module."""
+        module = ".".join(pathlib.Path(path).with_suffix("").parts)
+        module = module if module.startswith("rampwrap") else f"rampwrap.{module}"
+        package, _, stem = module.rpartition(".")
+        named = re.compile(rf"\b{re.escape(module)}\b|\bfrom {re.escape(package)} import .*\b{stem}\b")
+        also = {name for entry in known()["near"] if fnmatch.fnmatch(path, entry["path"]) for name in entry["tests"]}
+        return [f for f in self.files if f.stem in also | {f"test_{stem}"} or named.search(f.read_text())]
+
+    def of(self, mutant: Mutant, files: Iterable[pathlib.Path], near: bool) -> list[str]:
+        """The tests of some traced files that execute a mutant's lines, the fastest first."""
+        names: set[str] = set()
+        seconds: dict[str, float] = {}
+        for part in (self.parts[file.name] for file in files if file.name in self.parts):
+            seconds |= part["seconds"]
+            lines = part["tests"].get(mutant.path, {})
+            same = part["sources"].get(mutant.path) == self.now[mutant.path]
+            its = {name for line in mutant.lines for name in lines.get(str(line), ())} if same else set()
+            if not its:  # executed at import, or nowhere: a file that names the module may look at its constants
+                its = set(part["seconds"]) if near else {name for several in lines.values() for name in several}
+            names |= its - set(part["failed"])
+        for entry in known()["compiled"]:
+            if fnmatch.fnmatch(mutant.path, entry["path"]):
+                names |= {name for name in seconds if name.startswith(tuple(entry["tests"]))}
+        ordered = sorted(names, key=lambda name: seconds.get(name, 0.0))
+        total = itertools.accumulate(seconds.get(name, 0.0) for name in ordered)
+        return [name for name, so_far in zip(ordered, total, strict=True) if so_far <= MOST_SECONDS]
+
+
+def trace(tree: pathlib.Path, file: pathlib.Path, store: pathlib.Path, sources: dict[str, str]) -> tuple[int, bytes]:
+    """Runs one test file under coverage and writes what it executed."""
+    import coverage
+
+    os.chdir(tree)
+    data = store.with_suffix(".coverage")
+    tracer = coverage.Coverage(str(data), config_file=False, source=[str(tree / name) for name in SOURCES])
+    tracer.start()
+    plugin = Traced(tracer)
+    status = pytest.main([*pytest_args(tree, tree.parent / "basetemp"), str(file)], plugins=[plugin])
+    tracer.stop()
+    tracer.save()
+    measured_lines = tracer.get_data()
+    tests: dict[str, dict[str, list[str]]] = {}
+    for measured in measured_lines.measured_files():
+        lines = measured_lines.contexts_by_lineno(measured).items()
+        name = str(pathlib.Path(measured).resolve().relative_to(tree.resolve()))
+        tests[name] = {str(line): sorted(filter(None, names)) for line, names in lines if any(names)}
+    data.unlink()
+    part = store.with_suffix(".part")
+    found = {"tests": tests, "seconds": plugin.seconds, "failed": sorted(set(plugin.failed)), "sources": sources}
+    part.write_text(json.dumps(found))
+    part.rename(store)
+    return int(status), b""
+
+
+def judge(mutant: Mutant, tree: pathlib.Path, tests: list[str]) -> tuple[str, str]:
+    """(verdict, killer): runs the tests on the changed tree."""
+    target = tree / mutant.path
+    before, times = target.read_bytes(), target.stat()
+    target.write_bytes(mutant.apply(before))
+    scratch = tree.parent / "basetemp"
+
+    def run() -> tuple[int, bytes]:
+        os.chdir(tree)
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        plugin = Only({name: place for place, name in enumerate(tests)})
+        files = list(dict.fromkeys(str(tree / name.split("::")[0]) for name in tests))
+        marks = ["-m", "not release and not slow"]
+        status = pytest.main([*pytest_args(tree, scratch), *marks, "-x", *files], plugins=[plugin])
+        return int(status), (plugin.failed or ["at import"])[0].encode()
+
+    try:
+        status, killer = forked(run, STORE / "mutant.log", LIMIT)
+    finally:
+        target.write_bytes(before)
+        os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+        shutil.rmtree(scratch, ignore_errors=True)
+    if status in (0, 5):
+        return "survived", f"{len(tests)} tests"
+    return "killed", "time ran out" if status is None else killer.decode()
+
+
+def digest_of(paths: Iterable[pathlib.Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.read_bytes() + b"\0")
+    return found.hexdigest()[:16]
