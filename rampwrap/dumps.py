@@ -11,7 +11,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import attrs
 import numpy as np
@@ -101,6 +101,8 @@ def _parse_torch(path: str, num_experts: int) -> Iterator[Block | str]:
         with zipfile.ZipFile(path) as archive:
             # torch stores what it writes as it is: a member larger than the file would be unpacked.
             _check_size(path, sum(member.file_size for member in archive.infolist()) // 8)
+            if damaged := archive.testzip():  # torch itself compares no checksum
+                raise InputError(f"trace {path!r} is damaged in {damaged!r}; copy it anew from where it was recorded.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         raw = torch.load(path, map_location="cpu", weights_only=True)
@@ -204,34 +206,37 @@ def _parse_json(path: str, num_experts: int) -> Iterator[Block | str]:
 
 def _parse_numpy(path: str, num_experts: int) -> Iterator[Block | str]:
     if pathlib.Path(path).suffix == ".npy":
-        promised = np.load(path, mmap_mode="r", allow_pickle=False)  # refused where the file is shorter than it says
-        _check_size(path, promised.size)
+        with pathlib.Path(path).open("rb") as stream:
+            _check_size(path, _promised(path, stream, pathlib.Path(path).stat().st_size))
         array = np.load(path, allow_pickle=False)
         yield _of_array(array, num_experts, "") or _of_counts(path, array, num_experts)
         return
+    promised = 0
     with zipfile.ZipFile(path) as archive:
-        _check_size(path, sum(_promised(path, archive, member) for member in archive.infolist()))
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                promised += _promised(path, stream, member.file_size)
+    _check_size(path, promised)
     with np.load(path, allow_pickle=False) as loaded:
         for name in loaded.files:
             array = loaded[name]
             yield _of_array(array, num_experts, f"array {name}") or name if isinstance(array, np.ndarray) else name
 
 
-def _promised(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Numbers of one array by its header, which must fit the member's size."""
-    with archive.open(member) as stream:
-        if stream.read(6) != np.lib.format.MAGIC_PREFIX:
-            return member.file_size
-    with archive.open(member) as stream:
+def _promised(path: str, stream: IO[bytes], size: int) -> int:
+    """Numbers of one array by its header, which must fit its size in bytes; those of anything else that is stored."""
+    try:
         version = np.lib.format.read_magic(stream)
-        head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = head(stream)
-    size = math.prod(shape)
-    if size * dtype.itemsize > member.file_size:
+    except ValueError:
+        return size
+    head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = head(stream)
+    numbers = math.prod(shape)
+    if numbers * dtype.itemsize > size or min(shape, default=0) < 0:
         raise InputError(
-            f"trace {path!r} promises {size} numbers in {member.file_size} bytes; give the file as the engine wrote it."
+            f"trace {path!r} promises an array {str(shape)[:80]} in {size} bytes; give the file as the engine wrote it."
         )
-    return size
+    return numbers
 
 
 _PARSERS = {".pt": _parse_torch, ".json": _parse_json, ".npy": _parse_numpy, ".npz": _parse_numpy}

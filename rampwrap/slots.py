@@ -85,7 +85,7 @@ def _clean(
     elif largest > limit:
         padding |= ids == largest
     outside = ~padding & ((ids < 0) | (ids >= limit))
-    here = np.where(padding | outside, -1, ids).astype(np.int64)
+    here = np.where(padding | outside, -1, ids.astype(np.int64))
     if physical is not None:
         layers = np.arange(len(ids))[:, None, None]
         here = np.where(here >= 0, physical[layers, here], -1)

@@ -1,6 +1,7 @@
 """What engines record, read back: every format, whole histograms, and files that are not what they should be."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from rampwrap.cli import main
 from rampwrap.errors import InputError
-from rampwrap.recorded import Recording, read_recording, read_trace, split_layer
+from rampwrap.recorded import MOST_TOKENS, Recording, account, read_recording, read_trace, split_layer
 from rampwrap.routing import RecordedWorkload, Routing, Workload, expert_counts, recorded_workloads
 from rampwrap.timings import Timings
 
@@ -294,3 +295,205 @@ def test_a_bad_recording_leaves_the_table_as_it_was(
         assert capsys.readouterr().err.count("\n") == 1, name
     assert (tmp_path / "t.npz").read_bytes() == before
     assert not list(tmp_path.glob("*.journal*"))
+
+
+def routed(tokens: int = 40, seed: int = 3) -> np.ndarray[Any, Any]:
+    """uint8 [tokens, layers, top_k], no token of which visits expert 0."""
+    rng = np.random.default_rng(seed)
+    return (np.argsort(rng.random((tokens, LAYERS, E - 1)), axis=2)[..., :K] + 1).astype(np.uint8)
+
+
+PADDING = {
+    "zeros": lambda row: row * 0,
+    "num_experts": lambda row: row * 0 + E,
+    "-1 as uint8": lambda row: row * 0 + 255,
+    "-1 as uint16": lambda row: row.astype(np.uint16) * 0 + 65535,
+    "-1": lambda row: row.astype(np.int32) * 0 - 1,
+    "-1 as int8": lambda row: row.astype(np.int8) * 0 - 1,
+}
+"What engines and trainers leave in the rows of tokens that were never routed."
+
+
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_that_were_never_routed_count_nothing(kind: str, rows: int, tmp_path: pathlib.Path) -> None:
+    real, padding = routed(), PADDING[kind](routed(rows))
+    expected = [expert_counts(real[:, layer], E).tolist() for layer in range(LAYERS)]
+    for name, place in (("end.npy", len(real)), ("start.npy", 0), ("middle.npy", 7)):
+        ids = np.insert(real.astype(padding.dtype), place, padding, axis=0)
+        np.save(tmp_path / name, ids)
+        recording = read_recording(tmp_path / name, E)
+        assert recording.counts.tolist() == expected
+        assert recording.num_tokens(K).tolist() == [40] * LAYERS
+        assert recording.left_out == {"padding_tokens": rows * LAYERS}
+        assert read_trace(str(tmp_path / name), E)[:, 0].max() == 0
+        said = str(account(str(tmp_path / name), E, K, 24))
+        assert f"padding tokens ({rows * LAYERS})" in said and "3 of 3 histograms" in said
+
+
+def test_with_one_expert_a_token_zeros_are_visits_where_chance_can_make_them(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, E, (60, LAYERS, 1)).astype(np.int16)
+    ids[np.flatnonzero((ids[..., 0] == 0).all(axis=1))] = 1
+    expected = [expert_counts(ids[:, layer], E).tolist() for layer in range(LAYERS)]
+    np.save(tmp_path / "a.npy", np.concatenate([ids, ids[:4] * 0]))
+    recording = read_recording(tmp_path / "a.npy", E)
+    assert recording.counts.tolist() == expected and recording.counts[:, 0].min() > 0
+    assert recording.left_out == {"padding_tokens": 4 * LAYERS}
+    skewed = np.where(rng.random((60, LAYERS, 1)) < 0.6, 0, ids)  # a fifth of the tokens visit expert 0 in every layer
+    np.save(tmp_path / "b.npy", skewed)
+    assert read_recording(tmp_path / "b.npy", E).counts[:, 0].tolist() == (skewed == 0).sum(axis=(0, 2)).tolist()
+
+
+def test_an_expert_whose_number_is_also_the_largest_of_its_dtype_is_an_expert(tmp_path: pathlib.Path) -> None:
+    ids = np.array([[[255, 3]], [[1, 255]], [[255, 255]]], dtype=np.uint8)
+    np.save(tmp_path / "a.npy", ids)
+    counts = read_recording(tmp_path / "a.npy", 256).counts[0]
+    assert (counts[255], counts[3], counts[1], counts.sum()) == (2, 1, 1, 4)
+
+
+ODD = {
+    "an expert twice": ([3, 3, 7, 9], "visits expert 3 twice"),
+    "too large": ([3, 99, 7, 9], "visits expert 99, out of experts 0 to 15"),
+    "negative": ([3, -2, 7, 9], "visits expert -2, out of experts 0 to 15"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_one_odd_slot_is_named(kind: str, tmp_path: pathlib.Path) -> None:
+    row, why = ODD[kind]
+    ids = routed().astype(np.int16)
+    ids[4, 2] = row
+    np.save(tmp_path / "ids.npy", ids)
+    np.savez(tmp_path / "ids.npz", routed(5).astype(np.int16), ids)
+    record = {"topk_ids_of_layer": torch.from_numpy(ids.transpose(1, 0, 2).copy())}
+    torch.save({"records": [record]}, tmp_path / "ids.pt")
+    for name in ("ids.npy", "ids.npz", "ids.pt"):
+        with pytest.raises(InputError, match=f"token 4 of layer 2 {why}"):
+            read_recording(tmp_path / name, E)
+
+
+def test_a_token_that_lacks_a_slot_is_left_out_and_counted(tmp_path: pathlib.Path) -> None:
+    ids = routed().astype(np.int32)
+    ids[4, 2, 1] = -1
+    np.save(tmp_path / "ids.npy", ids)
+    recording = read_recording(tmp_path / "ids.npy", E)
+    assert recording.left_out == {"incomplete_tokens": 1} and recording.num_tokens(K).tolist() == [40, 40, 39]
+    expected = np.delete(ids[:, 2], 4, axis=0)
+    assert recording.counts[2].tolist() == expert_counts(expected, E).tolist()
+
+
+def test_ids_of_another_top_k_are_refused_also_where_the_sums_would_fit(tmp_path: pathlib.Path) -> None:
+    np.save(tmp_path / "ids.npy", routed())
+    for top_k, why in ((2, "ids of 4 experts a token"), (8, "ids of all ranks")):
+        with pytest.raises(InputError, match=why):
+            recorded_workloads(str(tmp_path / "ids.npy"), E, top_k)
+
+
+def one_rank(rank: int, ranks: int, redundant: int = 0) -> dict[str, Any]:
+    """A per-pass dump of DeepEP's low-latency mode: the counts of this rank's physical experts."""
+    physical = E + redundant
+    where = (np.arange(physical) * 5 + 3) % E
+    size = physical // ranks
+    counts = np.zeros((LAYERS, physical), dtype=np.int32)
+    counts[:, rank * size : (rank + 1) * size] = np.random.default_rng(rank).integers(1, 9, (LAYERS, size)) * K
+    record = {"forward_pass_id": 0, "rank": rank, "gatherer_key": "primary"}
+    return {
+        "records": [{**record, "global_physical_count": torch.from_numpy(counts)}],
+        "last_physical_to_logical_map": torch.from_numpy(where).repeat(LAYERS, 1),
+    }
+
+
+@pytest.mark.parametrize(("rank", "ranks", "redundant"), [(0, 2, 0), (1, 4, 0), (3, 4, 8), (2, 8, 0)])
+def test_the_dump_of_one_rank_is_refused_as_one(rank: int, ranks: int, redundant: int, tmp_path: pathlib.Path) -> None:
+    """Whatever the sums: they are multiples of top_k here, and a trace does not look at them."""
+    torch.save(one_rank(rank, ranks, redundant), tmp_path / "rank.pt")
+    size = (E + redundant) // ranks
+    for read in (read_recording, read_trace):
+        with pytest.raises(
+            InputError, match=f"experts {rank * size} to {rank * size + size - 1} of .* one rank's part"
+        ):
+            read(str(tmp_path / "rank.pt"), E)
+
+
+def test_ids_of_one_rank_are_refused_as_its_part(tmp_path: pathlib.Path) -> None:
+    ids = routed(200).astype(np.int16)
+    np.save(tmp_path / "ids.npy", np.where(ids < 8, ids, -1))
+    with pytest.raises(InputError, match="one rank's part"):
+        read_recording(tmp_path / "ids.npy", E)
+
+
+def test_counts_of_a_part_are_told_from_those_of_another_top_k(tmp_path: pathlib.Path) -> None:
+    counts = histograms(steps_ids())
+    np.save(tmp_path / "part.npy", np.where(np.arange(E) < 8, counts, 0))
+    with pytest.raises(InputError, match=r"part of their batches \(only experts 0 to 7"):
+        recorded_workloads(str(tmp_path / "part.npy"), E, K)
+    np.save(tmp_path / "whole.npy", counts)
+    with pytest.raises(InputError, match=r"all rows fit 2 or 4\)"):
+        recorded_workloads(str(tmp_path / "whole.npy"), E, 3)
+
+
+def test_sums_over_many_steps_are_no_batch(tmp_path: pathlib.Path) -> None:
+    rows = np.full((4, LAYERS, E), 8 * K)
+    rows[0] *= MOST_TOKENS
+    np.save(tmp_path / "one.npy", rows)
+    found = recorded_workloads(str(tmp_path / "one.npy"), E, K)
+    assert [workload.step for workload in found] == sorted([1, 2, 3] * LAYERS)
+    assert account(str(tmp_path / "one.npy"), E, K, 24).left_out == {"sums_over_steps": LAYERS}
+    (tmp_path / "all.json").write_text(json.dumps({"logical_count": rows[0].tolist()}))
+    with pytest.raises(InputError, match="sums over many steps; use their popularities, --routing trace:"):
+        recorded_workloads(str(tmp_path / "all.json"), E, K)
+    assert len(read_trace(str(tmp_path / "all.json"), E)) == LAYERS
+    (tmp_path / "step.json").write_text(json.dumps({"logical_count": rows[1].tolist()}))
+    assert "one batch of 128 tokens; where that is a sum over steps" in str(account(str(tmp_path / "step.json"), E, K))
+
+
+def test_steps_layers_and_arrays_that_are_left_out_are_counted(tmp_path: pathlib.Path) -> None:
+    assert read_recording(as_stat(tmp_path), E).left_out == {"steps_without_tokens": 2}
+    counts = histograms(steps_ids())
+    counts[:, 1], counts[3, 0] = 0, 0
+    np.savez(
+        tmp_path / "some.npz", counts, names=np.array(["a", "b"]), weights=np.ones((4, 2, 3)), other=np.ones((2, 9))
+    )
+    recording = read_recording(tmp_path / "some.npz", E)
+    assert recording.left_out == {"layers_without_experts": 1, "rows_without_tokens": 1, "other_arrays": 3}
+    assert len(recording.counts) == STEPS * LAYERS - STEPS - 1
+
+
+def test_a_placement_and_a_map_of_another_model_are_refused_as_such(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "place.json").write_text(json.dumps({"physical_to_logical_map": [[0, 1]]}))
+    with pytest.raises(InputError, match="placement of experts"):
+        read_recording(tmp_path / "place.json", E)
+    record = {"global_physical_count": torch.ones(1, 8, dtype=torch.int32)}
+    torch.save({"records": [record], "last_physical_to_logical_map": torch.arange(8)[None]}, tmp_path / "half.pt")
+    with pytest.raises(InputError, match="8 logical ones; the layer has 16"):
+        read_recording(tmp_path / "half.pt", E)
+    torch.save({"records": [record]}, tmp_path / "bare.pt")
+    with pytest.raises(InputError, match="counts 8 experts a layer"):
+        read_recording(tmp_path / "bare.pt", E)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name, why in (("folder.npy", "a folder"), ("pipe.npy", "no regular file")):
+        with pytest.raises(InputError, match=why):
+            read_recording(tmp_path / name, E)
+
+
+def test_the_commands_say_what_is_left_out(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.concatenate([routed(), routed(2) * 0]))
+    as_stat(tmp_path)
+    run = ["profile", "--kernel", "sim", "-E", "16", "--top-k", "4", "-K", "512", "-N", "256", "--dry-run", "--json"]
+    run += ["--batch-size", "8", "--eval-batch-size", "--routing", "uniform", "trace:stat.pt"]
+    assert main([*run, "--recorded", "ids.npy", "--recorded-limit", "2"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["recorded"] == [
+        {"file": "ids.npy", "found": 3, "taken": 2, "left_out": {"padding_tokens": 6}, "tokens": 0},
+        {"file": "stat.pt", "found": 15, "taken": 15, "left_out": {"steps_without_tokens": 2}, "tokens": 0},
+    ]
+    assert "ids.npy: 2 of 3 histograms taken; left out: padding tokens (6)." in said.err
+    assert "stat.pt: 15 of 15 histograms taken; left out: steps without tokens (2)." in said.err
