@@ -1,6 +1,7 @@
 """What the command line reads: durations, counts, shapes, workloads and tables, each refused with how to write it."""
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -44,12 +45,24 @@ def counts(text: str) -> list[int]:
 
 def shape_of(a: argparse.Namespace) -> MoEShape:
     """The layer that ``--model`` or the four sizes name, as one rank has it."""
+    sizes = {name: getattr(a, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
+    given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
+    for name in ("ep", "num_redundant_experts"):
+        if getattr(a, name, None):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for the models of an engine, --engine with --model DIR; give the experts of a "
+                "rank by --num-local-experts here."
+            )
     if a.model:
+        if given:
+            raise InputError(f"--model {a.model} and {', '.join(given)} were both given; leave one out.")
         if a.model not in SHAPES:
-            raise InputError(f"model {a.model!r} is unknown; use one of {', '.join(SHAPES)} or give the four sizes.")
+            more = " For a folder with a config.json add --engine." if pathlib.Path(a.model).exists() else ""
+            raise InputError(
+                f"model {a.model!r} is unknown; use one of {', '.join(SHAPES)} or give the four sizes.{more}"
+            )
         base = attrs.evolve(SHAPES[a.model], dtype=a.dtype or "bf16")
     else:
-        sizes = {name: getattr(a, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
         missing = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is None]
         if missing:
             raise InputError(f"the layer's shape lacks {', '.join(missing)}; give it, or --model.")

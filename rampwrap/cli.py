@@ -310,6 +310,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     layer(p)
     p.add_argument("--ep", action="store_true", help="with --engine: the --tp-size ranks share out whole experts")
+    text = "with --ep: copies of experts that the engine adds for balance, over all ranks"
+    p.add_argument("--num-redundant-experts", type=int, default=0, metavar="N", help=text)
     workloads(p, TRAIN_TOKENS, TRAIN_ROUTINGS)
     p.add_argument(
         "--eval-batch-size", type=positive, nargs="*", default=EVAL_TOKENS, metavar="M", help="held-out token counts"

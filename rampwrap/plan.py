@@ -152,14 +152,19 @@ class Plan:
         return plan_file.read(path, cls, sealed)
 
 
+def shape_arguments(shape: MoEShape) -> str:
+    """The options of the command line that name a layer."""
+    local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"
+    return (
+        f"--num-experts {shape.num_experts} --top-k {shape.top_k} --hidden-size {shape.hidden_size} "
+        f"--intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}"
+    )
+
+
 def profile_command(kernel: Kernel, shape: MoEShape) -> str:
     """The command that profiles a kernel for a shape, from which 'rampwrap fit' makes a plan."""
     # A portfolio of a user's own kernels is made by code that no name here can find again. Some portfolios of kernels
     # here need a copy of the weights; the command then says so.
-    known = all(name in KERNELS for name in members_of(kernel.name))
+    known = all(name in KERNELS for name in members_of(kernel.name) or [kernel.name])
     name = kernel.name if known else "YOUR_PACKAGE.MODULE:FACTORY"
-    local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"
-    return (
-        f"rampwrap profile --kernel {name} --num-experts {shape.num_experts} --top-k {shape.top_k} --hidden-size "
-        f"{shape.hidden_size} --intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}"
-    )
+    return f"rampwrap profile --kernel {name} {shape_arguments(shape)}"

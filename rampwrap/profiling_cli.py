@@ -12,6 +12,7 @@ from rampwrap import catalog
 from rampwrap.arguments import joined_tables, recorded_of, recorded_said, routings_of, shape_name, shape_of
 from rampwrap.errors import InputError
 from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.models import Layers, Ranks, read_layers
 from rampwrap.portfolio import members_of
 from rampwrap.routing import Workload, workload_grid
 from rampwrap.timings import Timings
@@ -52,18 +53,32 @@ def _workloads(a: argparse.Namespace, shape: MoEShape) -> list[Workload]:
     return [row for row in rows if row.split == "train"] if a.budget else rows
 
 
-def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
-    from rampwrap.engines.profiling import default_kernel, profile_model
-    from rampwrap.engines.warming import compile_for
-    from rampwrap.models import read_model
+def _layers(a: argparse.Namespace) -> Layers:
+    """The layers of a model's folder, or the one that the sizes name."""
+    if a.model and a.num_experts is None and a.num_local_experts is None:
+        ranks = Ranks(a.tp_size, a.ep, a.num_redundant_experts)
+        return read_layers(a.model, ranks, dtype=a.dtype, engine=a.engine)
+    if not a.model and a.num_experts is None:
+        raise InputError(
+            "--engine was given without --model; give the folder of a model with its config.json, or the sizes of a layer."
+        )
+    return Layers((shape_of(a),))
 
-    if not a.model:
-        raise InputError("--engine was given without --model; give the folder of a model with its config.json.")
-    sizes: dict[str, Any] = {"tp_size": a.tp_size, "expert_parallel": a.ep, "dtype": a.dtype}
+
+def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
+    from rampwrap.engines.profiling import check_kernel, default_kernel, profile_model
+    from rampwrap.engines.warming import compile_for
+
+    layers = _layers(a)
+    for shape in layers.shapes:
+        check_kernel(a.engine, _kernel_name(a, shape), shape)
     if a.dry_run:
-        shapes = read_model(a.model, **sizes)
-        found = [{**recorded_said(a, shape), **_profile_shape(a, shape, "")} for shape in shapes]
-        return {"shapes": found, "text": "\n".join(its["text"] for its in found)}
+        found = [
+            {"shape": shape.to_dict(), **recorded_said(a, shape), **_profile_shape(a, shape, "")}
+            for shape in layers.shapes
+        ]
+        lines = [f"{shape}: {its['text']}" for shape, its in zip(layers.shapes, found, strict=True)]
+        return {"shapes": found, "left": list(layers.left), "text": "\n".join([*layers.left, *lines])}
 
     said: list[dict[str, Any]] = []
 
@@ -72,8 +87,8 @@ def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
         _profile_shape(a, shape, out)
         return _kernel(a, shape), Timings.load(out)
 
-    done = profile_model(a.model, functools.partial(_kernel, a), measure, folder=a.out, prepare=compile_for, **sizes)
-    hints = {default_kernel(a.engine, shape)[1] for shape in read_model(a.model, **sizes) if not a.kernel}
+    done = profile_model(layers, functools.partial(_kernel, a), measure, folder=a.out, prepare=compile_for)
+    hints = {default_kernel(a.engine, shape)[1] for shape in layers.shapes if not a.kernel}
     recorded = {"recorded": said} if said else {}
     return {**done, **recorded, "text": "\n".join([done["text"], *sorted(hints - {""})])}
 

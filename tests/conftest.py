@@ -3,9 +3,15 @@
 import contextlib
 import inspect
 import os
+import re
+import shlex
+import sys
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -13,8 +19,11 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: kernels are decorated for the interpreter or for a GPU, once.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from rampwrap.catalog import KERNELS
+from rampwrap.cli import main
 from rampwrap.fitting import make_plan
-from rampwrap.kernel import MoEShape
+from rampwrap.grid import CtaGrid
+from rampwrap.kernel import Config, MoEShape
 from rampwrap.plan import Plan
 from rampwrap.routing import Routing, expert_counts, workload_grid
 from rampwrap.sim import SimKernel
@@ -104,3 +113,52 @@ def sim_timings(sim_kernel: SimKernel) -> Timings:
 def sim_plan(sim_timings: Timings) -> Plan:
     """A plan fitted to `sim_timings`."""
     return make_plan(sim_timings)
+
+
+class Simulated(SimKernel):
+    """A kernel under another's name and with some of its configs, which pretends to run them."""
+
+    def __init__(self, shape: MoEShape, name: str, version: str, configs: Sequence[Config]) -> None:
+        super().__init__(shape, configs)
+        self.name, self.version = name, version
+
+    def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
+        return CtaGrid(int(config.get("block_m") or config["BLOCK_SIZE_M"]), 4)
+
+    def time_us(self, config: Config, counts: npt.ArrayLike) -> float:
+        height = self.grid(config, self.shape).block_m
+        return float(100 + 2 * height + 100 * np.ceil(np.asarray(counts) / height).sum())
+
+
+@pytest.fixture
+def obey(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """Runs the first command between quotes in a message, with kernels that are simulated under the real ones' names."""
+    from rampwrap.adapters import vllm_fused_moe as theirs
+    from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+
+    def one_a_height(configs: Sequence[Config], key: str) -> list[Config]:
+        return list({config[key]: config for config in reversed(configs)}.values())
+
+    def ours(shape: MoEShape) -> Simulated:
+        real = TritonFusedMoE(shape)
+        return Simulated(shape, real.name, real.version, one_a_height(real.configs, "block_m"))
+
+    def vllms(shape: MoEShape) -> Simulated:
+        return Simulated(shape, "vllm_fused_moe", "0.26.0", one_a_height(theirs.CONFIGS[shape.dtype], "BLOCK_SIZE_M"))
+
+    module = types.ModuleType("simulated_kernels")
+    module.__dict__.update(ours=ours, vllms=vllms)
+
+    def run(message: str) -> int:
+        found = re.search(r"'(rampwrap profile .*?)'(?= and|[.;]|$)", message)
+        assert found, message
+        program, *arguments = shlex.split(found[1])
+        assert program == "rampwrap"
+        few = ["--quiet", "--batch-size", "4", "16", "64", "--eval-batch-size", "--rounds", "2"]
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, module.__name__, module)
+            patched.setitem(KERNELS, "triton_fused_moe", f"{module.__name__}:ours")
+            patched.setitem(KERNELS, "vllm_fused_moe", f"{module.__name__}:vllms")
+            return main([*arguments, *few])
+
+    return run

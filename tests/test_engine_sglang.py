@@ -10,6 +10,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import pathlib
@@ -257,7 +258,7 @@ def test_a_layer_that_no_plan_may_serve_stays_and_it_is_said_once(
 ) -> None:
     save_plan(plans, MoEShape(4, 2, 64, 32) if how == "shape" else SHAPE)
     process = Engine(monkeypatch)
-    said = {"shape": "rampwrap profile --kernel vllm_fused_moe --num-experts 8", "tma": "TMA"}.get(how, how)
+    said = {"shape": "rampwrap profile --engine sglang --num-experts 8", "tma": "TMA"}.get(how, how)
     process.package.tables.flags.enable_deterministic_inference = how == "deterministic"
     if how == "tma":
         process.package.tables.tuned = {64: {**OWN, "USE_TMA": True}}
@@ -271,6 +272,82 @@ def test_a_layer_that_no_plan_may_serve_stays_and_it_is_said_once(
     assert [process.step() for _ in range(3)] == [OWN] * 3 and len(searched) == 1
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1 and said in warned[0].getMessage()
+
+
+MODEL = {"hidden_act": "silu", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MODEL |= {"n_routed_experts": 7, "n_shared_experts": 1, "torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_command_of_the_warning_makes_a_plan_that_the_hook_takes(
+    dtype: torch.dtype,
+    plans: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    obey: Callable[[str], int],
+) -> None:
+    save_plan(plans, MoEShape(4, 2, 64, 32))  # of another layer, or the hook is not there
+    process = Engine(monkeypatch)
+    engine.register()
+    assert process.step(dtype=dtype) == OWN
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert obey(said) == 0
+    process = Engine(monkeypatch)
+    engine.register()
+    assert set(process.step(dtype=dtype)) == set(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "layer", "top_k"),
+    [
+        ("--model {} --out {}", {}, (7, 64, 64), 2),
+        ("--model {} --out {} --tp-size 2", {}, (7, 32, 64), 2),
+        ("--model {} --out {} --tp-size 2 --ep --num-redundant-experts 1", {}, (4, 64, 64), 2),
+        # The shared expert is one expert more, which every token visits.
+        ("--model {} --out {}", {"architectures": ["Glm4MoeForCausalLM"]}, (8, 64, 64), 3),
+        # Not by experts, where SGLang keeps it apart.
+        (
+            "--model {} --out {} --tp-size 2 --ep --num-redundant-experts 1",
+            {"architectures": ["Glm4MoeForCausalLM"]},
+            (4, 64, 64),
+            2,
+        ),
+        ("--model {} --out {}", {"torch_dtype": "float32"}, (7, 64, 64), 2),  # which SGLang serves in fp16
+    ],
+)
+def test_plans_of_a_model_are_taken(
+    how: str,
+    more: dict[str, Any],
+    layer: tuple[int, int, int],
+    top_k: int,
+    plans: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+    obey: Callable[[str], int],
+) -> None:
+    model = tmp_path_factory.mktemp("model")
+    (model / "config.json").write_text(json.dumps(MODEL | more))
+    assert obey(f"'rampwrap profile --engine sglang {how.format(model, plans)}'") == 0
+    process = Engine(monkeypatch)
+    engine.register()
+    experts, rows, hidden = layer
+    weights = (torch.zeros(layer), torch.zeros(experts, hidden, rows // 2))
+    ids = torch.from_numpy(Workload(64, Routing.parse("uniform")).topk_ids(experts, top_k))
+    function = _around(process.hooks[0][1], process.package.fused_moe._prepare_fused_moe_run)
+    x = torch.zeros(64, hidden, dtype=torch.float16 if "torch_dtype" in more else torch.bfloat16)
+    assert set(function(x, *weights, ids, **FLAGS)[0]) == set(KEYS)
+
+
+def test_a_kernel_that_the_hook_never_runs_is_not_profiled(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], obey: Callable[[str], int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    assert obey(f"'rampwrap profile --engine sglang --model {tmp_path} --kernel triton_fused_moe --dry-run'") == 1
+    assert "takes no plans of kernel 'triton_fused_moe'" in capsys.readouterr().err
+    assert obey(f"'rampwrap profile --engine sglang --model {tmp_path} --dry-run'") == 0
+    assert "vllm_fused_moe" in capsys.readouterr().out
+    assert obey(f"'rampwrap profile --engine sglang --model {tmp_path} --tp-size 7 --ep --dry-run'") == 1
+    assert "fewer experts on a rank (1) than top_k=2" in capsys.readouterr().err
 
 
 def test_registering_twice_is_registering_once(served: Engine) -> None:

@@ -221,7 +221,8 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.gate_up_proj = torch.nn.Parameter(torch.zeros(8, 64, 64, dtype=torch.bfloat16), requires_grad=False)
         self.down_proj = torch.nn.Parameter(torch.zeros(8, 64, 32, dtype=torch.bfloat16), requires_grad=False)
-        self.act_fn = torch.nn.SiLU()
+        if "act_fn" not in differently:  # a module's place cannot take a function
+            self.act_fn = torch.nn.SiLU()
         for name, value in differently.items():
             setattr(self, name, value)
 
@@ -234,6 +235,9 @@ def parameter(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = Fal
     ("differently", "said"),
     [
         ({}, None),
+        ({"act_fn": torch.nn.functional.silu}, None),
+        ({"act_fn": torch.nn.functional.gelu}, "gelu, not SiLU"),
+        ({"has_post_expert_norm": True}, "norm after each expert"),
         ({"has_gate": False}, "no gate"),
         ({"has_bias": True}, "biases"),
         ({"is_transposed": True}, "transposed"),
@@ -314,8 +318,47 @@ def test_without_a_plan_one_warning_holds_the_command(caplog: pytest.LogCaptureF
         for _ in range(3):
             model(tokens())
     (record,) = caplog.records
-    command = "rampwrap profile --kernel triton_fused_moe --num-experts 8 --top-k 2 --hidden-size 64"
+    command = "rampwrap profile --engine transformers --num-experts 8 --top-k 2 --hidden-size 64"
     assert command in record.getMessage() and "there is no plan" in record.getMessage()
+
+
+@pytest.mark.parametrize("how", ["the warning", "the model", "the model by experts"])
+def test_the_command_makes_plans_that_the_layers_take(
+    how: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, obey: Callable[[str], int]
+) -> None:
+    model = model_of("Qwen3Moe", FAMILIES["Qwen3Moe"])
+    module, given = experts_of(model), inputs()
+    if how == "the model by experts":
+        for name in ("gate_up_proj", "down_proj"):  # as on the first of two ranks
+            setattr(module, name, torch.nn.Parameter(getattr(module, name)[:4].contiguous(), requires_grad=False))
+    with torch.no_grad():
+        engine.experts_forward(module, *given)
+    (record,) = caplog.records
+    command = record.getMessage()
+    if how != "the warning":
+        model.config.save_pretrained(tmp_path)
+        command = f"'rampwrap profile --engine transformers --model {tmp_path} --dtype bf16"
+        command += " --tp-size 2 --ep'" if how == "the model by experts" else "'"
+    assert obey(command) == 0
+    engine.register()
+    with torch.no_grad():
+        engine.experts_forward(module, *given)
+    (service,) = engine.serving().services.values()
+    assert service.selector is not None, command
+
+
+def test_what_the_layers_never_run_is_not_profiled(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], obey: Callable[[str], int]
+) -> None:
+    transformers.MixtralConfig(dtype="float16").save_pretrained(tmp_path)
+    profile = f"rampwrap profile --engine transformers --model {tmp_path} --dry-run"
+    for options, said in (
+        ("", "runs experts in bf16, and these are in fp16"),
+        (" --dtype bf16 --kernel cute_moe", "takes no plans of kernel 'cute_moe'"),
+        (" --dtype bf16 --tp-size 8 --ep", "than top_k=2"),
+    ):
+        assert obey(f"'{profile}{options}'") == 1
+        assert said in capsys.readouterr().err
 
 
 def test_a_foreign_plan_leaves_the_defaults_with_the_reason(

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import enum
 import importlib.util
+import json
 import logging
 import os
 import pathlib
@@ -77,6 +78,7 @@ class Config:
     max_num_tokens: int = 32
     has_bias: bool = False
     is_lora_enabled: bool = False
+    num_logical_experts: int | None = None
     moe_parallel_config: Parallel = attrs.Factory(Parallel)
 
     def __getattr__(self, name):
@@ -467,7 +469,99 @@ def test_a_missing_or_foreign_plan(world, caplog, plan, change, says):
     said = [text for text in messages(caplog) if "make a plan" in text]
     assert len(said) == 1 and len(world.calls) == 6
     assert says in said[0]
-    assert "'rampwrap profile --engine vllm --model /models/tiny --tp-size 2'" in said[0]
+    # /models/tiny is not here: the command names the layer itself.
+    sizes = "--num-experts 8 --top-k 2 --hidden-size 64 --intermediate-size 32 --dtype bf16"
+    assert f"'rampwrap profile --engine vllm {sizes} --out {world.folder}'" in said[0]
+
+
+TINY = {"hidden_act": "silu", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "dtype": "bfloat16"}
+TINY |= {"num_experts_per_tok": 2}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@attrs.define
+class Served:
+    """How vLLM serves the tiny model: its layers' configs, and what the command must name."""
+
+    layers: list
+    names: str
+    model: dict = attrs.Factory(dict)
+    quant: object = None
+
+
+def ep(ranks, **sizes):
+    return Config(moe_parallel_config=Parallel(ep_size=ranks, use_ep=True), **sizes)
+
+
+SERVED = {
+    "as it is": Served([Config()], "--model"),
+    "slices": Served(
+        [Config(intermediate_size_per_partition=16, moe_parallel_config=Parallel(tp_size=2))], "--tp-size 2"
+    ),
+    "whole experts": Served([ep(2, num_local_experts=4)], "--tp-size 2 --ep"),
+    "uneven experts": Served([ep(3, num_local_experts=n) for n in (3, 2)], "--tp-size 3 --ep"),
+    "redundant experts": Served(
+        [ep(4, num_experts=12, num_local_experts=3, num_logical_experts=8)], "--ep --num-redundant-experts 4"
+    ),
+    "another dtype than its own": Served([Config(in_dtype=torch.float16)], "--dtype fp16"),
+    "in FP8": Served(
+        [Config(hidden_dim=128, intermediate_size_per_partition=128)],
+        "--model",
+        {"hidden_size": 128, "moe_intermediate_size": 128, "quantization_config": BLOCKS},
+        {"block_shape": [128, 128]},
+    ),
+    "in FP8, by experts": Served(
+        [ep(2, hidden_dim=128, intermediate_size_per_partition=128, num_local_experts=4)],
+        "--ep",
+        {"hidden_size": 128, "moe_intermediate_size": 128, "quantization_config": BLOCKS},
+        {"block_shape": [128, 128]},
+    ),
+    "with experts that its config has not": Served([Config(num_experts=6, num_local_experts=6)], "--num-experts 6"),
+    "by a name that is nowhere here": Served([Config()], "--num-experts 8", {"gone": True}),
+    "of two sizes": Served(
+        [Config(), Config(intermediate_size_per_partition=64)], "--model", {"moe_intermediate_size": [32, 64]}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SERVED)
+def test_the_command_makes_plans_that_the_hook_takes(world, caplog, obey, monkeypatch, tmp_path, how):
+    """The warning's own command, run on simulated kernels; a restarted engine then serves every layer of the model."""
+    served, folder = SERVED[how], tmp_path / "a model"
+    folder.mkdir()
+    if "gone" not in served.model:
+        (folder / "config.json").write_text(json.dumps(TINY | served.model))
+    (world.folder / "tiny.plan.json").unlink()
+    monkeypatch.setattr(type(world.config), "model_config", types.SimpleNamespace(model=str(folder)))
+    plugin.register()
+
+    def attached():
+        world.config = world.new_config()
+        world.config.__class__.model_config = types.SimpleNamespace(model=str(folder))
+        quant = Quant(**FP8, **served.quant) if served.quant else None
+        kernels = [world.kernel(layer, quant, prepare=MoEPrepareAndFinalizeNoDPEPModular) for layer in served.layers]
+        return ["_fused_experts" in vars(kernel.impl) for kernel in kernels]
+
+    assert not any(attached())
+    (said,) = messages(caplog)
+    assert served.names in said
+    assert obey(said) == 0
+    assert all(attached()), said
+
+
+def test_the_command_where_the_place_of_plans_is_one_file(world, caplog, obey, monkeypatch):
+    """One file cannot hold the plans of a model: the message says what to set besides."""
+    path = world.folder / "tiny.plan.json"
+    path.write_text("{")
+    monkeypatch.setenv(places.PLANS, str(path))
+    plugin.register()
+    world.kernel()
+    said = messages(caplog)[-1]
+    assert f"--out {world.folder}' and let $RAMPWRAP_PLANS name that folder" in said
+    assert obey(said) == 0
+    monkeypatch.setenv(places.PLANS, str(world.folder))
+    world.config = world.new_config()
+    assert hasattr(world.kernel().impl._fused_experts, "selector")
 
 
 def test_plans_of_several_gpus_and_shapes_in_one_folder(world, plan):

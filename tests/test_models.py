@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rampwrap import models
+from rampwrap import models, quantisation
 from rampwrap.cli import main
 from rampwrap.device import SIMULATED
 from rampwrap.engines import plans as places
@@ -177,7 +177,7 @@ JSON = st.recursive(
 )
 FIELDS = (
     *(*models._EXPERTS, *models._TOP_K, *models._HIDDEN, *models._INTERMEDIATE, *models._ACTIVATION),
-    *(*models._QUANTISED, *models._NESTED, "dtype", "torch_dtype", "model_type"),
+    *(*quantisation._FIELDS, *models._NESTED, "dtype", "torch_dtype", "model_type"),
 )
 QUANTISED = st.fixed_dictionaries(
     {"quant_method": st.sampled_from(["fp8", "compressed-tensors"]) | JSON},
@@ -189,7 +189,7 @@ QUANTISED = st.fixed_dictionaries(
             | st.fixed_dictionaries(
                 {},
                 optional={
-                    "weights": JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(models._BLOCK_FP8, JSON)),
+                    "weights": JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(quantisation._BLOCK_FP8, JSON)),
                 },
             ),
         )

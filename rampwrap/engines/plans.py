@@ -10,6 +10,7 @@ start on.
 import logging
 import os
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from rampwrap.portfolio import members_of
 PLANS = "RAMPWRAP_PLANS"
 DISABLE = "RAMPWRAP_DISABLE"
 SUFFIX = ".plan.json"
+HOOK_KERNELS = {"sglang": ("vllm_fused_moe",), "transformers": ("triton_fused_moe",)}
+"""Kernels whose plans an engine's hook takes: SGLang's own kernel has the source of vLLM's. vLLM's hook takes those of
+several, which depend on the layer."""
 
 
 def disabled() -> bool:
@@ -103,7 +107,7 @@ class Plans:
         for name in kernels:
             usable, refused = [], ""
             for path, plan in self.found:
-                if _alike(plan.kernel, name) and plan.shape == shape and plan.device.label == device.label:
+                if alike(plan.kernel, name) and plan.shape == shape and plan.device.label == device.label:
                     kernel = _kernel(plan.kernel, shape)
                     reason = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
                     if isinstance(kernel, str) or reason is not None:
@@ -116,6 +120,26 @@ class Plans:
             passed_over += [refused] if refused else []
         return None
 
+    def with_local(self) -> "Plans":
+        """These, and those of expert-parallel layers once more as of layers that have their local experts alone.
+
+        Both have the same histogram: of the tokens that each local expert gets.
+        """
+        local = [
+            (path, attrs.evolve(plan, shape=attrs.evolve(plan.shape, num_experts=plan.shape.num_local_experts)))
+            for path, plan in self.found
+            if plan.shape.top_k <= plan.shape.num_local_experts < plan.shape.num_experts
+        ]
+        return attrs.evolve(self, found=(*self.found, *local))
+
+    def remedy(self, command: str) -> str:
+        """How to put plans where an engine's hook looks for them, in a clause; by a 'rampwrap profile --engine ...'."""
+        place, more = pathlib.Path(self.where), ""
+        if place.is_file():
+            place, more = place.parent, f" and let ${PLANS} name that folder"
+        out = "" if place == default_folder() else f" --out {shlex.quote(str(place))}"
+        return f"make a plan with '{command}{out}'{more}"
+
     def why_not(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> str:
         """Why `find` gives None: the reason of the plan that comes nearest, in a clause."""
         if not self.found:
@@ -123,7 +147,7 @@ class Plans:
             return f"there is no plan in {self.where}{extra}"
         reasons = []
         for path, plan in self.found:
-            known = any(_alike(plan.kernel, name) for name in kernels)
+            known = any(alike(plan.kernel, name) for name in kernels)
             near = (plan.shape == shape, plan.device.label == device.label, known)
             if not known:
                 reason = f"it is for kernel {plan.kernel}, used here are {', '.join(kernels)}"
@@ -138,7 +162,7 @@ class Plans:
         return f"none of {len(reasons)} plans in {self.where} fits; nearest is {name}: {reason}"
 
 
-def _alike(planned: str, name: str) -> bool:
+def alike(planned: str, name: str) -> bool:
     """Whether two names stand for one kernel; portfolios do in whatever order their members are named."""
     return planned == name or sorted(members_of(planned)) == sorted(members_of(name)) != []
 

@@ -8,19 +8,56 @@ import torch
 
 from rampwrap.catalog import make_kernel
 from rampwrap.device import device_of
-from rampwrap.engines.plans import PLANS, SUFFIX, Plans, plans_path
+from rampwrap.engines.plans import HOOK_KERNELS, PLANS, SUFFIX, Plans, alike, plans_path
 from rampwrap.engines.vllm import preference
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.files import make_folder
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.kernels.cute.library import find
-from rampwrap.models import read_model
+from rampwrap.models import Layers
 from rampwrap.selector import chooses_in_graph
 from rampwrap.timings import Timings
 
 Measure = Callable[[MoEShape, str], tuple[Kernel, Timings]]
 "``measure(shape, table)``: profiles a shape into a table's file; the kernel and what was measured."
+SIMULATED = "sim"
+"The kernel by which every command can be tried out."
+
+
+def kernels_of(engine: str, shape: MoEShape) -> tuple[str, ...]:
+    """The kernels whose plans the hook of an engine takes for a layer.
+
+    Raises:
+        InputError: it takes none; with the reason.
+    """
+    if engine == "vllm":
+        return preference(shape)
+    if engine == "transformers" and shape.dtype != "bf16":
+        raise InputError(
+            f"transformers' hook runs experts in bf16, and these are in {shape.dtype}; load the model as bfloat16 and pass "
+            "--dtype bf16, or leave it to transformers."
+        )
+    if shape.top_k > shape.num_local_experts:
+        raise InputError(
+            f"{engine}'s hook runs no layer with fewer experts on a rank ({shape.num_local_experts}) than top_k={shape.top_k}; "
+            "use fewer ranks."
+        )
+    return HOOK_KERNELS[engine]
+
+
+def check_kernel(engine: str, kernel: str, shape: MoEShape) -> None:
+    """Refuses a kernel whose plans the engine's hook never takes, before it is profiled; the simulated one costs nothing.
+
+    Raises:
+        InputError: with the kernels that it takes.
+    """
+    known = kernels_of(engine, shape)
+    if kernel != SIMULATED and not any(alike(kernel, name) for name in known):
+        raise InputError(
+            f"{engine}'s hook takes no plans of kernel {kernel!r} for {shape}; use --kernel {' or '.join(known)}, or profile it "
+            "without --engine."
+        )
 
 
 def default_kernel(engine: str | None, shape: MoEShape) -> tuple[str, str]:
@@ -29,7 +66,7 @@ def default_kernel(engine: str | None, shape: MoEShape) -> tuple[str, str]:
     What the engine's hook prefers, as far as it can be made here. The CuTe kernels count only where their library was
     built: without it their hundreds of configs would be compiled before anything is measured.
     """
-    usual = "triton_fused_moe"
+    usual = kernels_of(engine, shape)[0] if engine in HOOK_KERNELS else "triton_fused_moe"
     if engine != "vllm" or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9):
         return usual, ""
     hint = ""
@@ -59,36 +96,33 @@ def plan_name(kernel: str, device: str, shape: MoEShape) -> str:
 
 
 def profile_model(
-    model: str | os.PathLike[str],
+    layers: Layers,
     kernel: Callable[[MoEShape], Kernel],
     measure: Measure,
     *,
-    tp_size: int = 1,
-    expert_parallel: bool = False,
-    dtype: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     prepare: Callable[[Kernel, str], Any] | None = None,
 ) -> dict[str, Any]:
     """Profiles every MoE shape of a model and writes its plans where the engines' hooks look for them.
 
     Args:
-        model: folder with ``config.json``.
+        layers: of the model.
         kernel: makes the kernel of a shape, for its name and device.
         measure: profiles a shape; an interrupted call goes on where it stopped.
-        tp_size, expert_parallel, dtype: as of `read_model`.
         folder: for plans and tables; $RAMPWRAP_PLANS or the default folder where absent.
         prepare: called with each kernel and the path of its plan, once that is written.
 
     Returns:
-        ``plans`` (the files written), ``out`` (the folder) and ``text``.
+        ``plans`` (the files written), ``left`` (a sentence for each reason why layers have none), ``out`` (the folder) and
+        ``text``.
 
     Raises:
-        InputError: as `read_model`.
+        InputError: the place of the plans is no folder and none can be made there.
         TableError, FitError: as profiling and fitting.
     """
     place = make_folder(folder if folder is not None else plans_path(), f"give another --out, or set {PLANS}")
-    lines, written = [], []
-    for shape in read_model(model, tp_size=tp_size, expert_parallel=expert_parallel, dtype=dtype):
+    lines, written = list(layers.left), []
+    for shape in layers.shapes:
         made = kernel(shape)
         name = plan_name(made.name, device_of(made).name, shape)
         made, timings = measure(shape, str(place / f"{name}.npz"))
@@ -102,4 +136,4 @@ def profile_model(
         lines.append(f"{path}: {shape}, {len(plan.configs)} configs, {choices} of {len(plan.in_graph)} batches choose")
     if place != plans_path() and not Plans.read().found:
         lines.append(f"next: RAMPWRAP_PLANS={place} for the engine")
-    return {"out": str(place), "plans": written, "text": "\n".join(lines)}
+    return {"out": str(place), "plans": written, "left": list(layers.left), "text": "\n".join(lines)}

@@ -26,11 +26,11 @@ from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
 from rampwrap.buckets import capturing
 from rampwrap.device import Device
 from rampwrap.drift import Sums
-from rampwrap.engines.plans import OneWarning, Plans, disabled
+from rampwrap.engines.plans import HOOK_KERNELS, OneWarning, Plans, disabled
 from rampwrap.kernel import MoEShape
 from rampwrap.lagged import Lagged
 from rampwrap.observe import watch
-from rampwrap.plan import Plan
+from rampwrap.plan import Plan, shape_arguments
 from rampwrap.policy import WaveCost
 from rampwrap.static import StaticTable
 from rampwrap.telemetry import Telemetry
@@ -42,7 +42,8 @@ TARGET = f"{PACKAGE}.fused_moe._prepare_fused_moe_run"
 POSITIONAL = ("hidden_states", "w1", "w2", "topk_ids")
 KEYWORDS = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "block_shape")
 "Parameters of the function in 0.5.23, all of them required, the latter by keyword only."
-KERNELS = ("vllm_fused_moe",)
+COMMAND = "rampwrap profile --engine sglang"
+KERNELS = HOOK_KERNELS["sglang"]
 "Whose plans serve."
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -64,11 +65,10 @@ def register() -> None:
     if not any(plan.kernel in KERNELS for _, plan in plans.found):
         _warn(
             "no plans",
-            "rampwrap leaves SGLang as it is: %s has no plan of kernel %s; make one with "
-            "'rampwrap profile --engine sglang --kernel %s --model DIR'.",
+            "rampwrap leaves SGLang as it is: %s has no plan of kernel %s; %s.",
             plans.where,
             KERNELS[0],
-            KERNELS[0],
+            plans.remedy(f"{COMMAND} --model DIR"),
         )
         return
     reason = mismatch(importlib.import_module(f"{PACKAGE}.fused_moe"), importlib.import_module(PACKAGE))
@@ -144,11 +144,8 @@ class Around:
                 if plan.kernel in KERNELS and _fits(plan, shape, device):
                     _log.info("rampwrap serves %s of SGLang with %s.", shape, path)
                     return Layers(plan)
-            reason = f"no plan in {self._plans.where} is for it on {device.name}; " + (
-                f"make one with 'rampwrap profile --kernel {KERNELS[0]} --num-experts {shape.num_experts} "
-                f"--top-k {shape.top_k} --hidden-size {shape.hidden_size} --intermediate-size "
-                f"{shape.intermediate_size} --dtype {shape.dtype}', then 'rampwrap fit'"
-            )
+            remedy = self._plans.remedy(f"{COMMAND} {shape_arguments(shape)}")
+            reason = f"no plan in {self._plans.where} is for it on {device.name}; {remedy}"
         _warn(f"left {shape}", "rampwrap leaves %s of SGLang as it is: %s.", shape, reason)
         return None
 

@@ -27,16 +27,18 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.buckets import capturing
 from rampwrap.device import Device
 from rampwrap.dispatch import Dispatcher
-from rampwrap.engines.plans import DISABLE, OneWarning, Plans, disabled
+from rampwrap.engines.plans import DISABLE, HOOK_KERNELS, OneWarning, Plans, disabled
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.lane import Layer
-from rampwrap.plan import profile_command
+from rampwrap.plan import shape_arguments
 from rampwrap.selector import Selector
 
 TESTED = ("5.17",)
 "Releases of transformers that this module was tested with; layers of others fall back."
+KERNELS = HOOK_KERNELS["transformers"]
+"Whose plans serve."
 MAX_TOKENS = 4096
 "Tokens of a batch above which the plan's static configs serve: scratch memory grows with it, to 200 MB for OLMoE."
 # Layers that keep a record of their own; weights that move, as in offloading to the host, would make ever more of them.
@@ -59,7 +61,8 @@ class Serving:
     """
 
     def __init__(self, plans: Plans, max_tokens: int = MAX_TOKENS) -> None:
-        self.plans, self.max_tokens = plans, max_tokens
+        # Under expert parallelism the weights of a call are those of the local experts, and so is the layer.
+        self.plans, self.max_tokens = plans.with_local(), max_tokens
         for sentence in plans.broken:
             _warn(sentence, "rampwrap cannot read a plan: %s", sentence)
         self.services: dict[tuple[Any, ...], Service] = {}
@@ -97,16 +100,15 @@ class Service:
         self._ready: set[int] = set()
         with torch.cuda.device(self._where) if self._where.type == "cuda" else contextlib.nullcontext():
             device = Device.current()
-        names = (self.kernel.name,)
-        fit = serving.plans.find(self.shape, device, names)
+        fit = serving.plans.find(self.shape, device, KERNELS)
         if fit is None:
             _warn(
                 f"no plan {self.shape}",
-                "rampwrap runs the default configs of %s for %s: %s. Make a plan with '%s', then 'rampwrap fit'.",
+                "rampwrap runs the default configs of %s for %s: %s; %s.",
                 self.kernel.name,
                 self.shape,
-                serving.plans.why_not(self.shape, device, names),
-                profile_command(self.kernel, self.shape),
+                serving.plans.why_not(self.shape, device, KERNELS),
+                serving.plans.remedy(f"rampwrap profile --engine transformers {shape_arguments(self.shape)}"),
             )
             return
         plan = fit.plan
@@ -266,12 +268,15 @@ def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor)
         return "its weights are transposed"
     if not getattr(module, "is_concatenated", True):
         return "its gate and up rows are interleaved"
+    if getattr(module, "has_post_expert_norm", False):
+        return "it has a norm after each expert"
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and gate.__module__ != "transformers.integrations.moe":
         return "it has a gate of its own"
     activation = getattr(module, "act_fn", None)
-    if not isinstance(activation, torch.nn.SiLU) and type(activation).__name__ != "SiLUActivation":
-        return f"its activation is {type(activation).__name__}, not SiLU"
+    if not _is_silu(activation):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        return f"its activation is {name}, not SiLU"
     w13, w2 = module.gate_up_proj, module.down_proj
     if isinstance(w13, DTensor) or isinstance(w2, DTensor):
         return "its weights are DTensors"
@@ -287,6 +292,15 @@ def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor)
         return "gradients are asked for, which the kernel has none of; use torch.no_grad() to infer"
     environment: str | None = _environment(hidden_states.device.type, hidden_states.device.index)
     return environment
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether an activation is SiLU: torch's module or function, or transformers' own module."""
+    return (
+        isinstance(activation, torch.nn.SiLU)
+        or activation is torch.nn.functional.silu
+        or type(activation).__name__ == "SiLUActivation"
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]

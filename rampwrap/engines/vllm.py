@@ -20,6 +20,7 @@ import importlib
 import inspect
 import logging
 import os
+import shlex
 import time
 import weakref
 from collections.abc import Mapping
@@ -32,10 +33,12 @@ from rampwrap.buckets import capturing
 from rampwrap.device import Device
 from rampwrap.engines.plans import DISABLE, Fit, OneWarning, Plans, disabled
 from rampwrap.engines.warming import ensure_compiled
-from rampwrap.errors import CaptureError, RampwrapError
+from rampwrap.errors import CaptureError, InputError, RampwrapError
 from rampwrap.kernel import MoEShape
 from rampwrap.lane import Layer
+from rampwrap.models import Ranks, read_layers
 from rampwrap.observe import start_log
+from rampwrap.plan import shape_arguments
 from rampwrap.selector import Selector, chooses_in_graph
 
 TESTED = ("0.26",)
@@ -215,12 +218,29 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
     )
 
 
-def command(model: str, config: Any) -> str:
-    """The command that makes the plans of a model for this parallelism."""
-    tp_size, ep_size = config.tp_size, config.ep_size
-    ranks = ep_size if config.use_ep else tp_size
-    more = (f" --tp-size {ranks}" if ranks > 1 else "") + (" --ep" if config.use_ep and ep_size > 1 else "")
-    return f"rampwrap profile --engine vllm --model {model}{more}"
+def command(model: str, config: Any, shape: MoEShape | None = None) -> str:
+    """The command that makes the plans of a model for this parallelism.
+
+    Args:
+        shape: what the plans must serve; a layer that the model's config does not give, or whose config is not here, is
+            named by its own sizes. None trusts the config.
+    """
+    ranks = config.ep_size if config.use_ep else config.tp_size
+    expert_parallel = bool(config.use_ep and config.ep_size > 1)
+    redundant = config.num_experts - (getattr(config, "num_logical_experts", None) or config.num_experts)
+    profile = "rampwrap profile --engine vllm"
+    options = f"{profile} --model {shlex.quote(model)}" + (f" --tp-size {ranks}" if ranks > 1 else "")
+    options += (" --ep" if expert_parallel else "") + (f" --num-redundant-experts {redundant}" if redundant else "")
+    if shape is None:
+        return options
+    for dtype in (None, shape.dtype):
+        try:
+            found = read_layers(model, Ranks(ranks, expert_parallel, redundant), dtype=dtype, engine="vllm")
+        except InputError:
+            continue
+        if shape in found.shapes:
+            return options + (f" --dtype {dtype}" if dtype else "")
+    return f"{profile} {shape_arguments(shape)}"
 
 
 def _attach(kernel: Any) -> None:
@@ -242,12 +262,13 @@ def _attach(kernel: Any) -> None:
     fit = engine.fit(shape, device)
     if fit is None:
         if config.tp_rank == config.ep_rank == config.dp_rank == 0:
+            remedy = engine.plans.remedy(command(engine.model, config, shape))
             _warn(
-                f"plan for {engine.model}",
-                "rampwrap leaves vLLM's MoE layers (%s) as they are: %s; make a plan with '%s'.",
+                remedy,
+                "rampwrap leaves vLLM's MoE layers (%s) as they are: %s; %s.",
                 shape,
                 engine.plans.why_not(shape, device, preference(shape)),
-                command(engine.model, config),
+                remedy,
             )
         return
     if config.tp_rank == config.ep_rank == config.dp_rank == 0:
