@@ -74,7 +74,7 @@ def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
         check_kernel(a.engine, _kernel_name(a, shape), shape)
     if a.dry_run:
         found = [
-            {"shape": shape.to_dict(), **recorded_said(a, shape), **_profile_shape(a, shape, "")}
+            {"shape": attrs.asdict(shape), **recorded_said(a, shape), **_profile_shape(a, shape, "")}
             for shape in layers.shapes
         ]
         lines = [f"{shape}: {its['text']}" for shape, its in zip(layers.shapes, found, strict=True)]
