@@ -214,7 +214,11 @@ class VllmFusedMoE:
         """The list of the dtype, and what vLLM itself would run for some batch."""
         own = [self.default_config(2**power) for power in range(17)]
         if (path := self.config_file()) is not None:
-            own += [self._plain(value) for key, value in json.loads(path.read_text()).items() if key.isdigit()]
+            own += [
+                self._plain(value)
+                for key, value in json.loads(path.read_text(encoding="utf-8")).items()
+                if key.isdigit()
+            ]
         rows = {tuple(config.values()) for config in (*CONFIGS[self.shape.dtype], *own)}
         return [dict(zip(KEYS, row, strict=True)) for row in sorted(rows)]
 

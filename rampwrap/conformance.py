@@ -344,6 +344,6 @@ def profiled_launches(call: Callable[[], Any]) -> list[tuple[str, int]]:
             call()
             torch.cuda.synchronize()
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     kernels = sorted((event for event in events if event.get("cat") == "kernel"), key=lambda event: float(event["ts"]))
     return [(event["name"], math.prod(event["args"]["grid"])) for event in kernels]

@@ -100,7 +100,7 @@ def _parse_torch(path: str, num_experts: int) -> Iterator[Block | str]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             # torch stores what it writes as it is: a member larger than the file would be unpacked.
-            _check_size(path, sum(member.file_size for member in archive.infolist()) // 8)
+            _check_size(path, sum(member.file_size for member in _members(path, archive)) // 8)
             if damaged := archive.testzip():  # torch itself compares no checksum
                 raise InputError(f"trace {path!r} is damaged in {damaged!r}; copy it anew from where it was recorded.")
     with warnings.catch_warnings():
@@ -213,7 +213,7 @@ def _parse_numpy(path: str, num_experts: int) -> Iterator[Block | str]:
         return
     promised = 0
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
+        for member in _members(path, archive):
             with archive.open(member) as stream:
                 promised += _promised(path, stream, member.file_size)
     _check_size(path, promised)
@@ -221,6 +221,17 @@ def _parse_numpy(path: str, num_experts: int) -> Iterator[Block | str]:
         for name in loaded.files:
             array = loaded[name]
             yield _of_array(array, num_experts, f"array {name}") or name if isinstance(array, np.ndarray) else name
+
+
+def _members(path: str, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in an archive; neither numpy nor torch packs in ways whose smallest piece may unpack to gigabytes."""
+    found = archive.infolist()
+    for member in found:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(
+                f"trace {path!r} packs {member.filename!r:.60} in a way of its own; give it as it was written."
+            )
+    return found
 
 
 def _promised(path: str, stream: IO[bytes], size: int) -> int:

@@ -75,6 +75,27 @@ def test_a_type_checker_reads_the_names_that_are_imported_on_first_use() -> None
     assert set(rampwrap.__all__) == {*typed, "observe", "__version__"}
 
 
+def test_files_are_text_in_utf8_whatever_the_locale() -> None:
+    """Every call that opens text names its encoding."""
+    root = pathlib.Path(rampwrap.__file__).parent
+    found = []
+    for file in (path for folder in (root, root / "adapters", root / "kernels") for path in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute | ast.Name):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            mode = next(
+                (str(a.value) for a in node.args if isinstance(a, ast.Constant) and set(str(a.value)) <= set("rwab+x")),
+                "",
+            )
+            text = name in ("read_text", "write_text") or (
+                name in ("open", "fdopen") and "b" not in mode and (mode or not node.args)
+            )
+            if text and not any(keyword.arg == "encoding" for keyword in node.keywords):
+                found.append(f"{file.relative_to(root)}:{node.lineno}")
+    assert found == []
+
+
 @pytest.mark.slow
 def test_users_code_is_type_checked_wherever_rampwrap_is_installed(tmp_path: pathlib.Path) -> None:
     """In a folder of the user's own, by `make setup`'s environment and by the wheel's."""

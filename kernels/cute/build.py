@@ -280,10 +280,10 @@ def _link(compiler: str, objects: Sequence[pathlib.Path], folder: pathlib.Path) 
     target = folder / LIBRARY
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         here = pathlib.Path(scratch)
-        (here / "stub.cc").write_text(STUB)
-        (here / "cudart.cc").write_text("")
+        (here / "stub.cc").write_text(STUB, encoding="utf-8")
+        (here / "cudart.cc").write_text("", encoding="utf-8")
         # Hundreds of paths are more than some command lines hold.
-        (here / "objects").write_text("".join(f'"{path}"\n' for path in objects))
+        (here / "objects").write_text("".join(f'"{path}"\n' for path in objects), encoding="utf-8")
         for arguments in (
             ("-shared", "-fPIC", f"-Wl,-soname,{CUDART}", "-o", CUDART, "cudart.cc"),
             ("-fPIC", "-c", "stub.cc"),

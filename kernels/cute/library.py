@@ -132,7 +132,7 @@ def read_manifest(library: pathlib.Path) -> dict[str, Any]:
     """
     path = library.with_name(MANIFEST)
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["source"] != source_digest():
             raise InputError(
                 f"{library} was built from another version of the kernels; run 'rampwrap build-kernels' again."

@@ -65,7 +65,7 @@ def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
     # One process of a machine at a time; ranks that come second find the work done.
     with locked(mark, wait_s=-1):
         # The mark holds the largest batch compiled for; larger ones may take buckets that are not.
-        if mark.exists() and int(mark.read_text() or 0) >= selector.max_tokens:
+        if mark.exists() and int(mark.read_text(encoding="utf-8") or 0) >= selector.max_tokens:
             return False
         if _run(path, selector.max_tokens):
             with replacing(mark) as stream:
