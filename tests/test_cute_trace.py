@@ -71,3 +71,17 @@ def test_the_programs_are_those_that_a_gpu_checked(tmp_path: pathlib.Path) -> No
     changed = [symbol for symbol, value in found.items() if record["digests"].get(symbol) != value]
     assert not changed, f"other programs than a GPU checked: {changed}"
     assert set(record["digests"]) == set(found)
+
+
+def test_words_hold_values_in_order_and_zeros_above_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first value lies lowest; of a number of values that fills no word the rest is zero."""
+    from rampwrap.kernels.cute import emit, ptx  # noqa: F401  (emit tells the DSL the architecture)
+
+    monkeypatch.setattr(ptx, "Float32", int)
+    monkeypatch.setattr(ptx, "pack_e4m3", lambda low, high: low | high << 8)
+    monkeypatch.setattr(ptx, "pack_bf16", lambda low, high: low | high << 16)
+    assert ptx.pack_words([1, 2, 3, 4, 5, 6, 7, 8], fp8=True) == [0x04030201, 0x08070605]
+    assert ptx.pack_words([1, 2, 3], fp8=True) == [0x00030201]
+    assert ptx.pack_words([1, 2], fp8=True) == [0x0201] and ptx.pack_words([1], fp8=True) == [0x01]
+    assert ptx.pack_words([1, 2, 3, 4], fp8=False) == [0x00020001, 0x00040003]
+    assert ptx.pack_words([1, 2, 3], fp8=False) == [0x00020001, 0x00000003]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rampwrap import Plan
+from rampwrap.cli import main
 from rampwrap.kernel import Config
 from rampwrap.routing import Routing, Workload
 from rampwrap.sim import SimKernel
@@ -40,6 +41,17 @@ def test_the_three_lines_of_the_readme(sim_plan: Plan, tmp_path: pathlib.Path, m
     scope |= {"kernel": Layer(sim_plan.shape), "topk_ids": topk_ids}
     exec(block[1], scope)
     assert scope["out"] > 0 and sum(scope["moe"].launch_counts) == 1
+
+
+def test_the_replay_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints what stands there, to the last digit."""
+    if not (ROOT / "README.md").exists():
+        pytest.skip("the README is not beside the tests")
+    block = re.search(r"```console\n\$ rampwrap (replay .*?)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    monkeypatch.chdir(ROOT)
+    assert main(block[1].split()) == 0
+    assert capsys.readouterr().out.strip() == block[2].strip()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rampwrap.device import DEVICES
+from rampwrap.device import DEVICES, Device
 from rampwrap.errors import InputError
 from rampwrap.kernel import SHAPES, MoEShape
 from rampwrap.regions import HELD_OUT, Bound, Region, Tile, expected_blocks, missed, published, regions, run, table
@@ -122,6 +122,38 @@ class TestBound:
         """790 TFLOP/s over 4.3 TB/s, two bytes a weight, two operations a weight and row."""
         assert Bound(H200, OLMOE, 1).ridge_rows == pytest.approx(790e12 / 4.3e12, rel=1e-6)
 
+    # 100 SMs of 7 TFLOP/s, 4 TB/s; one expert, so that nothing is random; a tile of 64 x 128, 64 deep.
+    PLAIN = Device("plain", 100, 100_000_000, 4000.0, 233_472, 700.0, None)
+
+    def test_a_launch_by_hand(self) -> None:
+        """32 CTAs on 100 SMs draw too little of HBM; each multiplies at 2/3 of its rate, held up by shared memory."""
+        bound = Bound(self.PLAIN, MoEShape(1, 1, 4096, 2048), 64)
+        tile = Tile(64, 128, 64)
+        # 24576 bytes a stage; 4 stages and 1 KB fit twice into an SM, and 64 KB of registers hold 4.
+        assert bound.pipeline(tile) == (3 * 24_576, 2)
+        assert bound.saturating_omega(tile) == pytest.approx(4e6 / 73_728 / 100)
+        assert bound.slowdown(tile) == pytest.approx(2048 * 2 * (2 / 128 + 1 / 64 + 1 / 64) / 128)
+        cta = 2 * 64 * 128 * 4096 / 7e6 * 1.5 + 0.5
+        assert bound.launch_us(4096, 4096, tile) == pytest.approx(1 + cta)  # 15.88 us; its loads take 14.44
+        # Four parts: 128 CTAs, 1.78 of a wave with the half CTA lost; parts are written and read in float32.
+        parts = 1 + 2 * (4 * 4 - 2) * 64 * 4096 / 4e6
+        loads = 2 * (4096 * 4096 + 64 * 4096) / 4e6
+        split = 1 + max(loads, 1.78 * (2 * 64 * 128 * 1024 / 7e6 * 1.5 + 0.5)) + parts
+        assert bound.launch_us(4096, 4096, tile, split_k=4) == pytest.approx(split)
+
+    def test_what_is_read_again_by_hand(self) -> None:
+        """1024 rows are 16 blocks, 12.5 of them in flight; weights of twice the half L2 are missed at 0.797."""
+        bound = Bound(self.PLAIN, MoEShape(1, 1, 8192, 2048), 1024)
+        tile = Tile(64, 128, 64)
+        columns = 50_000_000 // 8192
+        ctas = 16 * -(-columns // 128)
+        in_flight = 100 * 2 * 16 / ctas
+        sweeps = 1 + (16 / in_flight - 1) * missed(columns * 8192 * 2 / 50e6)
+        memory = 2 * (columns * 8192 * sweeps + 1024 * 8192) / 4e6
+        cta = 2 * 64 * 128 * 8192 / 7e6 * 1.5 + 0.5
+        assert bound.launch_us(columns, 8192, tile) == pytest.approx(1 + max(memory, (ctas / 100 + 0.5) * cta))
+        assert bound.launch_us(columns, 8192, Tile(64, 8192, 64)) == math.inf
+
 
 class TestVerdicts:
     @given(
@@ -174,6 +206,18 @@ class TestVerdicts:
         assert regions(lone, H200, 1).split_k.helps
         assert not regions(lone, H200, 4096).split_k.helps
         assert not regions(MoEShape(2, 1, 512, 64), H200, 1).split_k.helps
+
+    def test_as_predicted_before_the_race(self) -> None:
+        """The gains that were written down for ten layers before they were measured (benchmarks/README.md)."""
+        record = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "h200-regions.json"
+        if not record.exists():
+            pytest.skip("the figures are in the repository only")
+        findings = json.loads(record.read_text())["findings"]
+        assert len(findings) == 84
+        for its in findings:
+            verdict = getattr(regions(SHAPES[its["model"]], H200, its["num_tokens"]), its["name"])
+            assert verdict.gain == pytest.approx(its["predicted_gain"], rel=1e-6, abs=1e-9), its
+            assert (verdict.helps, verdict.published) == (its["predicted"], its["published"]), its
 
     def test_own_tile(self) -> None:
         """A given tile is what is shown and judged."""

@@ -23,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 
 from faults import Mutant, draw, listed
-from traced import Tests, copy_tree, judge
+from traced import Tests, applied, copy_tree, run
 
 # What is imported once, before each mutant's process is forked: 4 s of each.
 HEAVY = ("torch", "triton", "triton.language", "scipy.optimize", "numpy", "hypothesis", "matplotlib.pyplot")
@@ -35,16 +35,22 @@ def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
     if apart and apart[0] == "equivalent":
         return apart
     near = tests.nearest(mutant.path)
-    tests.add(near)
-    ran: list[str] = []
+    untraced = [file.name for file in tests.files if file.name not in tests.parts]
+    ran = 0
     for files in (near, [file for file in tests.files if file not in near]):
         names = tests.of(mutant, files, files is near)
-        ran += names
-        verdict, killer = judge(mutant, tests.tree, names) if names else ("survived", "")
-        if verdict == "killed":
-            return verdict, killer
-    absent = len(tests.files) - len(tests.parts)
-    return apart or ("survived", f"{len(ran)} tests" + (f", {absent} files of tests not tried" if absent else ""))
+        whole = [f"tests/{file.name}" for file in files if file.name in untraced] if files is near else []
+        ran += len(names)
+        with applied(mutant, tests.tree):
+            killer = run(tests.tree, names, whole) if names or whole else None
+        while killer is not None:
+            if tests.passes(killer):
+                return "killed", killer
+            unsound = [name for name, passes in tests.sound.items() if not passes]
+            with applied(mutant, tests.tree):
+                killer = run(tests.tree, names, whole, unsound)
+    tried = f"{ran} tests" + (f" and {len(near)} whole files" if untraced else "")
+    return apart or ("survived", tried)
 
 
 def main() -> None:
@@ -53,7 +59,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000, help="default: another each time")
     parser.add_argument("--only", nargs="*", default=[], help="files or folders, such as rampwrap/cost.py")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
-    parser.add_argument("--lazy", action="store_true", help="trace only tests that name a mutant's module")
+    parser.add_argument(
+        "--lazy",
+        action="store_true",
+        help="trace nothing: whole files of tests that name a mutant's module, and of others what an earlier run traced",
+    )
     parser.add_argument("--fresh", action="store_true", help="trace all tests anew")
     parser.add_argument("--json", type=pathlib.Path, help="write each verdict here")
     args = parser.parse_args()

@@ -28,10 +28,14 @@ LIMIT = 60.0 + 5 * MOST_SECONDS
 
 
 class Only:
-    """A pytest plugin: runs the given tests alone, in the order given, and lets hypothesis stop at the first failure."""
+    """A pytest plugin: runs given tests in the order given, then those of whole files, and lets hypothesis not shrink."""
 
-    def __init__(self, order: dict[str, int] | None = None) -> None:
-        self.order, self.seconds, self.failed = order, {}, []
+    def __init__(
+        self, order: dict[str, int] | None = None, whole: Iterable[str] = (), without: Iterable[str] = ()
+    ) -> None:
+        self.order, self.whole, self.without = order, set(whole), set(without)
+        self.seconds: dict[str, float] = {}
+        self.failed: list[str] = []
 
     def pytest_configure(self, config: pytest.Config) -> None:
         from hypothesis import Phase, settings
@@ -41,8 +45,12 @@ class Only:
         settings.load_profile("mutants")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self.order is not None:
-            items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
+        if self.order is None:
+            return
+        wanted = [i for i in items if i.nodeid in self.order or i.nodeid.split("::")[0] in self.whole]
+        last = len(self.order)
+        wanted.sort(key=lambda item: self.order.get(item.nodeid, last))
+        items[:] = [item for item in wanted if item.nodeid not in self.without]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
@@ -136,6 +144,7 @@ class Tests:
         self.files = sorted((tree / "tests").glob("test_*.py"))
         self.now = {str(p.relative_to(tree)): digest_of([p]) for root in SOURCES for p in (tree / root).rglob("*.py")}
         self.parts: dict[str, dict[str, Any]] = {}
+        self.sound: dict[str, bool] = {}
         for file in self.files:
             if self.store(file).exists() and not fresh:
                 self.parts[file.name] = json.loads(self.store(file).read_text())
@@ -163,6 +172,12 @@ class Tests:
         named = re.compile(rf"\b{re.escape(module)}\b|\bfrom {re.escape(package)} import .*\b{stem}\b")
         also = {name for entry in known()["near"] if fnmatch.fnmatch(path, entry["path"]) for name in entry["tests"]}
         return [f for f in self.files if f.stem in also | {f"test_{stem}"} or named.search(f.read_text())]
+
+    def passes(self, name: str) -> bool:
+        """Whether a test passes on the library as it is, tried once: what fails there, or now and then, kills nothing."""
+        if name not in self.sound:
+            self.sound[name] = "::" not in name or run(self.tree, [name], []) is None
+        return self.sound[name]
 
     def of(self, mutant: Mutant, files: Iterable[pathlib.Path], near: bool) -> list[str]:
         """The tests of some traced files that execute a mutant's lines, the fastest first."""
@@ -210,32 +225,38 @@ def trace(tree: pathlib.Path, file: pathlib.Path, store: pathlib.Path, sources: 
     return int(status), b""
 
 
-def judge(mutant: Mutant, tree: pathlib.Path, tests: list[str]) -> tuple[str, str]:
-    """(verdict, killer): runs the tests on the changed tree."""
-    target = tree / mutant.path
-    before, times = target.read_bytes(), target.stat()
-    target.write_bytes(mutant.apply(before))
+def run(tree: pathlib.Path, tests: list[str], whole: list[str], without: Iterable[str] = ()) -> str | None:
+    """The first test that fails on the tree as it is, of some and then of whole files; None if none does."""
     scratch = tree.parent / "basetemp"
 
-    def run() -> tuple[int, bytes]:
+    def child() -> tuple[int, bytes]:
         os.chdir(tree)
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        plugin = Only({name: place for place, name in enumerate(tests)})
-        files = list(dict.fromkeys(str(tree / name.split("::")[0]) for name in tests))
+        plugin = Only({name: place for place, name in enumerate(tests)}, whole, without)
+        files = dict.fromkeys(str(tree / name.split("::")[0]) for name in [*tests, *whole])
         marks = ["-m", "not release and not slow"]
         status = pytest.main([*pytest_args(tree, scratch), *marks, "-x", *files], plugins=[plugin])
         return int(status), (plugin.failed or ["at import"])[0].encode()
 
+    status, killer = forked(child, STORE / "mutant.log", LIMIT)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if status in (0, 5):  # passed; nothing to run
+        return None
+    return "time ran out" if status is None else killer.decode()
+
+
+@contextlib.contextmanager
+def applied(mutant: Mutant, tree: pathlib.Path) -> Iterator[None]:
+    """The tree with the fault in it."""
+    target = tree / mutant.path
+    before, times = target.read_bytes(), target.stat()
+    target.write_bytes(mutant.apply(before))
     try:
-        status, killer = forked(run, STORE / "mutant.log", LIMIT)
+        yield
     finally:
         target.write_bytes(before)
         os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
-        shutil.rmtree(scratch, ignore_errors=True)
-    if status in (0, 5):
-        return "survived", f"{len(tests)} tests"
-    return "killed", "time ran out" if status is None else killer.decode()
 
 
 def digest_of(paths: Iterable[pathlib.Path]) -> str:
