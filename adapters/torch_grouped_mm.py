@@ -88,7 +88,7 @@ class TorchGroupedMM:
             w13: bf16 [E, 2I, H], gate rows first.
             w2: bf16 [E, H, I].
             topk_weights: [T, top_k], floating point.
-            topk_ids: int32 or int64 [T, top_k], every id in range.
+            topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
             out: bf16 [T, H], written and returned; allocated where absent.
 
         Raises:
@@ -103,7 +103,11 @@ class TorchGroupedMM:
         tokens, top_k = topk_ids.shape
         if not tokens:
             return torch.empty_like(hidden_states) if out is None else out
-        experts, order = topk_ids.flatten().sort(stable=True)
+        flat, slots = topk_ids.flatten(), topk_ids.numel()
+        # Padding comes last, behind the last offset, where rows are undefined; so does one row more that nobody routed.
+        flat = torch.where((flat >= 0) & (flat < len(w13)), flat, len(w13))
+        experts, order = F.pad(flat, (0, 1), value=len(w13)).sort(stable=True)
+        order.clamp_(max=slots - 1)
         numbers = torch.arange(1, len(w13) + 1, dtype=experts.dtype, device=experts.device)
         ends = torch.searchsorted(experts, numbers, out_int32=True)
         x = hidden_states.index_select(0, order // top_k)
@@ -112,10 +116,11 @@ class TorchGroupedMM:
         # The routing weight scales h, which has I columns, instead of the output's H.
         h = F.silu(gate).mul_(up).mul_(topk_weights.flatten()[order].unsqueeze(1))
         y = F.grouped_mm(h, w2.transpose(1, 2), offs=ends)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
+        back = torch.empty_like(flat, dtype=order.dtype)
+        back[order[:slots]] = torch.arange(slots, device=order.device)
+        back.masked_fill_(flat == len(w13), slots)
         # Gathers and adds up in one pass, always in the order of top_k: no atomics, the same bits every time.
-        summed = F.embedding_bag(back.view(tokens, top_k), y, mode="sum")
+        summed = F.embedding_bag(back.view(tokens, top_k), y, mode="sum", padding_idx=slots)
         return summed if out is None else out.copy_(summed)
 
     def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:

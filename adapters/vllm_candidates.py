@@ -51,7 +51,7 @@ def launch_candidates(
         configs: candidates, in vLLM's words.
         blocks: `TokenBlocks` of each, from `select.align_and_select`.
         quant_config: vLLM's; None for bf16 and fp16.
-        expert_map: only whether there is one matters here: rows of experts elsewhere are zero.
+        expert_map: not read, the blocks say it: rows of experts elsewhere, and of padding, are zero.
         activation: vLLM's `MoEActivation`; SiLU where absent.
         streams: for the candidates after the first, to run beside it; none runs them one after the other.
 
@@ -99,8 +99,7 @@ def launch_candidates(
     gemm(x, w13, up, scales, quant.w1_bias, apply_router_weight_on_input, top_k)
     module.apply_moe_activation(activation, h, up.view(-1, wide))
     x, x_scale = module.moe_kernel_quantize_input(A=h, A_scale=quant.a2_scale, **quantised)
-    if expert_map is not None:
-        rows.zero_()
+    rows.zero_()  # those of padding and of other ranks' experts are never written
     scales = (x_scale, quant.w2_scale, quant.w2_zp)
     gemm(x, w2, rows, scales, quant.w2_bias, not apply_router_weight_on_input, 1)
     out = torch.empty_like(hidden_states)

@@ -176,7 +176,7 @@ class VllmFusedMoE:
 
     capturable = True
     launch_names = ("fused_moe_kernel", "fused_moe_kernel")
-    "Kernels that `grid(...).launches` counts. Activation, quantisation, alignment and `moe_sum` are launched besides."
+    "What `grid(...).launches` counts. Activation, quantisation, alignment and `moe_sum` are launched besides."
 
     def __init__(self, shape: MoEShape, *, per_tensor: bool = False, device_name: str | None = None) -> None:
         try:
@@ -308,7 +308,7 @@ class VllmFusedMoE:
             w13: [E, 2I, H], gate rows first.
             w2: [E, H, I].
             topk_weights: float32 [T, top_k].
-            topk_ids: int32 or int64 [T, top_k].
+            topk_ids: int32 or int64 [T, top_k]; padding, of which vLLM's alignment reads out of bounds, gets weight 0.
             w13_scale, w2_scale: float32, FP8 only: [E, 2I/128, H/128] and [E, H/128, I/128], or [E] with `per_tensor`.
             expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
             quant_config: vLLM's own, instead of one made of the two scales (static activation scales, biases).
@@ -321,7 +321,9 @@ class VllmFusedMoE:
         pinned = self._check_config(config)
         if not len(hidden_states):
             return torch.empty_like(hidden_states)
+        redirected = importlib.import_module("rampwrap.kernels.triton.padding").redirected
         quant_config = self._quantised(quant_config, w13_scale, w2_scale)
+        topk_ids, topk_weights = redirected(topk_ids, topk_weights, self.shape.num_experts, expert_map)
         if expert_map is not None:
             options |= {"expert_map": expert_map, "global_num_experts": self.shape.num_experts}
         with _forcing(None if pinned else {key: config[key] for key in KEYS}):

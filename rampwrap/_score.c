@@ -89,21 +89,23 @@ static int unpack(PyObject *packed, Model *m)
     return 1;
 }
 
-/* Four partial histograms: consecutive ids are often equal, and an addition must not wait for the one before. */
+/* Four partial histograms: consecutive ids are often equal, and an addition must not wait for the one before. Bins are
+ * shifted by one, so that the two kinds of padding, -1 and `experts`, have bins of their own, which nobody reads. */
 #define COUNT_IDS(name, type, unsigned_type)                                                         \
-    static int name(const type *ids, Py_ssize_t n, unsigned_type experts, uint32_t *h)               \
+    static int name(const type *ids, Py_ssize_t n, unsigned_type bins, uint32_t *h)                  \
     {                                                                                                \
-        uint32_t *h1 = h + experts, *h2 = h1 + experts, *h3 = h2 + experts;                          \
+        uint32_t *h1 = h + bins, *h2 = h1 + bins, *h3 = h2 + bins;                                   \
         Py_ssize_t i = 0;                                                                            \
         for (; i + 4 <= n; i += 4) {                                                                 \
-            unsigned_type a = (unsigned_type)ids[i], b = (unsigned_type)ids[i + 1];                  \
-            unsigned_type c = (unsigned_type)ids[i + 2], d = (unsigned_type)ids[i + 3];              \
-            if ((a >= experts) | (b >= experts) | (c >= experts) | (d >= experts)) return 0;         \
+            unsigned_type a = (unsigned_type)ids[i] + 1, b = (unsigned_type)ids[i + 1] + 1;          \
+            unsigned_type c = (unsigned_type)ids[i + 2] + 1, d = (unsigned_type)ids[i + 3] + 1;      \
+            if ((a >= bins) | (b >= bins) | (c >= bins) | (d >= bins)) return 0;                     \
             h[a]++, h1[b]++, h2[c]++, h3[d]++;                                                       \
         }                                                                                            \
         for (; i < n; i++) {                                                                         \
-            if ((unsigned_type)ids[i] >= experts) return 0;                                          \
-            h[ids[i]]++;                                                                             \
+            unsigned_type a = (unsigned_type)ids[i] + 1;                                             \
+            if (a >= bins) return 0;                                                                 \
+            h[a]++;                                                                                  \
         }                                                                                            \
         return 1;                                                                                    \
     }
@@ -132,12 +134,15 @@ static Py_ssize_t read_counts(PyObject *array, Py_ssize_t experts, int64_t *coun
                 out = n;
             }
         } else {
-            uint32_t h[4 * MAX_EXPERTS];
-            memset(h, 0, 4 * (size_t)experts * sizeof *h);
-            if (view.itemsize == 4 ? count_ids32(view.buf, n, (uint32_t)experts, h)
-                                   : count_ids64(view.buf, n, (uint64_t)experts, h)) {
-                for (Py_ssize_t e = 0; e < experts; e++)
-                    counts[e] = (int64_t)h[e] + h[experts + e] + h[2 * experts + e] + h[3 * experts + e];
+            const Py_ssize_t bins = experts + 2;
+            uint32_t h[4 * (MAX_EXPERTS + 2)];
+            memset(h, 0, 4 * (size_t)bins * sizeof *h);
+            if (view.itemsize == 4 ? count_ids32(view.buf, n, (uint32_t)bins, h)
+                                   : count_ids64(view.buf, n, (uint64_t)bins, h)) {
+                for (Py_ssize_t e = 0; e < experts; e++) {
+                    const uint32_t *its = h + e + 1;
+                    counts[e] = (int64_t)its[0] + its[bins] + its[2 * bins] + its[3 * bins];
+                }
                 out = experts;
             }
         }
@@ -264,8 +269,8 @@ static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     for (Py_ssize_t e = 0; e < experts; e++) busy += counts[e] != 0;
     int64_t slots = predict(&m, counts, experts, us);
     if (slots < 0) Py_RETURN_NONE;
-    /* Fewer active experts than were ever profiled: only the fallback is known to be sound. */
-    if (float_log2((double)busy) * 0.5 < m.low[1]) return PyLong_FromSsize_t(fallback);
+    /* No tokens, or fewer active experts than were ever profiled: only the fallback is known to be sound. */
+    if (!slots || float_log2((double)busy) * 0.5 < m.low[1]) return PyLong_FromSsize_t(fallback);
     Py_ssize_t best = 0;
     double best_us = INFINITY;
     for (Py_ssize_t c = 0; c < m.configs; c++) {

@@ -37,7 +37,7 @@ from rampwrap.routing import Routing, Workload
 Direct = Callable[[Config, dict[str, Any]], Any]
 "``direct(config, inputs)``: the kernel itself, called as its own users call it."
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 2e-2}
-CHECKS = ("configs", "refusals", "numerics", "same bits", "grid", "graph")
+CHECKS = ("configs", "refusals", "numerics", "padding", "same bits", "grid", "graph")
 
 
 @attrs.frozen
@@ -87,6 +87,7 @@ def check(
     suite.configs(some)
     suite.refusals(some)
     suite.numerics(some)
+    suite.padding(some)
     suite.same_bits(some, direct)
     suite.grid(some)
     suite.graph(some[0])
@@ -215,6 +216,45 @@ class _Suite:
                 _ensure(error < self.tolerance, f"{what}; nan means that it reads memory nobody wrote.")
         routings = 4 * len(self.batches)
         self.passed["numerics"] = f"{len(some)} configs on {routings} routings, worst error {self.worst:.2g}"
+
+    def odd_ids(self) -> dict[str, torch.Tensor]:
+        """Batches by name: with padding of either kind in whole rows and in single slots, of padding alone, with duplicates."""
+        shape = self.shape
+        drawn = Workload(max(8, *self.batches), Routing.parse("uniform"), seed=self.seed)
+        ids = torch.from_numpy(drawn.topk_ids(shape.num_experts, shape.top_k)).to(self.device)
+        padded, twice = ids.clone(), ids.clone()
+        padded[1::4], padded[2::4] = -1, shape.num_experts
+        padded[3, 0], padded[7, -1] = -1, shape.num_experts
+        twice[::2] = twice[::2, :1]
+        only = {f"only {pad}": torch.full_like(ids, pad) for pad in (-1, shape.num_experts)}
+        return {"padding": padded, **only, "duplicates": twice}
+
+    def padding(self, some: Sequence[Config]) -> None:
+        """Ids of -1 and num_experts add nothing, and each slot of an expert named twice counts once (`rampwrap.routing`).
+
+        The reference gets an expert in range with weight zero for them, so it need not know of padding.
+        """
+        reference, experts = getattr(self.kernel, "reference", None), self.shape.num_experts
+        for label, ids in self.odd_ids().items():
+            real = (ids >= 0) & (ids < experts)
+            inputs = {**self.inputs(torch.where(real, ids, 0)), "topk_ids": ids}
+            for config in some:
+                what = f"{format_config(config)} with {label} in topk_ids"
+                with _explained(f"{what} raises"):
+                    out = self.launch(config, inputs)
+                if not isinstance(out, torch.Tensor):
+                    without = self.launch(config, {**inputs, "topk_ids": ids[real.any(1)]})
+                    _ensure(out == without, f"{what} gives {out}, without the rows of padding {without}.")
+                    continue
+                lone = ~real.any(1)
+                _ensure(not out[lone].any(), f"{what} writes rows that are not zero for tokens of padding alone.")
+                if reference is None or "topk_weights" not in inputs:
+                    continue
+                weights = inputs["topk_weights"].masked_fill(~real, 0.0)
+                plain = {**inputs, "topk_ids": torch.where(real, ids, 0), "topk_weights": weights}
+                error = _error(out, reference(self.shape, plain))
+                _ensure(error < self.tolerance, f"{what} is off by {error:.3g}, more than {self.tolerance:g}.")
+        self.passed["padding"] = f"{len(some)} configs, padding of -1 and {experts}, duplicates"
 
     def same_bits(self, some: Sequence[Config], direct: Direct | None) -> None:
         """Through a Dispatcher, twice, and called directly: the same result."""

@@ -142,9 +142,11 @@ class CostModel(abc.ABC):
         """
         if np.count_nonzero(counts) < self._least_active:
             return fallback
+        slots = int(counts.sum())
+        if not slots:
+            return fallback
         us = self._row(counts)
         static_us = us[fallback]
-        slots = int(counts.sum())
         low, high = self._all_near
         if not low <= 2 * slots <= 4 * high:
             us[(self.span[:, 0] > 2 * slots) | (slots > 2 * self.span[:, 1])] = np.inf

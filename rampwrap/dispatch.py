@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Dispatcher:
 
     Raises:
         ConfigError: the kernel's config list is empty or has duplicates, or lacks a config of the policy.
-        InputError: no shape is known, or `launch` has no parameter ``topk_ids``.
+        InputError: `kernel` is none, or `policy` is none, no shape is known, or `launch` has no parameter ``topk_ids``.
         PlanError: the plan file cannot be read.
         PlanMismatchError: `strict`, and the plan is for something else.
     """
@@ -49,9 +49,14 @@ class Dispatcher:
         device: Device | None = None,
         strict: bool = False,
     ) -> None:
+        _refuse_no_kernel(kernel)
         self.kernel = kernel
         configs = check_configs(kernel.configs, f"kernel {kernel.name!r}")
         plan = Plan.load(policy) if isinstance(policy, str | os.PathLike) else policy
+        if plan is not None and not isinstance(plan, Plan) and not hasattr(plan, "select"):
+            raise InputError(
+                f"policy is a {type(plan).__name__}; give a Plan, the path of one, a Policy, or None for the kernel's defaults."
+            )
         shape = shape or getattr(kernel, "shape", None) or (plan.shape if isinstance(plan, Plan) else None)
         if shape is None:
             raise InputError(
@@ -76,6 +81,9 @@ class Dispatcher:
         # Not of the Policy protocol: histogram and choice in one call, for policies that have it.
         self._of_ids = getattr(self.policy, "index_of_ids", None)
         self._ids_position = self._find_topk_ids()
+        self._row = (shape.top_k,)
+        self._checked: set[Any] = set()
+        "Integer types of ids that were seen: looking one up takes a tenth of asking what kind it is."
         watch(self)
 
     def _accept(self, plan: Plan, device: Device, strict: bool) -> Policy:
@@ -105,16 +113,41 @@ class Dispatcher:
 
         Raises:
             CaptureError: the policy needs the histogram, which the host cannot read under CUDA graph capture.
-            InputError: an expert id is out of range.
+            InputError: there are no topk_ids, or they are no integers [num_tokens, top_k], or one of them is out of range.
         """
         if self._pinned is not None:
             return self._launch(self._pinned, *args, **kwargs)
-        ids = kwargs["topk_ids"] if "topk_ids" in kwargs else args[self._ids_position]
+        try:
+            ids = kwargs["topk_ids"] if "topk_ids" in kwargs else args[self._ids_position]
+        except IndexError:
+            given = ", ".join([f"{len(args)} positional arguments", *kwargs])
+            raise InputError(
+                f"launch of kernel {self.kernel.name!r} was given {given} and no topk_ids; pass topk_ids=..."
+            ) from None
         index = self._choose(ids, kwargs.get("expert_map"))
         self.launch_counts[index] += 1
         return self._launch(self._configs[index], *args, **kwargs)
 
+    def _check_ids(self, topk_ids: Any) -> None:
+        """Refuses what is no integers [num_tokens, top_k]: a wrong axis would be a wrong histogram."""
+        try:
+            if topk_ids.shape[1:] == self._row and topk_ids.dtype in self._checked:
+                return
+        except AttributeError:  # nested lists
+            topk_ids = np.asarray(topk_ids)
+        if tuple(topk_ids.shape) == (0,):
+            return
+        if len(topk_ids.shape) != 2 or topk_ids.shape[1] != self.shape.top_k:
+            raise InputError(
+                f"topk_ids has shape {tuple(topk_ids.shape)}; give [num_tokens, top_k] with top_k={self.shape.top_k}."
+            )
+        dtype = topk_ids.dtype
+        if not (dtype.kind in "iu" if hasattr(dtype, "kind") else "int" in str(dtype)):  # numpy's, else torch's
+            raise InputError(f"topk_ids has dtype {dtype}; give integers.")
+        self._checked.add(dtype)
+
     def _choose(self, topk_ids: Any, expert_map: Any) -> int:
+        self._check_ids(topk_ids)
         if not self.policy.needs_counts:
             return self.policy.index(_NO_COUNTS, len(topk_ids))
         _refuse_capture(topk_ids)
@@ -138,16 +171,23 @@ class Dispatcher:
         Args:
             topk_ids: integers [num_tokens, top_k]; or give the histogram itself:
             expert_counts: integers [num_local_experts].
-            num_tokens: tokens of the batch; None takes sum(expert_counts) / top_k, right where all experts are local.
+            num_tokens: tokens of the batch, padding included; None takes sum(expert_counts) / top_k, right where all experts
+                are local.
 
         Raises:
-            InputError: ids out of range, or counts that are negative, of wrong length or of the wrong sum.
+            InputError: ids as in a call, or counts that are negative, of wrong length or more than the tokens have.
         """
         if topk_ids is not None:
+            self._check_ids(topk_ids)
             counts, tokens = self._count(topk_ids, expert_map), len(topk_ids)
         elif expert_counts is not None:
-            counts = check_counts(expert_counts, self.shape.num_local_experts, num_tokens and self._slots(num_tokens))
+            counts = check_counts(expert_counts, self.shape.num_local_experts)
             tokens = num_tokens if num_tokens is not None else -(-int(counts.sum()) // self.shape.top_k)
+            if counts.sum() > tokens * self.shape.top_k:
+                raise InputError(
+                    f"expert_counts sums to {int(counts.sum())}, more than tokens x top_k = {tokens * self.shape.top_k}; "
+                    "recount topk_ids."
+                )
         else:
             raise InputError("select was given no routing; pass topk_ids or expert_counts.")
         return self.policy.select(counts, tokens)
@@ -155,9 +195,6 @@ class Dispatcher:
     def _count(self, topk_ids: Any, expert_map: Any) -> IntArray:
         _refuse_capture(topk_ids)
         return expert_counts(topk_ids, self.shape.num_experts, expert_map)
-
-    def _slots(self, num_tokens: int) -> int | None:
-        return num_tokens * self.shape.top_k if self.shape.num_local_experts == self.shape.num_experts else None
 
     def explain(self, topk_ids: Any = None, **routing: Any) -> str:
         """For people: what a call with this routing would launch and why; without one, what was launched so far.
@@ -194,6 +231,8 @@ class Dispatcher:
                 )
             self._pinned = configs[config]
             return self
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"pin was given {config!r}; give a config of kernel {self.kernel.name!r} or its index.")
         found = self._by_key.get(config_key(config))
         if found is None:
             raise ConfigError(
@@ -201,6 +240,18 @@ class Dispatcher:
             )
         self._pinned = configs[found]
         return self
+
+
+def _refuse_no_kernel(kernel: Any) -> None:
+    """The first mistakes: a class, a function, a module in place of a kernel."""
+    if isinstance(kernel, type):
+        raise InputError(f"kernel is the class {kernel.__name__}; give an instance of it, {kernel.__name__}(...).")
+    missing = [name for name in ("name", "configs", "grid", "launch") if not hasattr(kernel, name)]
+    if missing:
+        raise InputError(
+            f"kernel is a {type(kernel).__name__} without {', '.join(missing)}; give an object with name, configs, "
+            "grid(config, shape) and launch(config, ...), as in examples/wrap_in_three_lines.py."
+        )
 
 
 def _refuse_capture(topk_ids: Any) -> None:

@@ -11,6 +11,7 @@ from rampwrap._version import __version__
 from rampwrap.catalog import CHOOSES_IN_GRAPH
 from rampwrap.cost import Local, fit
 from rampwrap.drift import profiled_ranges
+from rampwrap.errors import InputError
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static
 from rampwrap.shortlist import COSTS, all_in_graph, make_buckets
@@ -36,6 +37,8 @@ def make_plan(
         choosing_us: cost of choosing, which a gain must exceed.
         source: where the table came from, for the provenance.
     """
+    if not isinstance(timings, Timings):
+        raise InputError(f"make_plan was given {timings!r:.80}; give a table, Timings.load(path).")
     rows = timings.rows(train)
     fitted = timings.take(rows)
     table = static_table(fitted, static)

@@ -42,6 +42,18 @@ _reading = threading.Lock()
 "Held while counters are read, and while the log is on also while a CUDA graph is captured."
 
 
+def _renew() -> None:
+    """In a forked process: locks that threads of the parent held, and its log, are not there any more."""
+    global _reading, _running
+    _changing.release()
+    _reading, _running = threading.Lock(), None
+
+
+# A fork waits for `_changing`, which is never held for long, so that what it guards is whole in the child. It does not
+# wait for `_reading`: a reading waits for the GPU.
+os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release, after_in_child=_renew)
+
+
 def watch(source: Any) -> None:
     """Counts a `Selector` or `Dispatcher` in, for as long as it lives; starts the log where $RAMPWRAP_STATS asks for it."""
     with _changing:

@@ -1,4 +1,17 @@
-"""Routing: how tokens spread over experts. The histogram of real ids, and synthetic routings to profile with."""
+"""Routing: how tokens spread over experts. The histogram of real ids, and synthetic routings to profile with.
+
+What an id means, on the host, in graphs, in every adapter and hook:
+
+* A slot of ``topk_ids`` is one row for the expert that it names. A token that names an expert twice has two rows there,
+  each with its own weight: every slot counts once.
+* -1 and `num_experts` are padding, with which engines fill up captured batches: such a slot counts nothing and adds
+  nothing, and a batch of nothing else has an empty histogram, for which the static config serves.
+* Any other id out of range is a mistake: refused with `InputError` where the host reads ids. A GPU, which cannot raise,
+  takes it as padding.
+
+With an `expert_map` ids stay those of all ranks, and experts of other ranks (-1 in the map) count as padding does.
+`rampwrap.conformance.check` tests kernels for this.
+"""
 
 import pathlib
 import re
@@ -27,7 +40,8 @@ def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> In
     """The histogram: how many tokens each local expert receives.
 
     Args:
-        topk_ids: integers [num_tokens, top_k], ids of the experts each token visits; numpy, torch or nested lists.
+        topk_ids: integers [num_tokens, top_k], ids of the experts each token visits, or padding (see above); numpy,
+            torch or nested lists.
         num_experts: number of experts over all ranks.
         expert_map: integers [num_experts], local id of each expert or -1 for an expert of another rank;
             None when all experts are local.
@@ -36,24 +50,18 @@ def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> In
         int64 [num_local_experts].
 
     Raises:
-        InputError: an id lies outside 0 .. num_experts - 1, ids are not integers, or the map does not give each local
+        InputError: an id lies outside -1 .. num_experts, ids are not integers, or the map does not give each local
             expert once.
     """
     ids = to_numpy(topk_ids).reshape(-1)
     if ids.size == 0:
         ids = ids.astype(np.int64)
-    try:
-        # bincount itself rejects negative ids and floats, so the common case pays for no extra pass.
-        counts = np.bincount(ids, minlength=num_experts)
-    except (ValueError, TypeError):
-        counts = np.empty(num_experts + 1, dtype=np.int64)
-    if counts.size > num_experts:
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"topk_ids has dtype {ids.dtype}; give integers.")
-        bad = ids[(ids < 0) | (ids >= num_experts)]
-        if bad.size:
-            raise InputError(f"topk_ids holds {int(bad[0])}; give ids from 0 to {num_experts - 1}.")
-        counts = np.bincount(ids.astype(np.int64), minlength=num_experts)  # uint64, which numpy 1 does not count
+    elif ids.dtype.kind not in "iu":
+        raise InputError(f"topk_ids has dtype {ids.dtype}; give integers.")
+    # Looked at first: bincount allocates as many bins as the largest id says.
+    if ids.size and not (ids.min() >= 0 and ids.max() < num_experts):
+        ids = _without_padding(ids, num_experts)
+    counts = np.bincount(ids.astype(np.int64, copy=False), minlength=num_experts)
     if expert_map is None:
         return counts
     local = to_numpy(expert_map)
@@ -69,6 +77,16 @@ def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> In
         )
     out[places] = counts[here]
     return out
+
+
+def _without_padding(ids: npt.NDArray[Any], num_experts: int) -> npt.NDArray[Any]:
+    inside = (ids >= 0) & (ids < num_experts)
+    bad = ids[np.logical_not(inside | (ids == -1) | (ids == num_experts))]
+    if bad.size:
+        raise InputError(
+            f"topk_ids holds {int(bad[0])}; give ids from 0 to {num_experts - 1}, and -1 or {num_experts} for padding."
+        )
+    return ids[inside]
 
 
 def check_counts(counts: Any, num_experts: int, num_slots: int | None = None) -> IntArray:
@@ -203,12 +221,16 @@ class Routing:
         return order.astype(np.int32)
 
 
+def _parsed(routing: Routing | str) -> Routing:
+    return Routing.parse(routing) if isinstance(routing, str) else routing
+
+
 @attrs.frozen
 class Workload:
-    """One routing of one batch: what a row of a timing table was measured on."""
+    """One routing of one batch: what a row of a timing table was measured on; `routing` may be given as text."""
 
     num_tokens: int
-    routing: Routing
+    routing: Routing = attrs.field(converter=_parsed)
     split: str = "train"
     seed: int = 0
 

@@ -40,11 +40,12 @@ class TorchMoE:
     def launch(self, config, /, hidden_states, w13, w2, topk_weights, topk_ids, *, out=None):
         if reason := self.supports(config, self.shape):
             raise ConfigError(reason)
-        blocks = sum(-(-c // config["block_m"]) for c in torch.bincount(topk_ids.flatten()).tolist())
+        real = (topk_ids >= 0) & (topk_ids < len(w13))
+        blocks = sum(-(-c // config["block_m"]) for c in torch.bincount(topk_ids[real]).tolist())
         self.last_grid = [blocks * n + self.extra_ctas for n in self.grid(config, self.shape).launches]
         out = torch.empty_like(hidden_states) if out is None else out
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for expert in topk_ids.unique().tolist():
+        for expert in topk_ids[real].unique().tolist():
             token, k = torch.nonzero(topk_ids == expert, as_tuple=True)
             gate, up = (hidden_states[token].float() @ w13[expert].float().T).chunk(2, -1)
             y = (torch.nn.functional.silu(gate) * up) @ w2[expert].float().T
@@ -102,6 +103,30 @@ def test_wrong_numbers():
 
     fails(Scaled(), r"block_m=16 block_n=32 is off by 0.* at M=1 uniform, more than 0\.01")
     fails(Forgetful(), "is off by nan at M=5 uniform.*reads memory nobody wrote")
+
+
+def test_padding_and_duplicates():
+    """Padding that raises, that is counted, and a duplicate that counts once a token."""
+
+    class Raises(TorchMoE):
+        def launch(self, config, /, hidden_states, w13, w2, topk_weights, topk_ids, *, out=None):
+            torch.bincount(topk_ids.flatten())
+            return super().launch(config, hidden_states, w13, w2, topk_weights, topk_ids, out=out)
+
+    class LastExpert(TorchMoE):
+        def launch(self, config, /, hidden_states, w13, w2, topk_weights, topk_ids, *, out=None):
+            ids = topk_ids.clamp(max=len(w13) - 1) % len(w13)
+            return super().launch(config, hidden_states, w13, w2, topk_weights, ids, out=out)
+
+    class Once(TorchMoE):
+        def launch(self, config, /, hidden_states, w13, w2, topk_weights, topk_ids, *, out=None):
+            again = topk_ids[:, 1:] == topk_ids[:, :1]
+            ids = torch.cat([topk_ids[:, :1], topk_ids[:, 1:].masked_fill(again, -1)], 1)
+            return super().launch(config, hidden_states, w13, w2, topk_weights, ids, out=out)
+
+    fails(Raises(), "with padding in topk_ids raises RuntimeError")
+    fails(LastExpert(), "with padding in topk_ids writes rows that are not zero for tokens of padding alone")
+    fails(Once(), "with duplicates in topk_ids is off by")
 
 
 def test_wrong_grid():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rampwrap import Device, Dispatcher, MoEShape, Plan
 from rampwrap.errors import CaptureError, ConfigError, InputError, PlanMismatchError
+from rampwrap.fitting import make_plan
 from rampwrap.kernel import Config
 from rampwrap.policy import Pinned, Static
 from rampwrap.routing import Routing, Workload, expert_counts
@@ -99,11 +100,16 @@ def test_explain_says_what_ran_and_what_would(sim_plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("routing", "named"),
     [
-        ({"topk_ids": [[0, 64]]}, "64"),
-        ({"topk_ids": [[0, -3]]}, "-3"),
+        ({"topk_ids": [[0] * 7 + [65]]}, "holds 65"),
+        ({"topk_ids": [[0] * 7 + [-3]]}, "holds -3"),
+        ({"topk_ids": [[0, 1]]}, r"shape \(1, 2\); give \[num_tokens, top_k\] with top_k=8"),
+        ({"topk_ids": [0] * 8}, r"shape \(8,\)"),
+        ({"topk_ids": [[0.5] * 8]}, "dtype float64"),
+        ({"topk_ids": torch.zeros(1, 8)}, "dtype torch.float32"),
+        ({"topk_ids": torch.zeros(1, 8, dtype=torch.bool)}, "dtype torch.bool"),
         ({"expert_counts": [1, 2]}, "shape"),
         ({"expert_counts": [-1] + [1] * 63}, "negative"),
-        ({"expert_counts": [1] * 64, "num_tokens": 9}, "sums to 64 instead of tokens x top_k = 72"),
+        ({"expert_counts": [1] * 64, "num_tokens": 7}, "sums to 64, more than tokens x top_k = 56"),
         ({}, "no routing"),
     ],
 )
@@ -184,7 +190,7 @@ def test_a_launch_without_topk_ids_is_refused(sim_kernel: SimKernel) -> None:
 class _OnGpu:
     """Looks like a CUDA tensor, which a CPU cannot have."""
 
-    is_cuda = True
+    is_cuda, shape, dtype = True, (64, 8), torch.int32
 
     def __len__(self) -> int:
         return 64
@@ -209,6 +215,36 @@ def test_capture_with_host_selection_is_refused_and_static_never_reads_the_gpu(
     Dispatcher(kernel, Static(sim_plan.configs, StaticTable("test", (1,), (2,))))(_OnGpu())
     Dispatcher(kernel, sim_plan).pin(1)(_OnGpu())
     assert kernel.launched == [sim_plan.configs[2], kernel.configs[1]]
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (
+            lambda kernel: Dispatcher(SimKernel),
+            r"kernel is the class SimKernel; give an instance of it, SimKernel\(...\)",
+        ),
+        (lambda kernel: Dispatcher(lambda topk_ids: 0), "kernel is a function without name, configs, grid, launch"),
+        (lambda kernel: Dispatcher(kernel, {"schema": 1}), "policy is a dict; give a Plan"),
+        (lambda kernel: Dispatcher(kernel)(), "given 0 positional arguments and no topk_ids"),
+        (lambda kernel: Dispatcher(kernel)(hidden_states=1), "0 positional arguments, hidden_states and no topk_ids"),
+        (lambda kernel: Dispatcher(kernel).pin("block_m=16"), "pin was given 'block_m=16'"),
+        (lambda kernel: Dispatcher(kernel)(np.zeros((4, 3), dtype=np.int64)), "top_k=8"),
+        (lambda kernel: make_plan("t.npz"), "make_plan was given 't.npz'"),
+        (lambda kernel: MoEShape("8", 2, 64, 64), "num_experts is '8'; give a whole number"),
+        (lambda kernel: MoEShape(8.0, 2, 64, 64), "num_experts is 8.0"),
+        (lambda kernel: MoEShape(8, True, 64, 64), "top_k is True"),
+        (lambda kernel: MoEShape(8, 2, 64, 64, num_local_experts=2.5), "num_local_experts is 2.5"),
+    ],
+)
+def test_first_mistakes_get_a_sentence(sim_plan: Plan, call: Any, named: str) -> None:
+    with pytest.raises((InputError, ConfigError), match=named):
+        call(SimKernel(sim_plan.shape))
+
+
+def test_a_routing_may_be_text() -> None:
+    named = Workload(4, "zipf:1.2")
+    assert named == Workload(4, Routing.parse("zipf:1.2")) and named.topk_ids(64, 8).shape == (4, 8)
 
 
 def test_wrapping_warns_of_nothing_when_the_plan_fits(sim_plan: Plan) -> None:

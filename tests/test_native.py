@@ -183,8 +183,10 @@ def test_a_call_chooses_alike_from_any_ids(
     rng, plan = np.random.default_rng(seed), fitted(num_experts, 0)
     ids = rng.permutation(num_experts)[rng.zipf(1.3, (tokens, top_k)) % num_experts]
     if wrong and tokens and kind != "uint8":
-        # One id out of range, of each kind: negative, just past the end, past 32 bits.
-        out = {-1: -1 - int(rng.integers(9)), 1: num_experts}.get(wrong, wrong if "32" not in kind else num_experts)
+        # One id out of range, of each kind: negative, past the end, past 32 bits; -1 and num_experts are padding.
+        out = {-1: -1 - int(rng.integers(9)), 1: num_experts + int(rng.integers(2))}.get(
+            wrong, wrong if "32" not in kind else num_experts
+        )
         ids[rng.integers(tokens), rng.integers(top_k)] = out
     given: Any = {
         "strided": np.repeat(ids, 2, axis=1)[:, ::2],
@@ -242,7 +244,8 @@ def test_a_renumbered_policy_chooses_in_its_numbering() -> None:
 def test_one_candidate_still_has_its_ids_checked() -> None:
     model = fitted(64, 0).model.take((3,))
     assert model.choose_ids(np.zeros((1, 8), dtype=np.int32), 64, 0) == 0
-    assert model.choose_ids(np.full((1, 8), 64, dtype=np.int32), 64, 0) is None
+    assert model.choose_ids(np.full((1, 8), 64, dtype=np.int32), 64, 0) == 0  # padding
+    assert model.choose_ids(np.full((1, 8), 65, dtype=np.int32), 64, 0) is None
 
 
 def test_a_model_that_cannot_be_exact_is_left_to_numpy() -> None:

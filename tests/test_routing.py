@@ -95,7 +95,12 @@ def test_an_empty_batch_has_an_empty_histogram() -> None:
 
 @pytest.mark.parametrize(
     ("ids", "named"),
-    [([[0, -1]], "holds -1"), ([[0, 4]], "holds 4"), ([[0.5, 1.0]], "dtype float64")],
+    [
+        ([[0, -2]], "holds -2"),
+        ([[0, 5]], "holds 5"),
+        ([[0.5, 1.0]], "dtype float64"),
+        ([[True, False]], "dtype bool"),
+    ],
 )
 def test_bad_ids_are_named(ids: object, named: str) -> None:
     with pytest.raises(InputError, match=named):

@@ -3,7 +3,9 @@
 import gc
 import json
 import logging
+import os
 import pathlib
+import signal
 import sys
 import threading
 import time
@@ -433,3 +435,29 @@ def test_a_capture_waits_for_a_reading(sim_plan: Plan, monkeypatch: pytest.Monke
     graph.capture_end()
     reader.join(5)
     assert order == ["read", "capture"] and not slow.rows
+
+
+@pytest.mark.parametrize("lock", ["_reading", "_changing"])
+def test_a_forked_process_does_not_inherit_a_held_lock(lock: str, sim_plan: Plan) -> None:
+    """Held by another thread at the fork: one that waits for the GPU is made anew, one that is held shortly waited for."""
+    moe, held, wait = Dispatcher(SimKernel(sim_plan.shape)), threading.Event(), threading.Event()
+    moe(ids())
+
+    def hold() -> None:
+        with getattr(observe, lock):
+            held.set()
+            wait.wait(0.2 if lock == "_changing" else 10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(5)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        found = rampwrap.stats()["sources"]
+        made = Dispatcher(SimKernel(sim_plan.shape))
+        os._exit(0 if len(found) == 1 and made is not None and observe._running is None else 1)
+    wait.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    thread.join(5)
+    assert not getattr(observe, lock).locked() and len(rampwrap.stats()["sources"]) == 1

@@ -63,6 +63,7 @@ def vllm(monkeypatch, tmp_path):
         used = impl.try_get_optimal_moe_config(w1, w2, 8, None, len(topk_ids))
         package.inside(used)
         root.calls.append((used, quant_config, options))
+        root.routing = topk_weights, topk_ids
         return hidden_states + 1
 
     package.override_config, package.fused_experts = override_config, fused_experts
@@ -85,8 +86,8 @@ def vllm(monkeypatch, tmp_path):
 
 
 def arguments(num_tokens=3, shape=SHAPE):
-    x = torch.zeros(num_tokens, 4)
-    return x, "w13", "w2", x, torch.zeros(num_tokens, shape.top_k, dtype=torch.int32)
+    ids = torch.zeros(num_tokens, shape.top_k, dtype=torch.int32)
+    return torch.zeros(num_tokens, 4), "w13", "w2", torch.ones(ids.shape), ids
 
 
 def test_launch_injects_and_restores(vllm):
@@ -268,6 +269,7 @@ def test_candidates(vllm, chosen, expert_parallel):
     assert kernel.chooses_in_graph
     generator = torch.Generator().manual_seed(chosen)
     ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(11)]).int()
+    ids[3], ids[4, 1], ids[5] = -1, 8, ids[5, 0]  # padding, and an expert twice
     inputs = kernel.inputs(shape, ids)
     expert_map = None
     if expert_parallel:
@@ -295,10 +297,21 @@ def test_candidates(vllm, chosen, expert_parallel):
 def test_expert_parallel_and_empty_batch(vllm):
     """With a map vLLM is told the global number of experts; no tokens, no launch."""
     kernel = VllmFusedMoE(MoEShape(64, 8, 2048, 1024, num_local_experts=32))
-    kernel.launch(kernel.configs[0], *arguments(), expert_map="map")
-    assert vllm.calls[-1][2] == {"expert_map": "map", "global_num_experts": 64}
+    its = torch.where(torch.arange(64) < 32, torch.arange(64), -1).int()
+    kernel.launch(kernel.configs[0], *arguments(), expert_map=its)
+    assert vllm.calls[-1][2] == {"expert_map": its, "global_num_experts": 64}
     assert kernel.launch(kernel.configs[0], *arguments(0)).shape == (0, 4)
     assert len(vllm.calls) == 1
+
+
+def test_vllm_never_sees_padding(vllm):
+    """Its alignment would read beyond its tables: such a slot goes to an expert in range with weight zero."""
+    kernel, (x, w13, w2, weights, ids) = VllmFusedMoE(SHAPE), arguments()
+    ids[0], ids[1, 3], ids[2, 7] = -1, 64, 63
+    kernel.launch(kernel.configs[0], x, w13, w2, weights, ids)
+    seen_weights, seen = vllm.routing
+    assert seen.max() == 63 and seen.min() == 0 and not seen_weights[0].any()
+    assert seen_weights[1, 3] == 0 and seen_weights[2].all() and int(seen_weights.sum()) == 15
 
 
 def test_refused_before_launch(vllm):
