@@ -32,8 +32,7 @@ from rampwrap.static import StaticTable, default_table, read_static, write_stati
 KEYS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 PACKAGE = "vllm.model_executor.layers.fused_moe"
 GROUP = 128  # side of the scale blocks of block-scaled FP8
-# What Triton takes where vLLM's config does not say.
-_TRITON_DEFAULTS = {"GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
+_TRITON_DEFAULTS = {"GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}  # where vLLM's config does not say
 _ALLOWED = {
     "BLOCK_SIZE_M": (8, 16, 32, 64, 128, 256),
     "BLOCK_SIZE_N": (16, 32, 64, 128, 256),
@@ -105,8 +104,7 @@ class _Forced(threading.local):
     config: dict[str, Any] | None = None
 
 
-_forced = _Forced()
-_install = threading.Lock()
+_forced, _install = _Forced(), threading.Lock()
 
 
 class _forcing:

@@ -73,7 +73,7 @@ def test_the_host_counts_each_slot_once_and_no_padding(batch: tuple[np.ndarray, 
 
 @interpreted
 @settings(max_examples=20, deadline=None)
-@given(batches(), st.sampled_from(["expert", "chunks", "scan"]))
+@given(batches(), st.sampled_from(["expert", "chunks"]))
 def test_alignment_on_the_gpu_counts_alike(batch: tuple[np.ndarray, int, list[int] | None], path: str) -> None:
     ids, num_experts, expert_map = batch
     expected = read(ids, num_experts, expert_map)
