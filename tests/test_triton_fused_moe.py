@@ -233,6 +233,78 @@ def test_illegal_configs(row, dtype, message):
     assert message in tuning.refusal(config(*row), dtype)
 
 
+LEGAL = {"block_m": 64, "block_n": 128, "block_k": 128, "group_m": 1, "num_warps": 4, "num_stages": 2, "swap_ab": False}
+
+
+@pytest.mark.parametrize(
+    ("key", "legal", "illegal"),
+    [
+        ("block_m", (16, 32, 64), (0, 8, 17, 24, 256)),
+        ("block_n", (32, 64, 128), (0, 16, 31, 512)),
+        ("block_k", (32, 64, 128), (0, 16, 96, 512)),
+        ("num_warps", (4, 8), (0, 1, 2, 5, 16)),
+        ("num_stages", (1, 2, 3, 4), (0, 9)),
+        ("group_m", (1, 2, 64), (0, -1)),
+        ("split_k", (1, 2, 4), (0, 3, 8)),
+    ],
+)
+def test_each_parameter_alone(key, legal, illegal):
+    """What is within its range runs; the next value outside is refused by its name."""
+    for value in legal:
+        assert tuning.refusal(LEGAL | {key: value}, "bf16") is None
+    for value in illegal:
+        assert tuning.refusal(LEGAL | {key: value}, "bf16").startswith(f"{key}={value} is not supported; use ")
+
+
+def test_what_a_config_occupies_by_hand():
+    """128x256 at 8 warps holds 128 accumulators a thread; wgmma needs every buffer, mma.sync one less; 227 KB is the most."""
+    wide = {
+        "block_m": 128,
+        "block_n": 256,
+        "block_k": 64,
+        "group_m": 1,
+        "num_warps": 8,
+        "num_stages": 4,
+        "swap_ab": False,
+    }
+    assert tuning.accumulators(wide, "bf16") == 128 and tuning.accumulators(wide, "fp8") == 256
+    assert tuning.refusal(wide, "bf16") is None and "registers" in tuning.refusal(wide | {"block_k": 128}, "fp8")
+    assert tuning.shared_bytes(wide, "bf16") == 4 * (128 + 256) * 64 * 2
+    narrow = {"block_m": 16, "block_n": 64, "block_k": 128, "group_m": 1, "num_warps": 4, "num_stages": 4}
+    assert tuning.shared_bytes(narrow | {"swap_ab": False}, "bf16") == 3 * (16 + 64) * 128 * 2
+    assert tuning.shared_bytes(narrow | {"swap_ab": True}, "bf16") == 4 * (16 + 64) * 128 * 2
+    assert tuning.shared_bytes(narrow | {"swap_ab": True}, "fp8") == 4 * (16 + 64) * 128
+    # One stage of mma.sync still has a buffer; a tile on its way out takes 4 bytes a value.
+    assert tuning.shared_bytes(narrow | {"num_stages": 1, "swap_ab": False}, "bf16") == (16 + 64) * 128 * 2
+    assert tuning.shared_bytes(wide | {"num_stages": 1}, "bf16") == 128 * 256 * 4
+    assert [tuning.uses_wgmma({"block_m": m, "swap_ab": s}) for m, s in ((32, False), (64, False), (16, True))] == [
+        False,
+        True,
+        True,
+    ]
+    assert [tuning.quantises_h({"block_n": n}) for n in (128, 256)] == [False, True]
+
+
+def test_small_batches_split_and_have_room_for_it():
+    """Up to 512 slots a config splits as it says; any config's partial rows fit the memory of the batch."""
+    split = {"split_k": 4}
+    assert [tuning.splits(split, slots) for slots in (1, 512, 513)] == [4, 4, 1] and tuning.splits({}, 1) == 1
+    assert [tuning.partial_rows(slots) for slots in (0, 8, 512, 513, 2048, 2049)] == [0, 32, 2048, 2048, 2048, 2049]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "edges"),
+    [("bf16", {2: 16, 12: 16, 24: 32, 48: 64, 96: 128, 97: 128}), ("fp8", {12: 16, 32: 32, 96: 64, 97: 128})],
+)
+def test_the_default_grows_with_the_tokens_of_an_expert(dtype, edges):
+    """Up to 2, 12, 24, 48 and 96 tokens in bf16; up to 12, 32 and 96 in FP8. Beyond, the largest tile; each is listed."""
+    for tokens, block_m in edges.items():
+        found = tuning.default_config(tokens * 8, 64, 8, dtype)
+        assert found["block_m"] == block_m and found in tuning.CONFIGS[dtype]
+        more = tuning.default_config(tokens * 8 + 1, 64, 8, dtype)
+        assert (more != found) == (tokens < 97)
+
+
 def test_fp8_needs_whole_scale_blocks():
     """A shape whose rows do not divide into 128-blocks is refused when the adapter is made."""
     with pytest.raises(ConfigError, match="intermediate_size=192"):

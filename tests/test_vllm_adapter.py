@@ -412,3 +412,29 @@ def test_per_tensor_reference():
     by_block = kernel._layer.reference(shape, inputs | blocks)
     by_tensor = kernel.reference(shape, inputs)
     assert (by_tensor - by_block).norm() < 0.06 * by_block.norm()
+
+
+def test_where_vllm_swaps_the_operands():
+    """On sm_90 it multiplies W X^T in FP8 for fewer than 64 token rows and at least 64 weight rows."""
+    asked = [(32, 64, "fp8"), (64, 64, "fp8"), (32, 32, "fp8"), (32, 128, "fp8"), (32, 64, "bf16")]
+    found = [adapter.swaps_ab({"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n}, dtype) for m, n, dtype in asked]
+    assert found == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("key", "legal", "illegal"),
+    [
+        ("BLOCK_SIZE_M", (8, 16, 32, 64, 128), (0, 4, 24, 512)),
+        ("BLOCK_SIZE_N", (16, 32, 64, 128), (0, 8, 96, 512)),
+        ("BLOCK_SIZE_K", (32, 64, 128), (0, 16, 96, 512)),
+        ("num_warps", (4, 8), (0, 2, 5, 16)),
+        ("num_stages", (1, 2, 3, 4), (0, 9)),
+        ("GROUP_SIZE_M", (1, 2, 64), (0, -1)),
+    ],
+)
+def test_each_parameter_alone(key, legal, illegal):
+    plain = config(64, 64, 64, 1, 4, 2)
+    for value in legal:
+        assert refusal(plain | {key: value}, "fp8") is None
+    for value in illegal:
+        assert refusal(plain | {key: value}, "fp8").startswith(f"{key}={value} is not supported; use ")
