@@ -32,14 +32,14 @@ HEAVY = ("torch", "triton", "triton.language", "scipy.optimize", "numpy", "hypot
 def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
     """(verdict, reason or killer): the tests of its own module first, then all that execute its lines."""
     apart = listed(mutant)
-    if apart and apart[0] == "equivalent":
+    if apart and (apart[0] == "equivalent" or not tests.gpu):
         return apart
     near = tests.nearest(mutant.path)
     untraced = [file.name for file in tests.files if file.name not in tests.parts]
     ran = 0
     for files in (near, [file for file in tests.files if file not in near]):
         names = tests.of(mutant, files, files is near)
-        whole = [f"tests/{file.name}" for file in files if file.name in untraced] if files is near else []
+        whole = [str(file.relative_to(tests.tree)) for file in files if file.name in untraced] if files is near else []
         ran += len(names)
         with applied(mutant, tests.tree):
             killer = run(tests.tree, names, whole) if names or whole else None
@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000, help="default: another each time")
+    parser.add_argument("--skip", type=int, default=0, help="of those drawn, the first that an earlier run tried")
     parser.add_argument("--only", nargs="*", default=[], help="files or folders, such as rampwrap/cost.py")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     parser.add_argument(
@@ -65,13 +66,15 @@ def main() -> None:
         help="trace nothing: whole files of tests that name a mutant's module, and of others what an earlier run traced",
     )
     parser.add_argument("--fresh", action="store_true", help="trace all tests anew")
+    parser.add_argument("--gpu", action="store_true", help="run tests/gpu, on a machine with one")
     parser.add_argument("--json", type=pathlib.Path, help="write each verdict here")
     args = parser.parse_args()
-    drawn = draw(args.seed, args.count, args.only)
+    drawn = draw(args.seed, args.skip + args.count, args.only)[args.skip :]
     if args.list:
         print("\n".join(mutant.diff() for mutant in drawn))
         return
-    os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ |= {} if args.gpu else {"TRITON_INTERPRET": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         tree = copy_tree(pathlib.Path(folder) / "tree")
         sys.path[:0] = [str(tree)]
@@ -79,11 +82,11 @@ def main() -> None:
         for name in HEAVY:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-        tests = Tests(tree, args.fresh)
-        if not args.lazy:
+        tests = Tests(tree, args.fresh, args.gpu)
+        if not args.lazy and not args.gpu:
             tests.add(tests.files)
         rows, verdicts = [], defaultdict(list)
-        for place, mutant in enumerate(drawn, 1):
+        for place, mutant in enumerate(drawn, args.skip + 1):
             start = time.monotonic()
             verdict, why = verdict_of(mutant, tests)
             verdicts[verdict].append(mutant)

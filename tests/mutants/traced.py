@@ -11,7 +11,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -74,18 +73,8 @@ class Traced(Only):
 
 def copy_tree(folder: pathlib.Path) -> pathlib.Path:
     """The files of this checkout, uncommitted ones and the built extension too."""
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    ).stdout.decode()
-    extra = [str(path.relative_to(ROOT)) for path in (ROOT / "rampwrap").glob("_score*.so")]
-    for name in [*filter(None, names.split("\0")), *extra]:
-        source, target = ROOT / name, folder / name
-        if source.is_symlink() or source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
+    ours = (".*", "build", "dist", "__pycache__", "*.egg-info", "shared")
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*ours))
     return folder
 
 
@@ -138,10 +127,11 @@ class Tests:
     tests that execute anything of it count; `--fresh` traces anew.
     """
 
-    def __init__(self, tree: pathlib.Path, fresh: bool) -> None:
+    def __init__(self, tree: pathlib.Path, fresh: bool, gpu: bool = False) -> None:
         STORE.mkdir(parents=True, exist_ok=True)
         self.tree, self.fresh = tree, fresh
-        self.files = sorted((tree / "tests").glob("test_*.py"))
+        self.gpu = gpu
+        self.files = sorted((tree / "tests" / "gpu" if gpu else tree / "tests").glob("test_*.py"))
         self.now = {str(p.relative_to(tree)): digest_of([p]) for root in SOURCES for p in (tree / root).rglob("*.py")}
         self.parts: dict[str, dict[str, Any]] = {}
         self.sound: dict[str, bool] = {}
@@ -170,8 +160,14 @@ class Tests:
         module = module if module.startswith("rampwrap") else f"rampwrap.{module}"
         package, _, stem = module.rpartition(".")
         named = re.compile(rf"\b{re.escape(module)}\b|\bfrom {re.escape(package)} import .*\b{stem}\b")
-        also = {name for entry in known()["near"] if fnmatch.fnmatch(path, entry["path"]) for name in entry["tests"]}
-        return [f for f in self.files if f.stem in also | {f"test_{stem}"} or named.search(f.read_text())]
+        also = {
+            name
+            for entry in known()["on_gpu" if self.gpu else "near"]
+            if fnmatch.fnmatch(path, entry["path"])
+            for name in entry["tests"]
+        }
+        found = [f for f in self.files if f.stem in also | {f"test_{stem}"} or named.search(f.read_text())]
+        return sorted(found, key=lambda file: file.stem in known()["slow"])
 
     def passes(self, name: str) -> bool:
         """Whether a test passes on the library as it is, tried once: what fails there, or now and then, kills nothing."""
