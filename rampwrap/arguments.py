@@ -99,7 +99,7 @@ def recorded_of(paths: Sequence[str], shape: MoEShape, a: argparse.Namespace, sp
 def recorded_said(a: argparse.Namespace, shape: MoEShape) -> dict[str, Any]:
     """What became of the recordings and traces that a command was given: ``{"recorded": [...]}``, {} without any.
 
-    On stderr a line for each of which anything is left out.
+    On stderr a line for each of which anything is left out, or may be other than it looks.
     """
     files = dict.fromkeys([*a.recorded, *getattr(a, "eval_recorded", [])])
     routings = routings_of([*a.routing, *getattr(a, "eval_routing", [])])
@@ -107,7 +107,7 @@ def recorded_said(a: argparse.Namespace, shape: MoEShape) -> dict[str, Any]:
     found = [account(path, shape.num_experts, shape.top_k, a.recorded_limit) for path in files]
     found += [account(path, shape.num_experts) for path in traces if path not in files]
     for its in found:
-        if its.left_out or its.tokens or its.taken < its.found:
+        if its.worth_saying:
             print(f"rampwrap: {its}", file=sys.stderr)
     return {"recorded": [its.to_dict() for its in found]} if found else {}
 

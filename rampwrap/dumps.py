@@ -124,6 +124,10 @@ def _parse_torch(path: str, num_experts: int) -> Iterator[Block | str]:
     records, where = raw["records"], raw.get("last_physical_to_logical_map")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise InputError(f"trace {path!r} holds {type(records).__name__} as records; a dump has a list of passes.")
+    if not records:
+        raise InputError(
+            f"trace {path!r} holds no pass; dump it after requests ran between start and stop of the recording."
+        )
     physical = None if where is None else _physical(path, plain(where, "the map of experts"), num_experts)
     total = 0
     for number, record in enumerate(records):

@@ -37,6 +37,15 @@ def one_part(used: Array) -> tuple[int, int] | None:
     return None
 
 
+def surely_one_part(rows: Array) -> tuple[int, int] | None:
+    """`one_part` of what all rows [rows, experts] use, where so many visits do not fall there by chance."""
+    seen = rows.sum(axis=0, dtype=np.float64)
+    part = one_part(seen)
+    if part is None or seen.sum() * np.log2(len(seen) / (part[1] - part[0] + 1)) < CERTAIN:
+        return None
+    return part
+
+
 def read_passes(path: str, num_experts: int, layer: int | None) -> Passes:
     """The histograms of a file, of all layers or of one.
 
@@ -100,12 +109,11 @@ def _check_parts(path: str, blocks: Sequence[Block]) -> None:
     """Refuses counts of one rank of several: they stand on its own physical experts alone."""
     if not blocks or len({block.values.shape[2] for block in blocks}) > 1:
         return
-    seen = sum(block.values.sum(axis=(0, 1), dtype=np.float64) for block in blocks)
-    part = one_part(seen)
-    if part is None or seen.sum() * np.log2(len(seen) / (part[1] - part[0] + 1)) < CERTAIN:
+    part = surely_one_part(np.concatenate([block.values.sum(axis=0, dtype=np.float64) for block in blocks]))
+    if part is None:
         return
     raise InputError(
-        f"trace {path!r} records visits to experts {part[0]} to {part[1]} of {len(seen)} alone: it is one rank's part under "
+        f"trace {path!r} records visits to experts {part[0]} to {part[1]} of {blocks[0].values.shape[2]} alone: it is one rank's part under "
         "expert parallelism; record with SGLang's mode stat, which adds up all ranks."
     )
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from rampwrap.errors import InputError
 from rampwrap.grid import FloatArray, IntArray
-from rampwrap.passes import one_part, read_passes
+from rampwrap.passes import one_part, read_passes, surely_one_part
 
 MOST_TOKENS = 65_536
 "Of one launch: SGLang splits larger batches here, vLLM at half of it. A histogram of more is a sum over steps."
@@ -76,19 +76,25 @@ class Recording:
             row = int(wrong[0])
             raise InputError(
                 f"{self.path!r} records {slots[row]} slots, {busiest[row]} of them on one expert, in step "
-                f"{self.step[row]}, layer {self.layer[row]}, which no batch with top_k={top_k} gives; {self._why()}."
+                f"{self.step[row]}, layer {self.layer[row]}, which no batch with top_k={top_k} gives; {self._why(len(wrong))}."
             )
         out: IntArray = slots // top_k
         return out
 
-    def _why(self) -> str:
-        """What would explain rows that are no histogram with the top_k that was asked for."""
+    def _why(self, wrong: int) -> str:
+        """What would explain that many rows that are no histogram with the top_k that was asked for."""
         slots, busiest = self.counts.sum(axis=1), self.counts.max(axis=1)
         most = int((slots // busiest).min())
         common = int(np.gcd.reduce(slots))
         fits = [top_k for top_k in range(2, most + 1) if common % top_k == 0]
-        if fits:
-            return f"give the top_k of the recorded model (all rows fit {' or '.join(map(str, fits[-3:]))})"
+        other = (
+            f"give the top_k of the recorded model (all rows fit {' or '.join(map(str, fits[-3:]))})" if fits else ""
+        )
+        if 4 * wrong < len(slots):
+            damaged = f"{wrong} of {len(slots)} histograms are so: give the file without their steps, which are cut off or damaged"
+            return f"{damaged}, or {other}" if other else damaged
+        if other:
+            return other
         part = one_part(self.counts.max(axis=0))
         which = "" if part is None else f" (only experts {part[0]} to {part[1]} have any)"
         return (
@@ -102,14 +108,15 @@ class Recording:
         Raises:
             InputError: as `num_tokens`, or most rows are sums over many steps.
         """
-        tokens = self.num_tokens(top_k)
-        launched = tokens <= MOST_TOKENS
+        # Before anything else: loads that were summed up are often scaled or rounded too, and fit no top_k.
+        launched = self.counts.sum(axis=1) <= MOST_TOKENS * top_k
         sums = int((~launched).sum())
-        if 2 * sums > len(tokens):
+        if 2 * sums > len(launched):
             raise InputError(
-                f"{self.path!r} records up to {tokens.max()} tokens a step, and no launch has more than {MOST_TOKENS}: "
-                f"these are sums over many steps; use their popularities, --routing trace:{self.path}."
+                f"{self.path!r} records up to {self.counts.sum(axis=1).max() // top_k} tokens a step, and no launch has more "
+                f"than {MOST_TOKENS}: these are sums over many steps; use their popularities, --routing trace:{self.path}."
             )
+        tokens = self.num_tokens(top_k)
         if not sums:
             return self, tokens
         kept = attrs.evolve(
@@ -152,6 +159,7 @@ class Account:
         taken: how many of them stand for all.
         left_out: how many of each kind of `SAYING`.
         tokens: of the largest batch where the file holds counts of a single step, which may be a sum; else 0.
+        part: first and last expert of the n-th part of all that alone has tokens, which may be one rank's; else None.
     """
 
     file: str
@@ -159,6 +167,7 @@ class Account:
     taken: int
     left_out: dict[str, int]
     tokens: int = 0
+    part: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -173,7 +182,17 @@ class Account:
                 f"it holds one step, read as one batch of {self.tokens} tokens; where that is a sum over steps, use "
                 f"--routing trace:{self.file}"
             ]
+        if self.part:
+            parts += [
+                f"only experts {self.part[0]} to {self.part[1]} have tokens; where that is one rank's part under expert "
+                "parallelism, give the counts of all ranks together"
+            ]
         return f"{self.file}: {'; '.join(parts)}."
+
+    @property
+    def worth_saying(self) -> bool:
+        """Whether anything is left out, or may be other than it looks."""
+        return bool(self.left_out or self.tokens or self.part or self.taken < self.found)
 
 
 def account(path: str, num_experts: int, top_k: int | None = None, limit: int | None = None) -> Account:
@@ -185,11 +204,12 @@ def account(path: str, num_experts: int, top_k: int | None = None, limit: int | 
     file, layer = split_layer(path)
     if top_k is None:
         dump = read_passes(file, num_experts, layer)
-        return Account(path, len(dump.rows), len(dump.rows), dump.left_out)
+        return Account(path, len(dump.rows), len(dump.rows), dump.left_out, part=surely_one_part(dump.rows))
     found, tokens = read_recording(file, num_experts, layer).batches(top_k)
     taken = len(tokens) if limit is None else min(limit, len(tokens))
     once = found.top_k == 0 and found.steps == 1
-    return Account(path, len(tokens), taken, found.left_out, int(tokens.max()) if once else 0)
+    largest = int(tokens.max()) if once else 0
+    return Account(path, len(tokens), taken, found.left_out, largest, surely_one_part(found.counts))
 
 
 def read_recording(path: str | os.PathLike[str], num_experts: int, layer: int | None = None) -> Recording:

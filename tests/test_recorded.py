@@ -428,9 +428,24 @@ def test_counts_of_a_part_are_told_from_those_of_another_top_k(tmp_path: pathlib
     np.save(tmp_path / "part.npy", np.where(np.arange(E) < 8, counts, 0))
     with pytest.raises(InputError, match=r"part of their batches \(only experts 0 to 7"):
         recorded_workloads(str(tmp_path / "part.npy"), E, K)
+    assert "only experts 0 to 7 have tokens" in str(account(str(tmp_path / "part.npy"), E))
     np.save(tmp_path / "whole.npy", counts)
     with pytest.raises(InputError, match=r"all rows fit 2 or 4\)"):
         recorded_workloads(str(tmp_path / "whole.npy"), E, 3)
+
+
+def test_one_step_that_was_cut_off_is_told_from_another_top_k(tmp_path: pathlib.Path) -> None:
+    counts = histograms(steps_ids())
+    counts[3, 1, 5] += 1
+    np.save(tmp_path / "cut.npy", counts)
+    with pytest.raises(InputError, match=r"step 3, layer 1, .* 1 of 15 histograms are so: .* damaged\.$"):
+        recorded_workloads(str(tmp_path / "cut.npy"), E, K)
+
+
+def test_sums_that_fit_no_top_k_are_sums_all_the_same(tmp_path: pathlib.Path) -> None:
+    np.save(tmp_path / "loads.npy", np.random.default_rng(0).integers(20_000, 60_000, (2, E)).astype(np.float32) * 9)
+    with pytest.raises(InputError, match="sums over many steps"):
+        recorded_workloads(str(tmp_path / "loads.npy"), E, K)
 
 
 def test_sums_over_many_steps_are_no_batch(tmp_path: pathlib.Path) -> None:
@@ -492,8 +507,15 @@ def test_the_commands_say_what_is_left_out(
     assert main([*run, "--recorded", "ids.npy", "--recorded-limit", "2"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["recorded"] == [
-        {"file": "ids.npy", "found": 3, "taken": 2, "left_out": {"padding_tokens": 6}, "tokens": 0},
-        {"file": "stat.pt", "found": 15, "taken": 15, "left_out": {"steps_without_tokens": 2}, "tokens": 0},
+        {"file": "ids.npy", "found": 3, "taken": 2, "left_out": {"padding_tokens": 6}, "tokens": 0, "part": None},
+        {
+            "file": "stat.pt",
+            "found": 15,
+            "taken": 15,
+            "left_out": {"steps_without_tokens": 2},
+            "tokens": 0,
+            "part": None,
+        },
     ]
     assert "ids.npy: 2 of 3 histograms taken; left out: padding tokens (6)." in said.err
     assert "stat.pt: 15 of 15 histograms taken; left out: steps without tokens (2)." in said.err
