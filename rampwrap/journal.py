@@ -159,7 +159,7 @@ class Journal:
                 raise TableError(
                     f"{path} is the journal of another profile ({difference}); delete it or choose another output file."
                 )
-            self.seconds = _fill(path, other, self.cells, lines[1:])
+            self.seconds = _fill(path, other, self.cells, lines)
         try:
             # Unbuffered: a write either raises here or has reached the kernel, and nothing is retried at close.
             stream = path.open("ab", buffering=0)
@@ -242,7 +242,7 @@ def read_journal(path: str | os.PathLike[str]) -> Timings:
         raise TableError(f"{path} is empty; start the profile anew.")
     header = _header(path, lines[0])
     cells = Cells()
-    seconds = _fill(path, header, cells, lines[1:])
+    seconds = _fill(path, header, cells, lines)
     if not cells.rows:
         raise TableError(f"{path} holds no finished workload yet; run the profile again to go on with it.")
     return to_timings(header, list(cells.rows), cells, {"elapsed_s": round(seconds, 1), "unfinished": True})
@@ -320,10 +320,10 @@ def _header(path: pathlib.Path, line: bytes) -> Header:
 
 
 def _fill(path: pathlib.Path, header: Header, cells: Cells, lines: Sequence[bytes]) -> float:
-    seconds = 0.0
-    for number, line in enumerate(lines, start=2):
+    seconds, sealed = 0.0, schema.CHECKSUM.encode() in lines[0]
+    for number, line in enumerate(lines[1:], start=2):
         try:
-            raw = _line(line)
+            raw = _line(line, sealed)
             kind: type[Measured | Failed] = Failed if "failed" in raw else Measured
             record = schema.read(raw, kind, TableError)
             record.check(header)
@@ -335,8 +335,10 @@ def _fill(path: pathlib.Path, header: Header, cells: Cells, lines: Sequence[byte
     return seconds
 
 
-def _line(line: bytes) -> dict[str, Any]:
+def _line(line: bytes, sealed: bool = False) -> dict[str, Any]:
     raw = schema.parse(line)
     if not isinstance(raw, dict):
         raise ValueError("it is no object")
+    if sealed and schema.CHECKSUM not in raw:
+        raise ValueError("it lacks the checksum that the first line has")
     return schema.unseal(raw)

@@ -32,7 +32,11 @@ def measured(name):
 def test_the_lists_are_those_that_were_swept():
     """In the order of the tables: ties break by index."""
     plain = [config for config in triton.CONFIGS["bf16"] if "split_k" not in config]
-    assert list(measured("triton_fused_moe-olmoe-bf16-run2").configs) == plain == list(measured("triton_fused_moe-qwen3-30b-bf16").configs)
+    assert (
+        list(measured("triton_fused_moe-olmoe-bf16-run2").configs)
+        == plain
+        == list(measured("triton_fused_moe-qwen3-30b-bf16").configs)
+    )
     assert triton.CONFIGS["fp16"] == triton.CONFIGS["bf16"]
     assert list(measured("sweep-triton-qwen3-30b-fp8").configs) == list(triton.CONFIGS["fp8"])
     for name in ("olmoe", "qwen3-30b", "deepseek-v3-tp8"):
