@@ -249,7 +249,7 @@ def _where_to_judge(file: TunedFile) -> str:
 
 def _how_to_add(kernel: str) -> str:
     if kernel.startswith(ENGINE_KERNEL):
-        return "profile again with VLLM_TUNED_CONFIG_FOLDER naming the file's folder, which times its configs too"
+        return "profile again with VLLM_TUNED_CONFIG_FOLDER naming the file's folder, which times those of its configs that the kernel can run"
     return "add them to the kernel's configs and profile it again"
 
 

@@ -174,7 +174,8 @@ class TunedFile:
         """The kernel whose configs these are; None where their keys do not tell."""
         keys = {frozenset(config) - {"split_k", MEMBER} for config in self.entries.values()}
         found = next((name for name, own in KERNELS.items() if keys == {own}), None)
-        return found or (ENGINE_KERNEL if self.engine else None)
+        tiles = self.engine and all({"block_m", "block_n", "block_k"} <= its for its in keys)
+        return found or (ENGINE_KERNEL if tiles else None)
 
     def foreign(self, configs: Sequence[Config], kernel: str = "") -> str:
         """Why the entries are another kernel's configs, in words; empty where they may be these."""
