@@ -12,6 +12,7 @@ from rampwrap.cost import CostModel, fit
 from rampwrap.errors import InputError, TableError
 from rampwrap.grid import FloatArray, IntArray
 from rampwrap.policy import Bucket, Oracle, Policy, Static, WaveCost
+from rampwrap.schema import dump
 from rampwrap.static import FileNotes, StaticTable, static_table
 from rampwrap.timings import Timings
 
@@ -126,7 +127,7 @@ class Comparison:
                 error = prediction_error(self.models[summary.policy], self.timings)
                 policies[summary.policy]["mean_absolute_error"] = error
             if summary.policy in self.files:
-                policies[summary.policy]["file"] = self.files[summary.policy].to_dict()
+                policies[summary.policy]["file"] = dump(self.files[summary.policy])
         return {
             "policies": policies,
             "fit_seconds": self.fit_seconds,

@@ -14,6 +14,7 @@ from rampwrap.drift import profiled_ranges
 from rampwrap.errors import InputError
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static
+from rampwrap.schema import dump
 from rampwrap.shortlist import COSTS, all_in_graph, make_buckets
 from rampwrap.static import static_table
 from rampwrap.timings import Timings
@@ -52,7 +53,7 @@ def make_plan(
         "profiled_configs": len(timings.configs),
     }
     if table.file is not None:
-        provenance["static_file"] = table.file.to_dict()
+        provenance["static_file"] = dump(table.file)
     if static != table.source and table.file is None:
         provenance["static"] = f"no {train!r} row is {static}: tuned on all routings"
     if "eval" in timings.split and train != "eval":

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
@@ -29,10 +28,6 @@ class FileNotes:
     "Token counts whose entry lacks num_warps or the like."
     notes: tuple[str, ...] = ()
     "All of it in words."
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; the token counts as lists, their numbers in the words."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in attrs.asdict(self).items()}
 
 
 @attrs.frozen

@@ -1,6 +1,6 @@
 """`TunedFile`: an engine's file of configs by token count, what its name says it is for, and where a table has them."""
 
-import json
+import codecs
 import os
 import pathlib
 import re
@@ -12,6 +12,7 @@ import attrs
 
 from rampwrap.errors import InputError
 from rampwrap.kernel import MEMBER, Config, MoEShape, config_key
+from rampwrap.schema import MOST_TOKENS, parse
 
 # How vLLM and SGLang spell what other kernels call block_m, ...
 SPELLING = {
@@ -50,7 +51,6 @@ DTYPES = {
 "What the engines write into a file's name, and the dtypes of a `MoEShape` that it means; their others have none."
 # The largest of vLLM 0.33 and SGLang 0.5.23 has 6 KB.
 MAX_BYTES = 1 << 22
-MAX_TOKENS = 1 << 40
 
 
 @attrs.frozen
@@ -159,12 +159,10 @@ class TunedFile:
                 content = stream.read(MAX_BYTES + 1)
             if len(content) > MAX_BYTES:
                 raise ValueError(f"it has more than {MAX_BYTES >> 20} MB")
-            raw = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
-            entries = _entries(raw)
-        except (OSError, ValueError, RecursionError) as error:
-            why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+            entries = _entries(parse(content.removeprefix(codecs.BOM_UTF8)))
+        except (OSError, ValueError) as error:
             raise InputError(
-                f"{path} is not a tuned config file ({why}); give JSON of the form {{'64': {{...}}}}."
+                f"{path} is not a tuned config file ({error}); give JSON of the form {{'64': {{...}}}}."
             ) from error
         engine = any(key in SPELLING for config in entries.values() for key in config)
         return cls(path, layer, {count: spelled(entries[count]) for count in sorted(entries)}, engine)
@@ -225,15 +223,6 @@ def _above(value: Any, limit: int) -> bool:
     return isinstance(value, int) and value > limit
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {twice[:40]!r} is there twice")
-    return found
-
-
 def _entries(raw: Any) -> dict[int, dict[str, Any]]:
     """Configs by token count. Other values than objects are notes of the tuner, such as ``triton_version``."""
     if not isinstance(raw, dict):
@@ -241,10 +230,10 @@ def _entries(raw: Any) -> dict[int, dict[str, Any]]:
     entries: dict[int, dict[str, Any]] = {}
     for key, value in raw.items():
         count = int(key) if key.isascii() and key.isdigit() and len(key) < 16 else 0
-        if not 1 <= count < MAX_TOKENS:
+        if not 1 <= count <= MOST_TOKENS:
             if isinstance(value, str):
                 continue
-            raise ValueError(f"the key {key[:40]!r} is no number of tokens")
+            raise ValueError(f"the key {key[:40]!r} is no number of tokens up to {MOST_TOKENS}")
         if not isinstance(value, dict) or not value:
             raise ValueError(f"the entry of {count} tokens is no config")
         for name, setting in value.items():

@@ -4,6 +4,7 @@ import pytest
 
 from rampwrap.device import DEVICES, SIMULATED, Device, device_of, find_device
 from rampwrap.errors import InputError
+from rampwrap.schema import dump, read
 
 
 @pytest.mark.parametrize(
@@ -81,17 +82,17 @@ def test_constants_are_those_of_the_data_sheets(device):
 
 def test_keys_are_the_names_and_the_simulated_gpu_is_an_h200():
     assert list(DEVICES) == ["-".join(device.name.lower().split()) for device in DEVICES.values()]
-    assert SIMULATED.to_dict() == DEVICES["nvidia-h200"].to_dict() | {"name": "simulated"}
+    assert dump(SIMULATED) == dump(DEVICES["nvidia-h200"]) | {"name": "simulated"}
     assert SIMULATED.label == "simulated (132 SMs)"
 
 
 def test_json_round_trip_and_refusals():
     device = Device("part", 16)
-    assert device.to_dict() == {"name": "part", "num_sms": 16, "l2_bytes": 0}
-    assert Device.from_dict(device.to_dict() | {"of_a_newer_version": 1}) == device
-    with pytest.raises(InputError, match="give at least name and num_sms"):
-        Device.from_dict({"name": "x"})
-    with pytest.raises(InputError, match="device 'x' has 0 SMs; give at least 1"):
+    assert dump(device) == {"name": "part", "num_sms": 16, "l2_bytes": 0}
+    assert read(dump(device), Device, InputError) == device
+    with pytest.raises(InputError, match="num_sms: it is missing"):
+        read({"name": "x"}, Device, InputError)
+    with pytest.raises(InputError, match=r"Device\.num_sms is 0; give a whole number from 1"):
         Device("x", 0)
     assert Device("x", 1).num_sms == 1
 
