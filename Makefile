@@ -11,7 +11,7 @@ WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, 
 # Each of them gets one thread: more would only wait for each other.
 TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-.PHONY: demo test setup lint types unit tiles kernels wheel mutants clean
+.PHONY: demo test setup lint types unit slow tiles kernels wheel mutants clean
 
 setup: $(VENV)/.ready
 
@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml rampwrap/_score.c
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup lint types unit tiles wheel
+test: setup lint types unit slow tiles wheel
 
 lint: setup
 	$(BIN)/python -m ruff check .
@@ -38,6 +38,10 @@ types: setup
 
 unit: setup
 	$(TEST) -n $(WORKERS) --dist worksteal
+
+# Thousands of damaged files, and a type checker in a folder of a user's own.
+slow: setup
+	$(TEST) -n $(WORKERS) --dist worksteal -m slow --ignore tests/test_cute_build.py --ignore tests/gpu
 
 # CuTe kernels compiled for sm_90a and their instructions inspected, without a GPU: every tile with its deepest pipeline
 # here, every config, twice as many in five minutes on two cores, before a release.

@@ -101,7 +101,7 @@ def recorded_said(a: argparse.Namespace, shape: MoEShape) -> dict[str, Any]:
 
     On stderr a line for each of which anything is left out, or may be other than it looks.
     """
-    files = dict.fromkeys([*a.recorded, *getattr(a, "eval_recorded", [])])
+    files = dict.fromkeys([*getattr(a, "recorded", []), *getattr(a, "eval_recorded", [])])
     routings = routings_of([*a.routing, *getattr(a, "eval_routing", [])])
     traces = dict.fromkeys(its.value for its in routings if its.kind == "trace")
     found = [account(path, shape.num_experts, shape.top_k, a.recorded_limit) for path in files]

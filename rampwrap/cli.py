@@ -150,7 +150,7 @@ def _explain(a: argparse.Namespace) -> dict[str, Any]:
         )
         counts = counts[: shape.num_local_experts]
     choice = plan.policy().select(counts, tokens)
-    return {**attrs.asdict(choice), "num_tokens": tokens, "text": str(choice)}
+    return {**attrs.asdict(choice), "num_tokens": tokens, **recorded_said(a, shape), "text": str(choice)}
 
 
 def _compare(a: argparse.Namespace) -> dict[str, Any]:

@@ -262,6 +262,11 @@ def test_profile_compare_and_replay_take_recordings(
     assert [label for label in held_out if "tr:" in label] == [f"M={m} tr:records:2@{s}" for s, m in enumerate(TOKENS)]
     assert main(["replay", "t.npz"]) == 0 and main(["fit", "t.npz"]) == 0
     capsys.readouterr()
+    as_stat(tmp_path)
+    assert main(["explain", "t.plan.json", "--batch-size", "8", "--routing", "trace:stat.pt", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["recorded"][0]["left_out"] == {"steps_without_tokens": 2}
+    assert "steps without tokens (2)" in said.err
     assert main(["compare", "t.plan.json", "--recorded", path, "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["workloads"] == LAYERS * STEPS
 
