@@ -157,9 +157,13 @@ class TestCache:
     def test_never_somebody_elses(self, tmp_path: pathlib.Path) -> None:
         """What others could write to, or a link that others could have put there, is not loaded from."""
         place = cache_folder()
-        place.chmod(0o777)
-        with pytest.raises(InputError, match="XDG_CACHE_HOME"):
-            cache_folder()
+        for mode in (0o777, 0o720, 0o702):
+            place.chmod(mode)
+            with pytest.raises(InputError, match="XDG_CACHE_HOME"):
+                cache_folder()
+        for mode in (0o755, 0o700, 0o500):  # others may read it
+            place.chmod(mode)
+            assert cache_folder() == place
         place.rmdir()
         place.symlink_to(tmp_path)
         with pytest.raises(InputError, match="XDG_CACHE_HOME"):

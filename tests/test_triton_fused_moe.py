@@ -182,6 +182,30 @@ def test_bad_tensors():
 
 
 @needs_kernels
+def test_bad_scales_and_maps():
+    """Every optional tensor is checked too, by shape and by dtype, and nothing is launched."""
+    kernel = TritonFusedMoE(FP8)
+    inputs, row = kernel.inputs(FP8, routing(FP8, 3)), next(row for shape, row in LAYERS if shape.dtype == "fp8")
+    wide = inputs["w13_scale"]
+    for changed, message in [
+        ({"w13_scale": wide[:, :-1]}, "w13_scale is float32 of shape"),
+        ({"w13_scale": wide.double()}, "w13_scale is float64"),
+        ({"w2_scale": inputs["w2_scale"][:-1]}, "w2_scale is float32 of shape"),
+        ({"w2_scale": inputs["w2_scale"].half()}, "w2_scale is float16"),
+        ({"w2_scale": None}, "give w13_scale and w2_scale"),
+        ({"w13_scale": None}, "give w13_scale and w2_scale"),
+        ({"w2": inputs["w2"][:, :-1]}, "w2 is"),
+        ({"hidden_states": inputs["hidden_states"][0]}, "hidden_states has shape"),
+        ({"expert_map": torch.zeros(FP8.num_experts + 1, dtype=torch.int32)}, "expert_map is int32 of shape"),
+        ({"expert_map": torch.zeros(FP8.num_experts)}, "expert_map is float32"),
+        ({"out": torch.empty_like(inputs["hidden_states"])[:2]}, "out is"),
+        ({"out": torch.empty_like(inputs["hidden_states"]).float()}, "out is float32"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            kernel.launch(row, **(inputs | changed))
+
+
+@needs_kernels
 @pytest.mark.parametrize("shape", [MoEShape(16, 2, 64, 32), FP8])
 def test_warming_runs_both_ways(shape):
     """What the warming processes run: each config with and without alignment; a failure is told, not raised."""

@@ -44,7 +44,7 @@ def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
         with applied(mutant, tests.tree):
             killer = run(tests.tree, names, whole) if names or whole else None
         while killer is not None:
-            if tests.passes(killer):
+            if tests.passes(killer, {name.split("::")[0] for name in [*names, *whole]}):
                 return "killed", killer
             unsound = [name for name, passes in tests.sound.items() if not passes]
             with applied(mutant, tests.tree):

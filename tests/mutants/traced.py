@@ -169,10 +169,21 @@ class Tests:
         found = [f for f in self.files if f.stem in also | {f"test_{stem}"} or named.search(f.read_text())]
         return sorted(found, key=lambda file: file.stem in known()["slow"])
 
-    def passes(self, name: str) -> bool:
-        """Whether a test passes on the library as it is, tried once: what fails there, or now and then, kills nothing."""
+    def passes(self, name: str, files: Iterable[str]) -> bool:
+        """Whether a test passes on the library as it is, tried once: what fails there, or now and then, kills nothing.
+
+        Raises:
+            SystemExit: not even the test files can be imported.
+        """
+        if "::" not in name:
+            for file in files:
+                if file not in self.sound:
+                    self.sound[file] = run(self.tree, [], [file], collect=True) is None
+                if not self.sound[file]:
+                    raise SystemExit(f"{file} cannot be imported: {STORE / 'mutant.log'}")
+            return True
         if name not in self.sound:
-            self.sound[name] = "::" not in name or run(self.tree, [name], []) is None
+            self.sound[name] = run(self.tree, [name], []) is None
         return self.sound[name]
 
     def of(self, mutant: Mutant, files: Iterable[pathlib.Path], near: bool) -> list[str]:
@@ -221,7 +232,9 @@ def trace(tree: pathlib.Path, file: pathlib.Path, store: pathlib.Path, sources: 
     return int(status), b""
 
 
-def run(tree: pathlib.Path, tests: list[str], whole: list[str], without: Iterable[str] = ()) -> str | None:
+def run(
+    tree: pathlib.Path, tests: list[str], whole: list[str], without: Iterable[str] = (), collect: bool = False
+) -> str | None:
     """The first test that fails on the tree as it is, of some and then of whole files; None if none does."""
     scratch = tree.parent / "basetemp"
 
@@ -231,7 +244,7 @@ def run(tree: pathlib.Path, tests: list[str], whole: list[str], without: Iterabl
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         plugin = Only({name: place for place, name in enumerate(tests)}, whole, without)
         files = dict.fromkeys(str(tree / name.split("::")[0]) for name in [*tests, *whole])
-        marks = ["-m", "not release and not slow"]
+        marks = ["-m", "not release and not slow", *(["--collect-only"] if collect else [])]
         status = pytest.main([*pytest_args(tree, scratch), *marks, "-x", *files], plugins=[plugin])
         return int(status), (plugin.failed or ["at import"])[0].encode()
 
