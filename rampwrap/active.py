@@ -22,7 +22,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from rampwrap.bench import Bench, Inputs
+from rampwrap.bench import PATIENCE_S, Bench, Inputs
 from rampwrap.device import Device
 from rampwrap.errors import FitError, InputError
 from rampwrap.grid import FloatArray, IntArray
@@ -56,7 +56,7 @@ class Exploration:
     """What was measured.
 
     Attributes:
-        us: float64 [W, C], NaN in cells that were not, and in all of a config that turned out not to run.
+        us: float64 [W, C], NaN in cells that were not.
         cells: how many were measured.
         gave_up: one sentence on what time did not allow; None if all went as planned.
     """
@@ -141,7 +141,10 @@ class _Search:
         added = 0
         # Shuffled, so that a budget that ends here has tried a bit of everything.
         configs = np.random.default_rng(0).permutation(self.us.shape[1]).tolist()
-        for number, row in enumerate(self._order[:SEEDS]):
+        number = 0
+        for row in self._order:
+            if number == SEEDS:
+                break
             start = self._clock()
             # A config that the first workload had no time for is not begun on the second.
             wanted = configs if number == 0 else [c for c in configs if self._asked[self._order[0], c]]
@@ -149,6 +152,7 @@ class _Search:
             # The second seed has the most tokens: its cells take twice as long as the average one, or more.
             self._seconds_per_cell = 0.5 * (self._clock() - start) / max(got, 1)
             added += got
+            number += not self._lost()[row]  # one that nothing ran on teaches nothing
         return added
 
     def affordable(self, cells: int) -> int:
@@ -187,7 +191,7 @@ class _Search:
                 expected = expected / np.nanmin(np.where(np.isnan(self.us), np.inf, self.us), axis=1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.log(expected)
-        score[np.isnan(score) | self._asked | self._dead()] = np.inf
+        score[np.isnan(score) | self._asked | self._dead() | self._lost()[:, None]] = np.inf
         score += SPREAD * np.argsort(np.argsort(score, axis=1, kind="stable"), axis=1, kind="stable")
         chosen = np.zeros(score.shape, dtype=np.bool_)
         chosen.flat[_least(score.ravel(), cells)] = True
@@ -206,7 +210,6 @@ class _Search:
     def result(self, left: int) -> Exploration:
         """What is known, with `left` planned cells that were not measured."""
         us = self.us.copy()
-        us[:, self._dead()] = np.nan
         return Exploration(us, int(np.isfinite(us).sum()), self._gave_up(left))
 
     def _gave_up(self, left: int) -> str | None:
@@ -227,6 +230,8 @@ class _Search:
 
     def _ask(self, row: int, configs: Sequence[int], until: float = 1.0) -> int:
         """Measures those configs that were not yet, in chunks, until that share of the budget is over."""
+        if self._lost()[row]:
+            return 0
         todo = [config for config in configs if not self._asked[row, config] and not self._dead()[config]]
         step = max(len(todo), 1) if self._budget is None else CHUNK
         for first in range(0, len(todo), step):
@@ -239,8 +244,13 @@ class _Search:
         return len(todo)
 
     def _dead(self) -> npt.NDArray[np.bool_]:
-        """Configs that turned out not to run."""
-        return np.asarray((self._asked & np.isnan(self.us)).any(axis=0))
+        """Configs that ran nowhere, though they were asked for on a workload where others did."""
+        tried = self._asked & ~self._lost()[:, None]
+        return np.asarray(tried.any(axis=0) & np.isnan(self.us).all(axis=0))
+
+    def _lost(self) -> npt.NDArray[np.bool_]:
+        """Workloads on which nothing ran: too large for the memory, say."""
+        return np.asarray(self._asked.any(axis=1) & np.isnan(self.us).all(axis=1))
 
     def _forgiving(self, row: int) -> FloatArray:
         """Log time over the best that each config can be hoped to have on a workload, float64 [C].
@@ -305,6 +315,8 @@ def profile_active(
     device: Device | None = None,
     quiet: bool = False,
     seed: int = 0,
+    replace: bool = False,
+    patience_s: float = PATIENCE_S,
 ) -> Timings:
     """Like `profiler.profile`, but of few cells: the others are NaN, and such a table is fitted as it is.
 
@@ -327,14 +339,15 @@ def profile_active(
         device=device,
         quiet=quiet,
         seed=seed,
+        replace=replace,
+        patience_s=patience_s,
     ) as bench:
         num_configs = len(bench.configs)
         bench.expect(max(int(share * len(bench.keys) * num_configs), SEEDS * num_configs + MIN_CELLS * len(bench.keys)))
         uniform = np.array([str(workload.routing) == "uniform" for workload in bench.workloads])
-        predict = _model(bench.timings())
+        predict = _model(bench.blank())
         found = explore(bench.counts, uniform, num_configs, bench.measure, predict, share=share, budget_s=budget_s)
         table = bench.timings(notes=_notes(found))
-        table = attrs.evolve(table, us=found.us, spread=_where_known(table.spread, found.us))
         return bench.finish(table, complete=found.gave_up is None)
 
 

@@ -6,43 +6,60 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+import attrs
 import numpy as np
 
 from rampwrap._version import __version__
 from rampwrap.device import Device, device_of
-from rampwrap.errors import ConfigError, DeviceFault, InputError
+from rampwrap.errors import ConfigError, DeviceFault, InputError, RampwrapError
+from rampwrap.files import check_target, is_regular
 from rampwrap.grid import FloatArray, IntArray
-from rampwrap.journal import Header, Journal, row_keys, to_timings
-from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, format_config, kernel_version, refusal
+from rampwrap.journal import Begun, Header, Journal, row_keys, to_timings
+from rampwrap.kernel import (
+    Config,
+    Kernel,
+    MoEShape,
+    check_configs,
+    config_key,
+    format_config,
+    index_by_key,
+    kernel_version,
+    refusal,
+)
+from rampwrap.losses import Losses, reason_of
+from rampwrap.rounds import HOPELESS, summarise
 from rampwrap.routing import Workload
-from rampwrap.timer import Measurement, Timed, Timer, default_timer
+from rampwrap.standing import cells_of, standing
+from rampwrap.timer import Timed, Timer, default_timer, is_memory, no_gpu
 from rampwrap.timings import Timings
+from rampwrap.watchdog import Hung, Watchdog
 
 Inputs = Callable[..., dict[str, Any]]
 "``inputs(shape, topk_ids, seed=0)``: keyword arguments for `Kernel.launch` on random data."
 
 JOURNAL_SUFFIX = ".journal.jsonl"
-# A config this many times slower than the best of its workload in the survey is not measured again: it will not be
-# chosen, and the slowest configs are where most of the time would go.
-HOPELESS = 1.25
-# Of so many leaders the median drift between two rounds is known better than the time of any one of them.
-ENOUGH_FOR_DRIFT = 8
 # More shifts than this would need more copies of the activations than is worth a cold L2.
 MAX_ROTATIONS = 16
+PATIENCE_S = 300.0
+"Seconds after which a launch, its compilation included, counts as hung."
+# A config in whose launch the process ended so often is passed over; once may be a kill from outside.
+ENOUGH_DEATHS = 2
 
 
 class Bench:
     """A kernel with workloads, any cell of which can be timed: ``with Bench(...) as bench: bench.measure(0, [3, 7])``.
 
-    Cells already in the journal are never timed again. What a kernel needs to be timed is described at `profile`.
+    Cells already in the journal, or in a table that stands at `out`, are never timed again. What a kernel needs to be
+    timed is described at `profile`.
 
     Attributes:
         counts: int64 [workloads, num_local_experts].
-        reasons: configs that cannot run, with the reason.
+        reasons: configs that cannot run, with the reason: refused, or they end or hang what runs them.
+        lost: cells and rows without a time; another run tries them again.
     """
 
     def __init__(
@@ -59,6 +76,8 @@ class Bench:
         device: Device | None = None,
         quiet: bool = False,
         seed: int = 0,
+        replace: bool = False,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         if rounds < 1:
             raise InputError(f"rounds is {rounds}; give at least 1.")
@@ -71,7 +90,8 @@ class Bench:
         self.counts: IntArray = np.array([counts for _, _, counts in self.keys], dtype=np.int64)
         refused = refusals(kernel, self.configs, shape)
         self.device = device or device_of(kernel)
-        self.timer = timer or default_timer(self.device, shape)
+        simulated = isinstance(getattr(kernel, "device", device), Device)
+        self.timer = timer or default_timer(self.device, shape, simulated=simulated)
         self._inputs: Inputs = made
         self._rounds, self._quiet, self._seed = rounds, quiet, seed
         self._out = out
@@ -84,11 +104,25 @@ class Bench:
             grids=tuple(kernel.grid(config, shape) for config in self.configs),
             timer=self.timer.name,
         )
-        self._journal = Journal(journal_path(out), self._header)
+        if out is not None:
+            check_target(out)
+        self._journal = Journal(journal_path(out), self._header, replace=replace)
+        self._reused = 0
+        try:
+            if out is not None and not replace:
+                self._reuse(out)
+        except RampwrapError:
+            self._journal.close()
+            raise
         self._journal.cells.reasons.update(refused)
         self.reasons = self._journal.cells.reasons
+        self.lost = Losses()
+        self._short = False  # of memory, in the visit under way
+        self._patience_s = patience_s
         self._progress: Any = None
         self._compiled: set[int] = set()
+        self._watchdog = Watchdog(patience_s, self._book_hang)
+        self._watched: int | None = None
         self._start = time.monotonic()
 
     def __enter__(self) -> "Bench":
@@ -99,6 +133,7 @@ class Bench:
     ) -> None:
         if self._progress is not None:
             self._progress.close()
+        self._watchdog.close()
         self._journal.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self._journal.path and not self._quiet:
             kept = len(self._journal.cells.rows)
@@ -124,25 +159,97 @@ class Bench:
         )
 
     def missing(self, row: int, configs: Sequence[int]) -> list[int]:
-        """Those of the configs that can run and are not yet measured on this workload."""
-        known = self._journal.cells.rows.get(self.keys[row], {})
-        return [config for config in configs if config not in known and config not in self.reasons]
+        """Those of the configs that may run on this workload and are not yet measured nor given up in this run."""
+        if row in self.lost.rows:
+            return []
+        known = self._known(row)
+        ran = {config for cells in self._journal.cells.rows.values() for config in cells}
+        tired = self.lost.tired(ran)
+        return [
+            config
+            for config in configs
+            if not (config in known or config in self.reasons or config in tired or (row, config) in self.lost.cells)
+        ]
 
     def measure(self, row: int, configs: Sequence[int]) -> FloatArray:
-        """Microseconds of some configs on one workload, float64 [len(configs)]; NaN for a config that cannot run.
+        """Microseconds of some configs on one workload, float64 [len(configs)]; NaN for a cell that has none.
+
+        What fails is tried once more, without the others, whose graphs and memory are free by then.
 
         Raises:
             DeviceFault: a config lost the GPU; it is recorded as failed.
             TableError: the journal cannot be written.
         """
+        self._probe()
         todo = self.missing(row, configs)
-        if todo:
+        for attempt in range(2):
+            if not todo or row in self.lost.rows:
+                break
             start = time.monotonic()
             cells = self._revisit(row, todo) if self.timer.drifts else self._time(row, todo)
-            self._journal.append(self.keys[row], cells, time.monotonic() - start)
-        known = self._journal.cells.rows.get(self.keys[row], {})
+            if cells:
+                self._journal.append(self.keys[row], cells, time.monotonic() - start)
+            failed = [config for config in todo if (row, config) in self.lost.cells]
+            if attempt == 0:
+                # Where none had room, one shows whether that was all there is to it.
+                todo = failed[:1] if self._short and not self._known(row) else failed
+                for config in todo:
+                    del self.lost.cells[row, config]
+        known = self._known(row)
+        if not known and row not in self.lost.rows:
+            self.lost.skip(row)
         nan = (np.nan, np.nan)
         return np.array([(nan if config in self.reasons else known.get(config, nan))[0] for config in configs])
+
+    def _known(self, row: int) -> dict[int, tuple[float, float]]:
+        return self._journal.cells.rows.get(self.keys[row], {})
+
+    def _reuse(self, out: str | os.PathLike[str]) -> None:
+        """Takes over the cells of a table that stands at the place, and what it says of configs that end a process."""
+        found = standing(out, self._header, self.keys)
+        if found is None:
+            return
+        cells = self._journal.cells
+        for key, row in cells_of(found, self._header).items():
+            new = {config: cell for config, cell in row.items() if config not in cells.rows.get(key, {})}
+            cells.rows.setdefault(key, {}).update(new)
+            self._reused += len(new)
+        number = index_by_key(self.configs)
+        for config, why in found.notes.get("passed_over", {}).items():
+            if config in number:
+                cells.reasons[number[config]] = self._journal.booked[number[config]] = why
+
+    def _probe(self) -> None:
+        """Tries first, and alone, what was about to run when the last process ended; twice is enough."""
+        if not self._journal.cells.begun:
+            return
+        begun: Begun = self._journal.cells.begun[0]
+        self._journal.cells.begun.clear()
+        if begun.config >= len(self.configs) or begun.config in self.reasons:
+            return
+        what = f"{format_config(self.configs[begun.config])} on {begun.label}"
+        deaths = begun.deaths + 1
+        if deaths >= ENOUGH_DEATHS:
+            self._journal.fail(begun.config, f"the process ended {deaths} times while it ran on {begun.label}")
+            self._say(f"config {what}: {self.reasons[begun.config]}; it is passed over.")
+            return
+        row = next((row for row, key in enumerate(self.keys) if key[:2] == (begun.label, begun.split)), None)
+        if row is None:
+            return
+        self._say(f"the process ended while config {what} ran; it is tried once more, alone.")
+        kwargs = self._arguments(row)
+        if kwargs:
+            with self._guarded(row, begun.config, begin=deaths):
+                call = functools.partial(self.kernel.launch, self.configs[begun.config], **kwargs[0])
+                self.timer.prepare([call]).sample()
+            self.lost.cells.pop((row, begun.config), None)  # it lived: whatever else it had is seen again
+            self.timer.release()
+        self._journal.pause()
+
+    def _say(self, text: str) -> None:
+        if self._progress is not None and not self._quiet:
+            self._progress.clear()
+        print(f"rampwrap: {text}", file=sys.stderr, flush=True)
 
     def _revisit(self, row: int, todo: Sequence[int]) -> dict[int, tuple[float, float]]:
         """Times configs of a workload on the scale of its earlier visits.
@@ -160,17 +267,20 @@ class Bench:
         return {config: (us * scale, spread) for config, (us, spread) in cells.items()}
 
     def timings(self, rows: Sequence[int] | None = None, *, notes: dict[str, Any] | None = None) -> Timings:
-        """The table of these workloads, all by default.
+        """The table of these workloads, all by default; those that were skipped are left out.
 
         Raises:
-            ConfigError: no config ran.
+            ConfigError: there is no time in it.
         """
-        if len(self.reasons) == len(self.configs):
-            first = next(iter(self.reasons.values()))
-            raise ConfigError(f"no config of kernel {self.kernel.name!r} can run {self.shape}; the first says: {first}")
-        chosen = range(len(self.keys)) if rows is None else rows
-        everything = {**self._provenance(), **(notes or {})}
-        return to_timings(self._header, [self.keys[row] for row in chosen], self._journal.cells, everything)
+        chosen = [row for row in (range(len(self.keys)) if rows is None else rows) if row not in self.lost.rows]
+        if not any(self._known(row) for row in chosen):
+            missing = no_gpu() if not isinstance(getattr(self.kernel, "device", None), Device) else None
+            start = f"there is no GPU ({missing}), and " if missing else ""
+            raise ConfigError(start + self.lost.nothing(self.kernel.name, self.shape, self.reasons, self.keys))
+        everything = {**self._provenance(), **self._losses(), **(notes or {})}
+        table = to_timings(self._header, [self.keys[row] for row in chosen], self._journal.cells, everything)
+        never = {config: why for (_, config), why in self.lost.cells.items() if np.isnan(table.us[:, config]).all()}
+        return attrs.evolve(table, reasons=dict(sorted({**never, **table.reasons}.items())))
 
     def finish(self, timings: Timings, *, complete: bool = True) -> Timings:
         """Saves the table, where there is an output file, and removes the journal if nothing is left to measure."""
@@ -179,6 +289,19 @@ class Bench:
             if complete:
                 self._journal.remove()
         return timings
+
+    def blank(self) -> Timings:
+        """The table of all workloads as far as it is known, with nothing measured in it perhaps."""
+        return to_timings(self._header, self.keys, self._journal.cells, {})
+
+    def _losses(self) -> dict[str, Any]:
+        """What a table lacks, and what it had already, for its notes."""
+        found = self.lost.notes(self.keys, self.configs)
+        if self._journal.booked:
+            found["passed_over"] = {config_key(self.configs[c]): why for c, why in self._journal.booked.items()}
+        if self._reused:
+            found["reused_cells"] = self._reused
+        return found
 
     def _time(self, row: int, todo: Sequence[int]) -> dict[int, tuple[float, float]]:
         """Prepares all; the first round surveys them, the leaders are sampled in the others.
@@ -189,11 +312,18 @@ class Bench:
         rng = np.random.default_rng([self._seed, row])
         samples: dict[int, list[list[float]]] = {}
         ready: dict[int, Timed] = {}
+
+        def lost(config: int) -> bool:
+            return config in self.reasons or (row, config) in self.lost.cells
+
+        self._short = False
         try:
             variants = self._arguments(row)
+            if not variants:
+                return {}
             self._precompile(todo, variants[0])
             for config in todo:
-                with self._surviving(config):
+                with self._guarded(row, config, begin=0):
                     chosen = self.configs[config]
                     calls = [functools.partial(self.kernel.launch, chosen, **kwargs) for kwargs in variants]
                     ready[config] = self.timer.prepare(calls)
@@ -201,19 +331,20 @@ class Bench:
                     self._advance()
             for done in range(self._rounds):
                 for config in rng.permutation(np.array(list(ready), dtype=np.int64)).tolist():
-                    with self._surviving(config):
+                    with self._guarded(row, config, begin=None if done else 0):
                         taken = ready[config].sample()
                         samples.setdefault(config, []).append(taken)
+                self._journal.pause()
                 best = min((min(found[0]) for found in samples.values() if found), default=0.0)
                 for config in list(ready):
                     hopeless = config in samples and min(samples[config][0]) > HOPELESS * best
-                    if config in self.reasons or hopeless or done == self._rounds - 1:
+                    if lost(config) or hopeless or done == self._rounds - 1:
                         del ready[config]
                         self._advance()
         finally:
             ready.clear()
             self.timer.release()
-        found = summarise({config: rounds for config, rounds in samples.items() if config not in self.reasons})
+        found = summarise({config: rounds for config, rounds in samples.items() if not lost(config)})
         if found and self._progress is not None:
             config = min(found, key=lambda index: found[index].us)
             text = f"{self.workloads[row].label}: {found[config].us:.1f} us with {format_config(self.configs[config])}"
@@ -230,7 +361,28 @@ class Bench:
                 hook([self.configs[config] for config in new], **arguments)
 
     def _arguments(self, row: int) -> list[dict[str, Any]]:
-        """Keyword arguments of a launch, once for each shift of the expert ids that the timer asks for."""
+        """Keyword arguments of a launch, once for each shift of the expert ids that the timer asks for.
+
+        None where they cannot be made, also when all else is freed: the row is skipped.
+        """
+        for attempt in range(2):
+            try:
+                with self._watchdog.watching(f"making the inputs of {self.workloads[row].label}"):
+                    return self._made(row)
+            except Exception as error:
+                reason = reason_of(error)
+                if (fault := self.timer.fault()) is not None:
+                    raise DeviceFault(
+                        f"the GPU was lost ({fault}) while the inputs of {self.workloads[row].label} were made; "
+                        "run the same command again."
+                    ) from error
+            if attempt:
+                self.lost.rows[row] = reason
+            else:
+                self.timer.release()
+        return []
+
+    def _made(self, row: int) -> list[dict[str, Any]]:
         import torch
 
         shape = self.shape
@@ -248,21 +400,42 @@ class Bench:
         return variants
 
     @contextlib.contextmanager
-    def _surviving(self, config: int) -> Iterator[None]:
-        """Turns whatever the body raises into the reason why `config` is NaN."""
+    def _guarded(self, row: int, config: int, *, begin: int | None) -> Iterator[None]:
+        """Turns whatever the body raises into the reason why the cell is NaN, and books what hangs or loses the GPU.
+
+        Args:
+            begin: how often the process ended in this launch before; None where the config has run on the row.
+        """
+        what = f"config {format_config(self.configs[config])} on {self.workloads[row].label}"
+        if begin is not None:
+            self._journal.begin(config, self.keys[row], begin)
+        self._watched = config
         try:
-            yield
+            with self._watchdog.watching(what):
+                yield
+        except Hung:
+            self._say(f"{what} did not return in time; it is passed over.")
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+            self.lost.cells[row, config] = reason = reason_of(error)
+            self._short |= is_memory(error)
             fault = self.timer.fault()
-            self._journal.fail(config, reason)
             if fault is not None:
+                self._journal.fail(config, reason)
                 kept = f"run the same command again to go on without it (kept in {self._journal.path})"
                 raise DeviceFault(
-                    f"config {format_config(self.configs[config])} lost the GPU ({fault}); "
+                    f"{what} lost the GPU ({fault}); "
                     + (kept if self._journal.path else "leave it out, and give an output file to keep what is measured")
                     + "."
                 ) from error
+        finally:
+            self._watched = None
+
+    def _book_hang(self, what: str) -> None:
+        """In the watchdog's thread, while the launch still runs."""
+        if self._watched is not None:
+            self._journal.fail(
+                self._watched, f"it did not return within {self._patience_s:g} s ({what.split(' on ')[-1]})"
+            )
 
     def _advance(self) -> None:
         if self._progress is not None:
@@ -279,36 +452,9 @@ class Bench:
         }
 
 
-def summarise(samples: Mapping[int, list[list[float]]]) -> dict[int, Measurement]:
-    """Median and spread of each config, after the drift that all leaders share is taken out of every round.
-
-    Args:
-        samples: by config, its microseconds round by round; the survey first, and alone for configs that were out.
-    """
-    leaders = {config: rounds[1:] for config, rounds in samples.items() if len(rounds) > 1}
-    if len(leaders) < ENOUGH_FOR_DRIFT:
-        return {
-            config: Measurement.of(np.concatenate(rounds[1:] or rounds).tolist()) for config, rounds in samples.items()
-        }
-    middle = {config: float(np.median(np.concatenate(rounds))) for config, rounds in leaders.items()}
-
-    def drift(number: int) -> float:
-        """Of a round, against the medians of the leaders it holds."""
-        shares = [np.median(samples[c][number]) / middle[c] for c in leaders if len(samples[c]) > number]
-        return float(np.median(shares))
-
-    drifts = [drift(number) for number in range(max(map(len, samples.values())))]
-    return {
-        config: Measurement.of(
-            [us / drifts[n] for n, part in enumerate(rounds) for us in part if n or len(rounds) == 1]
-        )
-        for config, rounds in samples.items()
-    }
-
-
 def journal_path(out: str | os.PathLike[str] | None) -> str | None:
-    """Where the journal of a table lies: beside it."""
-    return None if out is None else os.fspath(out) + JOURNAL_SUFFIX
+    """Where the journal of a table lies: beside it; none for a table that goes into a FIFO or a device."""
+    return None if out is None or not is_regular(out) else os.fspath(out) + JOURNAL_SUFFIX
 
 
 def refusals(kernel: Kernel, configs: Sequence[Config], shape: MoEShape) -> dict[int, str]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 from rampwrap import schema
 from rampwrap.device import Device
 from rampwrap.errors import InputError, RampwrapError, TableError
+from rampwrap.files import locked
 from rampwrap.grid import CtaGrid, IntArray
 from rampwrap.kernel import Config, MoEShape, check_configs, config_key
 from rampwrap.routing import Workload, expert_counts
@@ -91,7 +91,7 @@ class Measured:
 
 @attrs.frozen
 class Failed:
-    """A line of the file: a config that cannot run."""
+    """A line of the file: a config that ends or hangs what runs it."""
 
     failed: int
     reason: str
@@ -99,6 +99,21 @@ class Failed:
     def check(self, header: Header) -> None:
         """Whether it is of this profile; TableError where it has no such config."""
         check_index(self.failed, header)
+
+
+@attrs.frozen
+class Begun:
+    """The last line of a file whose process ended meanwhile: a launch that was about to happen."""
+
+    begun: int
+    label: str
+    split: str
+    deaths: int = attrs.field(default=0, validator=between(0, 1000, TableError))
+    "How often the process had ended in it before."
+
+    def check(self, header: Header) -> None:
+        """Whether it is of this profile; TableError where it has no such config."""
+        check_index(self.begun, header)
 
 
 def check_index(config: int, header: Header) -> None:
@@ -113,10 +128,16 @@ class Cells:
 
     rows: dict[RowKey, dict[int, tuple[float, float]]] = attrs.field(factory=dict)
     reasons: dict[int, str] = attrs.field(factory=dict)
-    "Why a config failed, by its index."
+    "Why a config cannot run, by its index."
+    begun: list[Begun] = attrs.field(factory=list)
+    "What was about to run when nothing more was recorded: one entry, or none."
 
-    def add(self, record: "Measured | Failed") -> float:
+    def add(self, record: "Measured | Failed | Begun") -> float:
         """Takes in one record of the file and returns the seconds it took."""
+        self.begun.clear()
+        if isinstance(record, Begun):
+            self.begun.append(record)
+            return 0.0
         if isinstance(record, Failed):
             self.reasons[record.failed] = record.reason
             return 0.0
@@ -133,33 +154,60 @@ class Journal:
 
     Attributes:
         cells: everything in the file.
+        booked: configs that ended or hung what ran them, with the reason; `cells.reasons` may hold others too.
         seconds: time spent on it, over all runs.
 
     Args:
         path: the file; None keeps everything in memory only.
 
+        replace: whether the journal of another profile is discarded; an empty one always is.
+
     Raises:
         TableError: the file is no journal, one of another kernel, version, shape, device or config list, or in use.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, header: Header) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, header: Header, *, replace: bool = False) -> None:
         self.path = None if path is None else pathlib.Path(path)
         self.cells = Cells()
         self.seconds = 0.0
+        self.booked: dict[int, str] = {}
         self._stream: io.FileIO | None = None
+        self._passing: int | None = None
+        "Where a line starts that the next one replaces."
+        self._lock = contextlib.ExitStack()
         if self.path is not None:
-            self._open(self.path, header)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._lock.close)
+                self._acquire(self.path)
+                self._open(self.path, header, replace)
+                undo.pop_all()
 
-    def _open(self, path: pathlib.Path, header: Header) -> None:
+    def _acquire(self, path: pathlib.Path) -> None:
+        try:
+            self._lock.enter_context(locked(path))
+        except TimeoutError as error:
+            lines = _read(path)[0] if path.exists() else []
+            raise TableError(
+                f"{path} is in use by another profile, which has recorded {len(lines[1:])} lines so far; "
+                "wait for it or choose another output file."
+            ) from error
+        except OSError as error:
+            raise TableError(
+                f"{path} cannot be written ({error.strerror}); choose a folder that exists and is writable."
+            ) from error
+
+    def _open(self, path: pathlib.Path, header: Header, replace: bool) -> None:
+        """Reads what is there and opens it for more, all under the lock."""
         lines, good = _read(path) if path.exists() else ([], 0)
         if lines:
-            other = _header(path, lines[0])
-            difference = header.difference(other)
-            if difference:
+            difference = self._take(path, header, lines, replace)
+            if difference and not replace and len(lines) > 1:
                 raise TableError(
-                    f"{path} is the journal of another profile ({difference}); delete it or choose another output file."
+                    f"{path} is the journal of another profile ({difference}); delete it, choose another output file or "
+                    "pass --replace (replace=True)."
                 )
-            self.seconds = _fill(path, other, self.cells, lines)
+            if difference:
+                lines, good, self.cells, self.seconds = [], 0, Cells(), 0.0
         try:
             # Unbuffered: a write either raises here or has reached the kernel, and nothing is retried at close.
             stream = path.open("ab", buffering=0)
@@ -167,17 +215,26 @@ class Journal:
             raise TableError(
                 f"{path} cannot be written ({error.strerror}); choose a folder that exists and is writable."
             ) from error
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.close()
-            raise TableError(
-                f"{path} is in use by another profile; wait for it or choose another output file."
-            ) from error
         stream.truncate(good)
         self._stream = stream
+        self.booked.update(self.cells.reasons)
+        if self.cells.begun:
+            self._passing = good - len(lines[-1]) - 1
         if not lines:
             self._write({"journal": SCHEMA, **schema.dump(header)})
+
+    def _take(self, path: pathlib.Path, header: Header, lines: Sequence[bytes], replace: bool) -> str | None:
+        """Takes the lines in; in words, why they are another profile's."""
+        try:
+            other = _header(path, lines[0])
+            difference = header.difference(other)
+            if difference is None:
+                self.seconds = _fill(path, other, self.cells, lines)
+        except TableError as error:
+            if not replace:
+                raise
+            return str(error)
+        return difference
 
     def append(self, key: RowKey, cells: Mapping[int, tuple[float, float]], seconds: float) -> None:
         """Records measured cells of one row.
@@ -193,34 +250,64 @@ class Journal:
         self._record(Measured(label, split, counts, tuple(listed), round(seconds, 3)))
 
     def fail(self, config: int, reason: str) -> None:
-        """Records that a config cannot run, so that no later run tries it again."""
+        """Records that a config ends what runs it, so that no later run tries it again."""
+        self.booked[config] = reason
         self._record(Failed(config, reason))
 
-    def close(self) -> None:
-        """Leaves the file for the next run."""
+    def begin(self, config: int, key: RowKey, deaths: int = 0) -> None:
+        """Records that a config is about to be launched on a row: if nothing follows, it has ended the process.
+
+        The next record takes its place. Not synced: the end of a process loses nothing that was written.
+        """
         if self._stream is not None:
-            self._stream.close()
+            record = Begun(config, key[0], key[1], deaths)
+            self._write(schema.dump(record), passing=True)
+            self.cells.add(record)
+
+    def pause(self) -> None:
+        """What was begun has returned, or was left in good order."""
+        self.cells.begun.clear()
+        if self._stream is not None and self._passing is not None:
+            self._stream.truncate(self._passing)
+            self._passing = None
+
+    def close(self) -> None:
+        """Leaves the file for the next run; one without a result goes."""
+        if self._stream is None or self._stream.closed:
+            return
+        with contextlib.suppress(OSError):
+            self.pause()
+        self._stream.close()
+        if self.path is not None and self.path.exists() and len(_read(self.path)[0]) < 2:
+            self.path.unlink()
+        self._lock.close()
 
     def remove(self) -> None:
-        """Closes and deletes the file: the table that it led to is saved."""
-        self.close()
+        """Deletes and closes the file: the table that it led to is saved."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+        self.close()
 
     def _record(self, record: Measured | Failed) -> None:
         self._write(schema.dump(record))
         self.seconds += self.cells.add(record)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any], passing: bool = False) -> None:
         if self._stream is None:
             return
         line = json.dumps(schema.seal(record), separators=(",", ":")).encode() + b"\n"
+        if self._passing is not None:
+            self._stream.truncate(self._passing)
+            self._passing = None
         start = os.fstat(self._stream.fileno()).st_size
         try:
             written = self._stream.write(line)
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._stream.fileno())
+            if passing:
+                self._passing = start
+            else:
+                os.fsync(self._stream.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):  # the reader drops a torn line as well
                 self._stream.truncate(start)
@@ -324,7 +411,9 @@ def _fill(path: pathlib.Path, header: Header, cells: Cells, lines: Sequence[byte
     for number, line in enumerate(lines[1:], start=2):
         try:
             raw = _line(line, sealed)
-            kind: type[Measured | Failed] = Failed if "failed" in raw else Measured
+            kind: type[Measured | Failed | Begun] = (
+                Failed if "failed" in raw else Begun if "begun" in raw else Measured
+            )
             record = schema.read(raw, kind, TableError)
             record.check(header)
             seconds += cells.add(record)

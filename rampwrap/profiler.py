@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from rampwrap.bench import Bench, Inputs, journal_path, refusals
+from rampwrap.bench import PATIENCE_S, Bench, Inputs, journal_path, refusals
 from rampwrap.device import Device, device_of
 from rampwrap.errors import TableError
 from rampwrap.journal import row_keys
@@ -30,10 +30,16 @@ def profile(
     device: Device | None = None,
     quiet: bool = False,
     seed: int = 0,
+    replace: bool = False,
+    patience_s: float = PATIENCE_S,
 ) -> Timings:
     """Times every config on every workload.
 
-    A config that `kernel.supports` refuses or that raises becomes NaN, with its reason in `Timings.reasons`.
+    A config that `kernel.supports` refuses becomes NaN, with its reason in `Timings.reasons`. A launch that raises costs
+    its cell alone, tried twice; a workload whose inputs cannot be made, or on which nothing ran, is left out. The notes
+    say so under ``failed`` and ``skipped``, and the same call measures what is missing. A config that ends the process,
+    loses the GPU or hangs is passed over by the next call (``passed_over``).
+
     Measured workloads are on disk (`journal_path(out)`) before the next one starts: after a kill, Ctrl-C or a full
     disk the same call goes on where it stopped, and `journal.read_journal` reads what is there.
 
@@ -52,13 +58,16 @@ def profile(
         device: where it runs; the kernel's own `device` or torch's GPU by default.
         quiet: no progress on stderr.
         seed: of the input data and of the order.
+        replace: overwrites what stands at `out`; by default its cells are taken over, and a table of anything else is
+            refused. An unfinished profile of the same is gone on with all the same.
+        patience_s: seconds after which a launch, its compilation included, counts as hung.
 
     Returns:
         Timings [workloads, configs].
 
     Raises:
         InputError, ConfigError: nothing that can be measured was asked for.
-        TableError: `out` or its journal cannot be written, or the journal is another profile's.
+        TableError: `out` or its journal cannot be written, or is another profile's.
         DeviceFault: a config lost the GPU.
     """
     with Bench(
@@ -73,6 +82,8 @@ def profile(
         device=device,
         quiet=quiet,
         seed=seed,
+        replace=replace,
+        patience_s=patience_s,
     ) as bench:
         everything = range(len(bench.configs))
         bench.expect(sum(len(bench.missing(row, everything)) for row in range(len(bench.keys))))
@@ -85,7 +96,7 @@ def profile(
                 continue
             bench.measure(row, everything)
             done.append(row)
-            timed += new
+            timed += new and row not in bench.lost.rows
         left = len(bench.keys) - len(done)
         notes = {} if not left else {"gave_up": f"{left} of {len(bench.keys)} workloads: {budget_s:g} s were over."}
         return bench.finish(bench.timings(sorted(done), notes=notes), complete=not left)
@@ -96,7 +107,7 @@ def finished(
 ) -> Timings | None:
     """The table at `out`, if it is a finished profile of the kernel as it is here, on this GPU and these workloads."""
     journal = journal_path(out)
-    if out is None or journal is None or os.path.lexists(journal):
+    if out is None or journal is None or os.path.lexists(journal):  # no journal goes beside a FIFO
         return None
     try:
         found = Timings.load(out)
@@ -120,14 +131,19 @@ class ProfilePlan:
     cells: int
     "Cells to time: workloads x configs without the refused ones."
     weight_bytes: int
-    seconds: float
-    "A projection from the device's bandwidth and matrix rate; first compilation included."
+    seconds: float | None
+    "A projection from the device's bandwidth and matrix rate, first compilation included; None without a GPU."
 
     def __str__(self) -> str:
         text = f"{self.workloads} workloads x {self.configs} configs = {self.cells} cells"
         if self.refused:
             text += f" ({len(self.refused)} configs refused)"
-        return f"{text}, {self.weight_bytes / 1e6:.0f} MB of weights, about {_clock(self.seconds)}"
+        text += f", {self.weight_bytes / 1e6:.0f} MB of weights"
+        return (
+            f"{text}, about {_clock(self.seconds)}"
+            if self.seconds is not None
+            else f"{text}; no GPU to project a time for"
+        )
 
 
 def plan_profile(
@@ -140,13 +156,17 @@ def plan_profile(
     device: Device | None = None,
 ) -> ProfilePlan:
     """Counts and projects without a launch; the arguments and errors of `profile`."""
+    stated = isinstance(device or getattr(kernel, "device", None), Device)
     device = device or device_of(kernel)
     configs = check_configs(kernel.configs if configs is None else configs, f"kernel {kernel.name!r}")
     refused = refusals(kernel, configs, shape)
     counts = np.array([counts for _, _, counts in row_keys(shape, workloads)])
     usable = len(configs) - len(refused)
-    seconds = 0.0
-    if device.name != "simulated":
+    seconds: float | None = None
+    if device.name == "simulated":
+        # Measured: 0.06 ms a launch and its bookkeeping; what a kernel on the CPU takes is not known.
+        seconds = 6e-5 * rounds * len(counts) * usable if stated else None
+    else:
         # Set-up of a cell (eager launch, two captures) 10 ms, a compilation 1.5 s, four replays of 0.4 ms or two
         # launches a round; the average config is 2.5 times the roofline.
         launch = 2.5e-6 * roofline_us(device, shape, counts)
@@ -155,4 +175,6 @@ def plan_profile(
 
 
 def _clock(seconds: float) -> str:
+    if seconds < 1:
+        return "a second"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

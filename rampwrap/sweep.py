@@ -51,7 +51,9 @@ def sweep(
     # Another choice of configs would keep a profile that was killed from going on.
     found = finished(out, kernel, shape, rows)
     if found is None or list(map(config_key, found.configs)) != list(map(config_key, configs)):
-        found = profile(kernel, shape, rows, configs=configs, out=out, timer=timer, rounds=1, quiet=quiet, seed=seed)
+        found = profile(
+            kernel, shape, rows, configs=configs, out=out, timer=timer, rounds=1, quiet=quiet, seed=seed, replace=True
+        )
         # What a run that goes on will read: a file holds float32.
         found = found if out is None else Timings.load(out)
     return worth_keeping(found, most)

@@ -1,7 +1,11 @@
-"""Timers: microseconds of a call. `GraphTimer` replays CUDA graphs; `ReturnTimer` believes a simulated kernel."""
+"""Timers: microseconds of a call.
+
+`GraphTimer` replays CUDA graphs, `HostTimer` times a kernel on the CPU by the clock, `ReturnTimer` believes a simulated one.
+"""
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -12,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rampwrap.device import Device
-from rampwrap.errors import InputError
+from rampwrap.errors import DeviceFault, InputError
 from rampwrap.grid import FloatArray
 from rampwrap.kernel import MoEShape
 
@@ -128,6 +132,46 @@ class _Returned:
         return [float(value)]
 
 
+class HostTimer(ReturnTimer):
+    """Where there is no GPU: believes a number that a call returns, and times any other call by the clock.
+
+    Args:
+        target_us: duration of one sample, over as many calls as it takes.
+        samples: of one round.
+    """
+
+    name = "host"
+    drifts = True
+
+    def __init__(self, *, target_us: float = 2000.0, samples: int = 3) -> None:
+        self._target_us, self._samples = target_us, samples
+
+    def prepare(self, calls: Sequence[Call]) -> Timed:
+        """Runs one call, which shows what it is and warms it up."""
+        value = calls[0]()
+        if isinstance(value, int | float):
+            return _Returned(calls[0])
+        once = self._clock(calls[0], 1)
+        return _Clocked(self, calls[0], max(1, min(round(self._target_us / once), MAX_REPEATS)))
+
+    def _clock(self, call: Call, repeats: int) -> float:
+        """Microseconds of one of so many calls."""
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return max((time.perf_counter() - start) * 1e6 / repeats, 0.01)
+
+
+@attrs.frozen
+class _Clocked:
+    timer: HostTimer
+    call: Call
+    repeats: int
+
+    def sample(self) -> list[float]:
+        return [self.timer._clock(self.call, self.repeats) for _ in range(self.timer._samples)]
+
+
 class GraphTimer:
     """Times calls on the GPU as serving runs them: captured in a CUDA graph, weights not in L2.
 
@@ -231,6 +275,8 @@ class GraphTimer:
         try:
             self._torch.cuda.synchronize()
             self._torch.ones(1, device="cuda").item()
+        except self._torch.OutOfMemoryError:  # too little memory is no lost context
+            return None
         except Exception as error:
             return str(error).splitlines()[0]
         return None
@@ -317,14 +363,47 @@ class _Captured:
         return self.timer._replay(self.graph, self.repeats, self.timer._replays)
 
 
-def default_timer(device: Device, shape: MoEShape) -> Timer:
-    """A `GraphTimer` where torch has a GPU and `device` is not the simulated one, else a `ReturnTimer`."""
+def default_timer(device: Device, shape: MoEShape, *, simulated: bool = True) -> Timer:
+    """A `GraphTimer` where torch has a GPU and `device` is not the simulated one.
+
+    Args:
+        simulated: whether the kernel says itself that it is simulated, and so gets a `ReturnTimer`; without a GPU one
+            that does not gets a `HostTimer`.
+
+    Raises:
+        DeviceFault: the GPU cannot be used.
+    """
     if device.name != "simulated":
         import torch
 
         if torch.cuda.is_available():
-            return GraphTimer(device.l2_bytes, shape.weight_bytes)
-    return ReturnTimer()
+            try:
+                return GraphTimer(device.l2_bytes, shape.weight_bytes)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                text = str(error).strip().splitlines()[0]
+                raise DeviceFault(
+                    f"the GPU cannot be used ({text}); end what else runs on it, or choose another."
+                ) from error
+    return ReturnTimer() if simulated else HostTimer()
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was too short, as torch, CUDA and Python do."""
+    return (
+        isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "out of memory" in str(error).lower()
+    )
+
+
+def no_gpu() -> str | None:
+    """Why torch has no GPU here, in words; None if it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "no driver or device was found"
 
 
 def roofline_us(device: Device, shape: MoEShape, counts: npt.ArrayLike) -> FloatArray:
