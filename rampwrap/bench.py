@@ -225,13 +225,13 @@ class Bench:
             return
         begun: Begun = self._journal.cells.begun[0]
         self._journal.cells.begun.clear()
-        if begun.config >= len(self.configs) or begun.config in self.reasons:
+        if begun.begun >= len(self.configs) or begun.begun in self.reasons:
             return
-        what = f"{format_config(self.configs[begun.config])} on {begun.label}"
+        what = f"{format_config(self.configs[begun.begun])} on {begun.label}"
         deaths = begun.deaths + 1
         if deaths >= ENOUGH_DEATHS:
-            self._journal.fail(begun.config, f"the process ended {deaths} times while it ran on {begun.label}")
-            self._say(f"config {what}: {self.reasons[begun.config]}; it is passed over.")
+            self._journal.fail(begun.begun, f"the process ended {deaths} times while it ran on {begun.label}")
+            self._say(f"config {what}: {self.reasons[begun.begun]}; it is passed over.")
             return
         row = next((row for row, key in enumerate(self.keys) if key[:2] == (begun.label, begun.split)), None)
         if row is None:
@@ -239,10 +239,10 @@ class Bench:
         self._say(f"the process ended while config {what} ran; it is tried once more, alone.")
         kwargs = self._arguments(row)
         if kwargs:
-            with self._guarded(row, begun.config, begin=deaths):
-                call = functools.partial(self.kernel.launch, self.configs[begun.config], **kwargs[0])
+            with self._guarded(row, begun.begun, begin=deaths):
+                call = functools.partial(self.kernel.launch, self.configs[begun.begun], **kwargs[0])
                 self.timer.prepare([call]).sample()
-            self.lost.cells.pop((row, begun.config), None)  # it lived: whatever else it had is seen again
+            self.lost.cells.pop((row, begun.begun), None)  # it lived: whatever else it had is seen again
             self.timer.release()
         self._journal.pause()
 

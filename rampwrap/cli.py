@@ -31,6 +31,7 @@ from rampwrap.cost import MODELS
 from rampwrap.device import device_of, find_device
 from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
+from rampwrap.files import check_target
 from rampwrap.fitting import make_plan
 from rampwrap.kernel import SHAPES, config_key, format_config, index_by_key
 from rampwrap.plan import Plan
@@ -157,6 +158,8 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     from rampwrap.profiler import profile
 
     _check_pictures(a.plot)
+    for path in filter(None, (a.out, a.csv, a.plot)):
+        check_target(path)
     plan = Plan.load(a.plan)
     kernel = catalog.make_kernel(a.kernel or plan.kernel, plan.shape)
     routed = Dispatcher(kernel, plan, strict=True).policy
@@ -184,9 +187,12 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     used = list(range(len(every))) if a.oracle else used
     place = {index: position for position, index in enumerate(used)}
     configs = tuple(every[index] for index in used)
-    timings = profile(
-        kernel, plan.shape, workloads, configs=configs, out=a.out, rounds=a.rounds, quiet=a.quiet, seed=a.seed
-    )
+    options = {"out": a.out, "rounds": a.rounds, "quiet": a.quiet, "seed": a.seed}
+    options |= {"replace": a.replace, "patience_s": a.patience}
+    with profiling_cli.terminable():
+        timings = profile(kernel, plan.shape, workloads, configs=configs, **options)
+    for line in profiling_cli.losses(timings.notes):
+        print(f"rampwrap: {line}", file=sys.stderr)
     policies: dict[str, Policy] = {name: Static(configs, table.renumber(place)) for name, table in tables.items()}
     policies["default"] = Renumbered(configs, routed, tuple(place[where[index]] for index in range(len(plan.configs))))
     policies[compare.ORACLE] = Oracle(timings)
@@ -285,6 +291,11 @@ def _parser() -> argparse.ArgumentParser:
             "--rounds", type=positive, default=4, help="interleaved rounds of measurement; the first only sorts out"
         )
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+        text = "measure anew and overwrite what stands at --out; by default its cells are kept, and another table is refused"
+        sub.add_argument("--replace", action="store_true", help=text)
+        text = "after which a launch counts as hung, 5m by default"
+        sub.add_argument("--patience", type=seconds, default=300.0, metavar="5m", help=text)
 
     def reporting(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(

@@ -1,20 +1,29 @@
 """The command ``rampwrap profile``: one layer's shape, or all of a model's for an engine, by one kernel or several."""
 
 import argparse
+import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
+import numpy as np
 
 from rampwrap import catalog
 from rampwrap.arguments import joined_tables, recorded_of, recorded_said, routings_of, shape_name, shape_of
+from rampwrap.device import Device, device_of
 from rampwrap.errors import InputError
-from rampwrap.kernel import Kernel, MoEShape
+from rampwrap.files import check_target
+from rampwrap.journal import Header, row_keys
+from rampwrap.kernel import Kernel, MoEShape, format_config, kernel_version
 from rampwrap.models import Layers, Ranks, read_layers
 from rampwrap.portfolio import members_of
 from rampwrap.routing import Workload, workload_grid
+from rampwrap.timer import no_gpu
 from rampwrap.timings import Timings
 
 ENGINE_CONFIGS = 40
@@ -23,6 +32,47 @@ ENGINE_CONFIGS = 40
 
 def run(a: argparse.Namespace) -> dict[str, Any]:
     """Runs the command: its result, with ``text`` for people."""
+    with terminable():
+        return _run(a)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """What a scheduler's SIGTERM ends leaves as after Ctrl-C: the journal is in good order, and no locks stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def losses(notes: dict[str, Any]) -> list[str]:
+    """Lines on what a table lacks, and on what was not measured anew."""
+    lines = []
+    if again := notes.get("reused_cells"):
+        lines.append(f"{again} cells were there already and were kept; --replace measures all anew")
+    if skipped := notes.get("skipped"):
+        label, why = next(iter(skipped.items()))
+        lines.append(f"{len(skipped)} workloads could not be measured and are left out, as {label}: {why}")
+    if failed := notes.get("failed"):
+        first = failed[0]
+        lines.append(
+            f"{len(failed)} cells failed, as {format_config(first['config'])} on {first['workload']}: {first['reason']}"
+        )
+    lines += [f"passed over: {config}: {why}" for config, why in notes.get("passed_over", {}).items()]
+    if skipped or failed:
+        lines.append("the same command tries again what is missing")
+    return lines
+
+
+def _run(a: argparse.Namespace) -> dict[str, Any]:
     if a.engine:
         return _profile_model(a)
     from rampwrap.engines.profiling import file_name
@@ -95,7 +145,7 @@ def _profile_model(a: argparse.Namespace) -> dict[str, Any]:
 
 def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str, Any]:
     from rampwrap.active import profile_active
-    from rampwrap.profiler import profile
+    from rampwrap.profiler import finished, profile
     from rampwrap.sweep import sweep
 
     if a.most_configs and a.budget:
@@ -103,26 +153,43 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
             f"--most-configs {a.most_configs} and --budget were both given; a budget picks configs itself, leave one out."
         )
     name = _kernel_name(a, shape)
+    missing = catalog.missing_gpu(name)
+    if missing and not a.dry_run:
+        raise InputError(
+            f"there is no GPU here ({missing}), and kernel {name!r} runs on one only; profile where the GPU is, or try "
+            "the command with --kernel sim."
+        )
     kernel, workloads = catalog.make_kernel(name, shape), _workloads(a, shape)
     if members_of(name):
         return _profile_members(a, shape, workloads, out, kernel)
     most = a.most_configs or (ENGINE_CONFIGS if a.engine else len(kernel.configs))
     sweeps = most < len(kernel.configs) and not a.budget
     if a.dry_run:
-        return {**_projected(a, kernel, shape, workloads, most if sweeps else None), "out": out}
+        projected = _projected(a, kernel, shape, workloads, most if sweeps else None)
+        start = f"There is no GPU here ({missing}). " if missing else ""
+        return {**projected, "text": start + projected["text"], "out": out}
+    check_target(out)
+    if (missing := no_gpu()) and not isinstance(getattr(kernel, "device", None), Device):
+        said = f"there is no GPU here ({missing}); kernel {kernel.name!r} is timed on the CPU, by the clock"
+        print(f"rampwrap: {said} unless it returns a number of microseconds.", file=sys.stderr)
     common: dict[str, Any] = {"out": out, "rounds": a.rounds, "quiet": a.quiet, "seed": a.seed}
-    if a.budget:
+    common |= {"replace": a.replace, "patience_s": a.patience}
+    kept = pathlib.Path(f"{out.removesuffix('.npz')}.sweep.npz")
+    before = None if a.replace or not sweeps else finished(out, kernel, shape, workloads)
+    if before is not None:  # another sweep might keep other configs
+        kept.unlink(missing_ok=True)
+        timings = attrs.evolve(before, notes={**before.notes, "reused_cells": int(np.isfinite(before.us).sum())})
+    elif a.budget:
         timings = profile_active(kernel, shape, workloads, budget_s=a.budget, **common)
     elif sweeps:
-        kept = pathlib.Path(f"{out.removesuffix('.npz')}.sweep.npz")
         configs = sweep(kernel, shape, most, workloads=workloads, out=kept, quiet=a.quiet, seed=a.seed)
         timings = profile(kernel, shape, workloads, configs=configs, **common)
         timings = attrs.evolve(timings, notes={**timings.notes, "swept_configs": len(kernel.configs)})
         timings.save(out)
-        kept.unlink()  # it is there for a run that goes on; the next one begins anew
+        kept.unlink(missing_ok=True)  # it is there for a run that goes on; the next one begins anew
     else:
         timings = profile(kernel, shape, workloads, **common)
-    text = f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs"
+    text = "\n".join([*losses(timings.notes), f"{out}: {len(timings.us)} workloads x {len(timings.configs)} configs"])
     if gave_up := timings.notes.get("gave_up"):
         text = f"{gave_up}\n{text}"
     return {"out": out, "workloads": len(timings.us), "configs": len(timings.configs), **timings.notes, "text": text}
@@ -148,25 +215,26 @@ def _projected(
 def _profile_members(
     a: argparse.Namespace, shape: MoEShape, workloads: Sequence[Workload], out: str, portfolio: Any
 ) -> dict[str, Any]:
-    """One kernel after the other, each into a table of its own, and all of them joined.
+    """One kernel after the other, each into a table of its own, which stays if it is finished, and all of them joined."""
+    from rampwrap.standing import standing
 
-    A member whose table is there before the joined one was finished by a run that was killed in a later member.
-    """
-    from rampwrap.profiler import finished
-
+    if not a.dry_run:
+        check_target(out)
+    if not (a.dry_run or a.replace):
+        configs, device = tuple(portfolio.configs), device_of(portfolio)
+        header = Header(portfolio.name, kernel_version(portfolio), device, shape, configs, (), timer="")
+        standing(out, header, row_keys(shape, workloads))
     budget = a.budget and a.budget / len(portfolio.members)
     parts = {name: f"{out.removesuffix('.npz')}.{name}.npz" for name in portfolio.members}
-    goes_on = not a.dry_run and not pathlib.Path(out).exists()
     done: list[dict[str, Any]] = []
     for name, part in parts.items():
-        if goes_on and finished(part, portfolio.members[name], shape, workloads) is not None:
-            done.append({"out": part, "text": f"{part}: finished before"})
-            continue
         own = argparse.Namespace(**{**vars(a), "kernel": name, "budget": budget})
         done.append(_profile_shape(own, shape, part))
     lines = [its["text"] for its in done]
     if a.dry_run:
-        totals = {key: sum(its[key] for its in done) for key in ("configs", "cells", "seconds")}
+        totals: dict[str, Any] = {key: sum(its[key] for its in done) for key in ("configs", "cells")}
+        seconds = [its["seconds"] for its in done]
+        totals["seconds"] = None if None in seconds else sum(seconds)
         return {**totals, "workloads": done[0]["workloads"], "members": done, "out": out, "text": "\n".join(lines)}
     timings = joined_tables(list(parts.values()))
     timings.save(out)

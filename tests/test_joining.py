@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from rampwrap import catalog, profiler
+from rampwrap import catalog
 from rampwrap.cli import main
 from rampwrap.errors import InputError, TableError
 from rampwrap.fitting import make_plan
@@ -192,25 +192,31 @@ def test_a_finished_sweep_stands(tmp_path):
 
 
 def test_members_that_were_finished_stay(known, tmp_path, capsys, monkeypatch):
-    """A run killed in the second kernel goes on there; once the joined table is there all are timed anew."""
+    """A run killed in the second kernel goes on there; a finished profile is measured anew, or replaced, if asked to."""
     rows = ["--batch-size", "1", "64", "--routing", "uniform", "--eval-batch-size", "16", "--quiet"]
     out, timed = tmp_path / "b.npz", []
     run = ["profile", "--kernel", "portfolio:few+many", *LAYER, *rows, "--out", str(out)]
-    real = profiler.profile
+    real = SimKernel.launch
 
-    def profile(kernel, *arguments, **options):
-        timed.append(kernel.name)
-        if kernel.name == "many" and timed.count("many") == 1:
+    def launch(kernel, config, topk_ids):
+        if kernel.name == "many" and kernel.name not in timed:
+            timed.append(kernel.name)
             raise KeyboardInterrupt
-        return real(kernel, *arguments, **options)
+        timed.append(kernel.name)
+        return real(kernel, config, topk_ids)
 
-    monkeypatch.setattr(profiler, "profile", profile)
-    assert main(run) == 130 and timed == ["few", "many"]
-    assert main(run) == 0 and timed[2:] == ["many"] and "b.few.npz: finished before" in capsys.readouterr().out
-    assert main(run) == 0 and timed[3:] == ["few", "many"]
-    out.unlink()
+    def again(*command):
+        timed[:] = ["many"]
+        return main([*command]), set(timed[1:])
+
+    monkeypatch.setattr(SimKernel, "launch", launch)
+    assert main(run) == 130 and set(timed) == {"few", "many"}
+    assert again(*run) == (0, {"many"}) and "14 cells were there already" in capsys.readouterr().out
+    assert again(*run) == (0, set())
+    assert again(*run, "--replace") == (0, {"few", "many"})
     other = [*run[:-4], "32", "--quiet", *run[-2:]]
-    assert main(other) == 0 and timed[5:] == ["few", "many"], "other workloads than those of the finished table"
+    assert again(*other) == (1, set()) and "b.npz is there and holds another profile" in capsys.readouterr().err
+    assert again(*other, "--replace") == (0, {"few", "many"})
 
 
 @pytest.mark.parametrize(
