@@ -411,9 +411,7 @@ def _fill(path: pathlib.Path, header: Header, cells: Cells, lines: Sequence[byte
     for number, line in enumerate(lines[1:], start=2):
         try:
             raw = _line(line, sealed)
-            kind: type[Measured | Failed | Begun] = (
-                Failed if "failed" in raw else Begun if "begun" in raw else Measured
-            )
+            kind: type[Measured | Failed | Begun] = Failed if "failed" in raw else Begun if "begun" in raw else Measured
             record = schema.read(raw, kind, TableError)
             record.check(header)
             seconds += cells.add(record)

@@ -222,7 +222,8 @@ def _profile_members(
         check_target(out)
     if not (a.dry_run or a.replace):
         configs, device = tuple(portfolio.configs), device_of(portfolio)
-        header = Header(portfolio.name, kernel_version(portfolio), device, shape, configs, (), timer="")
+        grids = tuple(portfolio.grid(config, shape) for config in configs)
+        header = Header(portfolio.name, kernel_version(portfolio), device, shape, configs, grids, timer="")
         standing(out, header, row_keys(shape, workloads))
     budget = a.budget and a.budget / len(portfolio.members)
     parts = {name: f"{out.removesuffix('.npz')}.{name}.npz" for name in portfolio.members}
