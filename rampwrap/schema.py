@@ -91,7 +91,7 @@ def _no_number(text: str) -> float:
 
 def _finite(text: str) -> float:
     value = float(text)  # 1e999 is JSON, and infinite
-    return value if math.isfinite(value) else _no_number(_short(text))
+    return value if math.isfinite(value) else _no_number(text[:40])
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
