@@ -6,7 +6,7 @@ from typing import Any
 from rampwrap.errors import InputError
 from rampwrap.quantisation import first, short
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 Has = Callable[[int], bool]
 "Whether the layer of a number has experts."

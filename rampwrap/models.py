@@ -11,7 +11,7 @@ import attrs
 
 from rampwrap.errors import InputError
 from rampwrap.kernel import MoEShape
-from rampwrap.layers import sparse_layers
+from rampwrap.layers import MOST_LAYERS, sparse_layers
 from rampwrap.quantisation import GROUP, Reader, Stored, first, reader_of, short
 
 # One quantity, the names it has in published configs; the first one present counts. Those of the experts alone come
@@ -71,6 +71,8 @@ _FUSED: dict[str, tuple[str, tuple[int, ...]]] = {
 MOST = 1 << 24
 "No size of a layer is larger; a config that says so is damaged."
 MOST_LEVELS = 16
+MOST_KINDS = 16
+MOST_BYTES = 16 << 20
 
 
 @attrs.frozen
@@ -200,6 +202,8 @@ def read_config(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 def _json(path: pathlib.Path) -> Any:
     """A file's JSON, which is UTF-8 whatever the locale; with a mark at its beginning where an editor put one."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, a config {MOST_BYTES} at most")
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
@@ -321,7 +325,7 @@ def _together(
 ) -> list[tuple[int, tuple[int, ...]]]:
     """The number and the sizes of each layer that has experts: a single number stands for every layer.
 
-    Lists of another length than the model's number of layers are of kinds that each layer has, such as Ernie's experts
+    Lists shorter than the model's number of layers are of kinds that each layer has, such as Ernie's experts
     of texts and of pictures.
     """
     lengths = sorted({len(column) for column in columns} - {1})
@@ -330,13 +334,19 @@ def _together(
             f"{where} has experts, top_k or sizes for {' and for '.join(map(str, lengths))} layers; they must be as many."
         )
     listed = lengths[0] if lengths else 1
+    count, sparse_ones = sparse or (listed, [])
+    if listed > MOST_LAYERS or (listed > MOST_KINDS and not count <= listed <= count + MOST_KINDS):
+        least = min(count, MOST_LAYERS)
+        raise InputError(
+            f"{where} has experts, top_k or sizes for {listed} layers; give them for {least}, or one for all."
+        )
     kinds = list(zip(*(column * listed if len(column) == 1 else column for column in columns), strict=True))
     if sparse is None:
         rows = list(enumerate(kinds)) if lengths else [(1, kinds[0])]  # the first one is often dense
-    elif listed == sparse[0]:
-        rows = [(layer, kinds[layer]) for layer in sparse[1]]
+    elif count <= listed:  # drafts for speculative decoding may follow
+        rows = [(layer, kinds[layer]) for layer in sparse_ones]
     else:
-        rows = [(layer, kind) for layer in sparse[1] for kind in kinds]
+        rows = [(layer, kind) for layer in sparse_ones for kind in dict.fromkeys(kinds)]
     return [(layer, sizes) for layer, sizes in rows if sizes[0] > 1]
 
 

@@ -79,22 +79,26 @@ def reader_of(config: Mapping[str, Any], beside: Any, where: str) -> Reader:
     if named is None:
         return of_quantised
     if isinstance(named, str) and named.lower() in _PLAIN_NAMES:
-        return lambda layer: Stored()
+        return _always(Stored())
     other = Stored(why_not=f"expert_dtype={short(named)}")
     if isinstance(named, str) and named.lower() in _FP8_NAMES:
         return lambda layer: other if (its := of_quantised(layer)) == Stored() else its
-    return lambda layer: other
+    return _always(other)
+
+
+def _always(its: Stored) -> Reader:
+    return lambda layer: its
 
 
 def _reader(field: str, quantised: Any, where: str) -> Reader:
     if quantised is None:
-        return lambda layer: Stored()
+        return _always(Stored())
     if not isinstance(quantised, Mapping):
-        return lambda layer: Stored(why_not=f"{field}={short(quantised)}")
+        return _always(Stored(why_not=f"{field}={short(quantised)}"))
     method = quantised.get("quant_method")
     inner = quantised.get("quantization", quantised) if method in (None, "modelopt") else quantised
     if not isinstance(inner, Mapping):
-        return lambda layer: Stored(why_not=f"{field}.quantization={short(inner)}")
+        return _always(Stored(why_not=f"{field}.quantization={short(inner)}"))
     modelopt = method == "modelopt" or (method is None and "quant_algo" in inner)
     exempt = _exempt(inner, field, where)
     read_form = _READERS.get(method if isinstance(method, str) else "", _other)
@@ -133,14 +137,14 @@ def _fp8(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
         its = Stored(why_not=f"{field}.activation_scheme={short(scheme)}")
     elif kind not in ("e4m3", "float8_e4m3fn"):
         its = Stored(why_not=f"{field}.fmt={short(kind)}")
-    return lambda layer: its
+    return _always(its)
 
 
 def _compressed(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
     """A group whose targets name the experts counts before one for all linear layers; without either they are as computed."""
     groups = quantised.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        return lambda layer: Stored(why_not=f"{field}.config_groups={short(groups)}")
+        return _always(Stored(why_not=f"{field}.config_groups={short(groups)}"))
     read: list[tuple[Patterns, bool, Stored]] = []
     for name, group in groups.items():
         place = f"{field}.config_groups.{short(name)[1:-1]}"
@@ -182,25 +186,23 @@ def _modelopt(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
     """No format of ModelOpt's is one of ours; but it may quantise the cache alone, or other modules than the experts."""
     algo = quantised.get("quant_algo")
     if algo is None:
-        return lambda layer: Stored()
+        return _always(Stored())
     named = quantised.get("quantized_layers")
     if algo != "MIXED_PRECISION" or not isinstance(named, Mapping):
-        return lambda layer: Stored(why_not=f"{field}.quant_algo={short(algo)}")
+        return _always(Stored(why_not=f"{field}.quant_algo={short(algo)}"))
     patterns = Patterns([str(key) for key in named], f"{field}.quantized_layers", where)
     kinds = sorted({str(its.get("quant_algo")) for its in named.values() if isinstance(its, Mapping)})
 
+    named_ones = Stored(why_not=f"{field}.quantized_layers in {', '.join(kinds)}")
+
     def form(layer: int) -> Stored:
-        return (
-            Stored()
-            if patterns.experts(layer) is False
-            else Stored(why_not=f"{field}.quantized_layers in {', '.join(kinds)}")
-        )
+        return Stored() if patterns.experts(layer) is False else named_ones
 
     return form
 
 
 def _other(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
-    return lambda layer: Stored(why_not=f"{field}.quant_method={short(quantised.get('quant_method'))}")
+    return _always(Stored(why_not=f"{field}.quant_method={short(quantised.get('quant_method'))}"))
 
 
 _READERS: dict[Any, Callable[[Mapping[str, Any], str, str], Reader]] = {"fp8": _fp8, "compressed-tensors": _compressed}
@@ -225,7 +227,10 @@ class Patterns:
         self._names: set[tuple[str, ...]] = set()
         self._place, self._seconds = f"the patterns of {place} in {where}", 0.0
         expressions = []
+        self._found: dict[int, bool | None] = {}
+        self._all_alike = True  # where no layer is named by its number
         for name in dict.fromkeys(names):
+            self._all_alike &= not re.search(r"\d", re.sub(r"\bexperts\.\d+", "", name))
             if name.startswith("re:"):
                 expressions.append(_expression(name[3:], place, where))
             elif any(sign in name for sign in "*?["):
@@ -237,6 +242,12 @@ class Patterns:
 
     def experts(self, layer: int) -> bool | None:
         """Whether the experts of a layer are meant; None for some of their projections only."""
+        number = 0 if self._all_alike else layer
+        if number not in self._found:
+            self._found[number] = self._of_layer(number)
+        return self._found[number]
+
+    def _of_layer(self, layer: int) -> bool | None:
         if not self._names and not self._expressions:
             return False
         start, some = time.monotonic(), False
