@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: kernels are decorated for the interpreter or for a GPU, once.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from rampwrap import catalog
 from rampwrap.catalog import KERNELS
 from rampwrap.cli import main
 from rampwrap.fitting import make_plan
@@ -157,6 +158,7 @@ def obey(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
         few = ["--quiet", "--batch-size", "4", "16", "64", "--eval-batch-size", "--rounds", "2"]
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, module.__name__, module)
+            patched.setattr(catalog, "missing_gpu", lambda name: "")  # simulated kernels need none
             patched.setitem(KERNELS, "triton_fused_moe", f"{module.__name__}:ours")
             patched.setitem(KERNELS, "vllm_fused_moe", f"{module.__name__}:vllms")
             return main([*arguments, *few])
