@@ -206,6 +206,9 @@ def read_static(
         f"{times} entries set {key}, which no config of the table has; judged without"
         for key, times in found.ignored.items()
     ]
+    if file.halfway:
+        where = f"at {_few(file.halfway)} tokens, halfway between two entries,"
+        notes.append(f"its entries do not ascend: {where} the engine takes the higher and the lower is judged")
     said = FileNotes(file.path, len(file.entries), left_out, found.completed, tuple(notes))
     source = pathlib.Path(path).name + (
         f" ({len(left_out)} of {len(file.entries)} entries unknown)" if left_out else ""

@@ -1,6 +1,7 @@
 """`TunedFile`: an engine's file of configs by token count, what its name says it is for, and where a table has them."""
 
 import codecs
+import itertools
 import os
 import pathlib
 import re
@@ -138,12 +139,15 @@ class TunedFile:
         layer: what its name says; None where it says nothing.
         entries: config by token count, ascending, in the words that our kernels have.
         engine: spelled as vLLM and SGLang do.
+        halfway: token counts as far from one entry as from the next, for which the file names the higher first: the
+            engines take that one.
     """
 
     path: str
     layer: LayerName | None
     entries: dict[int, dict[str, Any]]
     engine: bool
+    halfway: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "TunedFile":
@@ -165,7 +169,10 @@ class TunedFile:
                 f"{path} is not a tuned config file ({error}); give JSON of the form {{'64': {{...}}}}."
             ) from error
         engine = any(key in SPELLING for config in entries.values() for key in config)
-        return cls(path, layer, {count: spelled(entries[count]) for count in sorted(entries)}, engine)
+        place = {count: number for number, count in enumerate(entries)}
+        pairs = itertools.pairwise(sorted(entries))
+        halfway = tuple((a + b) // 2 for a, b in pairs if (a + b) % 2 == 0 and place[b] < place[a])
+        return cls(path, layer, {count: spelled(entries[count]) for count in sorted(entries)}, engine, halfway)
 
     @property
     def kernel(self) -> str | None:

@@ -176,6 +176,14 @@ def test_tiles_deeper_than_a_scale_block_are_cut_as_in_the_engine(tmp_path: path
         read_static(written(tmp_path / NAME, {"1": deep}), CONFIGS, shape=BF16)
 
 
+def test_entries_that_do_not_ascend_are_told_where_it_matters(tmp_path: pathlib.Path) -> None:
+    """The engines take the first of two equally near; 48 is halfway between 32 and 64, nothing is between 1 and 32."""
+    table = read_static(written(tmp_path / NAME, entries(1, 64, 32)), CONFIGS)
+    assert table.file is not None and "at 48 tokens, halfway" in table.file.notes[0]
+    table = read_static(written(tmp_path / NAME, entries(32, 64, 1)), CONFIGS)
+    assert table.file is not None and not table.file.notes
+
+
 def test_the_second_gemms_own_file_is_told(tmp_path: pathlib.Path) -> None:
     path = written(tmp_path / NAME, entries(1))
     written(tmp_path / NAME.replace(".json", "_down.json"), entries(1))
@@ -304,7 +312,8 @@ def test_every_known_entry_serves_as_in_the_engine(
     table = read_static(path, CONFIGS)
     wanted = data.draw(st.integers(1, 10_000))
     nearest = picked[min(sorted(picked), key=lambda count: abs(count - wanted))]
-    assert CONFIGS[table.index(wanted)] == nearest and table.file is not None and not table.file.notes
+    assert CONFIGS[table.index(wanted)] == nearest and table.file is not None
+    assert all("do not ascend" in note for note in table.file.notes)
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
