@@ -26,7 +26,16 @@ from faults import Mutant, draw, listed
 from traced import Tests, applied, copy_tree, run
 
 # What is imported once, before each mutant's process is forked: 4 s of each.
-HEAVY = ("torch", "triton", "triton.language", "scipy.optimize", "numpy", "hypothesis", "matplotlib.pyplot")
+HEAVY = (
+    "torch",
+    "triton.language",
+    "scipy.optimize",
+    "scipy.stats",
+    "hypothesis",
+    "matplotlib.pyplot",
+    "transformers",
+    "cutlass.cute",
+)
 
 
 def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
@@ -34,23 +43,27 @@ def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
     apart = listed(mutant)
     if apart and (apart[0] == "equivalent" or not tests.gpu):
         return apart
-    near = tests.nearest(mutant.path)
-    untraced = [file.name for file in tests.files if file.name not in tests.parts]
-    ran = 0
-    for files in (near, [file for file in tests.files if file not in near]):
-        names = tests.of(mutant, files, files is near)
-        whole = [str(file.relative_to(tests.tree)) for file in files if file.name in untraced] if files is near else []
-        ran += len(names)
-        with applied(mutant, tests.tree):
-            killer = run(tests.tree, names, whole) if names or whole else None
-        while killer is not None:
+    tiers = tests.nearest(mutant.path)
+    near = [file for tier in tiers for file in tier]
+    ran, files_ran = 0, 0
+    for files in (*tiers, [file for file in tests.files if file not in near]):
+        is_near = any(files is tier for tier in tiers)
+        names = tests.of(mutant, files, is_near)
+        untraced = [file for file in files if file.name not in tests.parts] if is_near else []
+        whole = [str(file.relative_to(tests.tree)) for file in untraced]
+        ran, files_ran = ran + len(names), files_ran + len(whole)
+        if not names and not whole:
+            continue
+        unsound: list[str] = []
+        while True:
+            with applied(mutant, tests.tree):
+                killer = run(tests.tree, names, whole, unsound)
+            if killer is None:
+                break
             if tests.passes(killer, {name.split("::")[0] for name in [*names, *whole]}):
                 return "killed", killer
             unsound = [name for name, passes in tests.sound.items() if not passes]
-            with applied(mutant, tests.tree):
-                killer = run(tests.tree, names, whole, unsound)
-    tried = f"{ran} tests" + (f" and {len(near)} whole files" if untraced else "")
-    return apart or ("survived", tried)
+    return apart or ("survived", f"{ran} tests and {files_ran} whole files")
 
 
 def main() -> None:
@@ -74,7 +87,7 @@ def main() -> None:
         print("\n".join(mutant.diff() for mutant in drawn))
         return
     os.environ |= {} if args.gpu else {"TRITON_INTERPRET": "1"}
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ |= {"CUTE_DSL_ARCH": "sm_90a", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="mutants") as folder:
         tree = copy_tree(pathlib.Path(folder) / "tree")
         sys.path[:0] = [str(tree)]

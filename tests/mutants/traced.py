@@ -154,20 +154,24 @@ class Tests:
             self.parts[file.name] = json.loads(store.read_text())
             print(f"traced {file.name} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
-    def nearest(self, path: str) -> list[pathlib.Path]:
-        """Test files named after a source, or that name its module."""
+    def nearest(self, path: str) -> list[list[pathlib.Path]]:
+        """Test files that are named after a source or listed for it, then those that name its module, then slow ones."""
         module = ".".join(pathlib.Path(path).with_suffix("").parts)
         module = module if module.startswith("rampwrap") else f"rampwrap.{module}"
         package, _, stem = module.rpartition(".")
         named = re.compile(rf"\b{re.escape(module)}\b|\bfrom {re.escape(package)} import .*\b{stem}\b")
-        also = {
+        mine = {
             name
             for entry in known()["on_gpu" if self.gpu else "near"]
             if fnmatch.fnmatch(path, entry["path"])
             for name in entry["tests"]
         }
-        found = [f for f in self.files if f.stem in also | {f"test_{stem}"} or named.search(f.read_text())]
-        return sorted(found, key=lambda file: file.stem in known()["slow"])
+        mine.add(f"test_{stem}")
+        tiers: list[list[pathlib.Path]] = [[], [], []]
+        for file in self.files:
+            if file.stem in mine or named.search(file.read_text()):
+                tiers[2 if file.stem in known()["slow"] else file.stem not in mine].append(file)
+        return tiers
 
     def passes(self, name: str, files: Iterable[str]) -> bool:
         """Whether a test passes on the library as it is, tried once: what fails there, or now and then, kills nothing.
