@@ -23,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 
 from faults import Mutant, draw, listed
-from traced import Tests, applied, copy_tree, run
+from traced import LIMIT, OUT_OF_TIME, Tests, applied, copy_tree, run
 
 # What is imported once, before each mutant's process is forked: 4 s of each.
 HEAVY = (
@@ -38,7 +38,7 @@ HEAVY = (
 )
 
 
-def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
+def verdict_of(mutant: Mutant, tests: Tests, patience: float) -> tuple[str, str]:
     """(verdict, reason or killer): the tests of its own module first, then all that execute its lines."""
     apart = listed(mutant)
     if apart and (apart[0] == "equivalent" or not tests.gpu):
@@ -57,8 +57,8 @@ def verdict_of(mutant: Mutant, tests: Tests) -> tuple[str, str]:
         unsound: list[str] = []
         while True:
             with applied(mutant, tests.tree):
-                killer = run(tests.tree, names, whole, unsound)
-            if killer is None:
+                killer = run(tests.tree, names, whole, unsound, limit=patience or LIMIT)
+            if killer is None or (killer == OUT_OF_TIME and patience):
                 break
             if tests.passes(killer, {name.split("::")[0] for name in [*names, *whole]}):
                 return "killed", killer
@@ -77,6 +77,9 @@ def main() -> None:
         "--lazy",
         action="store_true",
         help="trace nothing: whole files of tests that name a mutant's module, and of others what an earlier run traced",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=0.0, help="seconds for each group of tests; what lives longer has survived"
     )
     parser.add_argument("--fresh", action="store_true", help="trace all tests anew")
     parser.add_argument("--gpu", action="store_true", help="run tests/gpu, on a machine with one")
@@ -101,7 +104,7 @@ def main() -> None:
         rows, verdicts = [], defaultdict(list)
         for place, mutant in enumerate(drawn, args.skip + 1):
             start = time.monotonic()
-            verdict, why = verdict_of(mutant, tests)
+            verdict, why = verdict_of(mutant, tests, args.patience)
             verdicts[verdict].append(mutant)
             rows.append(
                 {"path": mutant.path, "line": mutant.lines[0], "kind": mutant.kind, "verdict": verdict, "why": why}

@@ -24,6 +24,7 @@ MOST_SECONDS = 150.0
 "Of tests for one mutant, the fastest first."
 LIMIT = 60.0 + 5 * MOST_SECONDS
 "Seconds after which a mutant hangs, and is killed."
+OUT_OF_TIME = "time ran out"
 
 
 class Only:
@@ -237,7 +238,12 @@ def trace(tree: pathlib.Path, file: pathlib.Path, store: pathlib.Path, sources: 
 
 
 def run(
-    tree: pathlib.Path, tests: list[str], whole: list[str], without: Iterable[str] = (), collect: bool = False
+    tree: pathlib.Path,
+    tests: list[str],
+    whole: list[str],
+    without: Iterable[str] = (),
+    collect: bool = False,
+    limit: float = LIMIT,
 ) -> str | None:
     """The first test that fails on the tree as it is, of some and then of whole files; None if none does."""
     scratch = tree.parent / "basetemp"
@@ -252,11 +258,11 @@ def run(
         status = pytest.main([*pytest_args(tree, scratch), *marks, "-x", *files], plugins=[plugin])
         return int(status), (plugin.failed or ["at import"])[0].encode()
 
-    status, killer = forked(child, STORE / "mutant.log", LIMIT)
+    status, killer = forked(child, STORE / "mutant.log", limit)
     shutil.rmtree(scratch, ignore_errors=True)
     if status in (0, 5):  # passed; nothing to run
         return None
-    return "time ran out" if status is None else killer.decode()
+    return OUT_OF_TIME if status is None else killer.decode()
 
 
 @contextlib.contextmanager
