@@ -5,6 +5,7 @@ apart from the adapter, so that layout mistakes show.
 """
 
 import json
+import math
 import os
 import sys
 import types
@@ -285,3 +286,18 @@ def test_conversion_size(alpha):
     inputs = alpha._layer.inputs(SHAPE, routing(1))
     made = alpha.convert_weights(**inputs)
     assert alpha.converted_bytes(SHAPE) == sum(t.numel() * t.element_size() for t in made.values())
+
+
+@pytest.mark.parametrize(
+    ("block_m", "stages", "up", "down", "static"),
+    [
+        # 32 KB of weights a stage; up: 128 bytes and 8 of scales a row and stage; down: 128 and 528 bytes of output a row.
+        (16, 1, 32_768 + 16 * 136 + 16, 32_768 + 16 * 656, 16 + 64 + 16),
+        (8, 5, 5 * (32_768 + 8 * 136 + 16), 5 * 32_768 + 8 * 656, 80 + 32 + 80),
+        (128, 4, 4 * (32_768 + 128 * 136 + 16), 4 * 32_768 + 128 * 656, 64 + 512 + 64),
+    ],
+)
+def test_shared_memory_by_hand(block_m, stages, up, down, static):
+    """The larger phase in whole KB, and what is static; the down phase is larger up to four stages."""
+    assert shared_bytes(config(block_m, 64, 4, stages)) == math.ceil(max(up, down) / 1024) * 1024 + static
+    assert (down > up) == (stages <= 4)

@@ -84,6 +84,9 @@ def test_members_compile_ahead_and_say_what_is_not_exact(portfolio):
     order = [portfolio.configs[2], portfolio.configs[1], portfolio.configs[0]]
     assert portfolio.precompile(order, topk_ids=1) == [None, "too wide", None]
     assert asked == [([SMALL[1], SMALL[0]], {"topk_ids": 1})]
+    portfolio.members["prefill"].precompile = lambda configs, **_: []
+    with pytest.raises(ValueError):  # an answer for each config, or none is trusted
+        portfolio.precompile(order, topk_ids=1)
     assert portfolio.nondeterministic is None
     portfolio.members["prefill"].nondeterministic = "sums in no fixed order"
     assert portfolio.nondeterministic == "prefill: sums in no fixed order"
