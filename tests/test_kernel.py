@@ -13,6 +13,7 @@ from rampwrap.kernel import (
     kernel_version,
     refusal,
 )
+from rampwrap.schema import dump
 
 # The models' config.json: experts, experts of a token, hidden_size, moe_intermediate_size, and the tensor parallelism here.
 PUBLISHED = {
@@ -62,8 +63,8 @@ def test_a_bad_shape_is_refused_by_name(values, named):
 
 def test_the_least_and_the_most_are_shapes():
     assert MoEShape(1, 1, 1, 1).num_local_experts == 1
-    assert MoEShape(8, 8, 64, 64, "bf16", 1).to_dict()["num_local_experts"] == 1
-    assert "num_local_experts" not in MoEShape(8, 8, 64, 64).to_dict()
+    assert dump(MoEShape(8, 8, 64, 64, "bf16", 1))["num_local_experts"] == 1
+    assert "num_local_experts" not in dump(MoEShape(8, 8, 64, 64))
     assert str(MoEShape(8, 2, 64, 32, "fp8", 4)) == "E=8 (4 here) top_k=2 H=64 I=32 fp8"
     assert str(MoEShape(8, 2, 64, 32)) == "E=8 top_k=2 H=64 I=32 bf16"
 
