@@ -248,7 +248,7 @@ static double margin_at(const Model *m, int64_t slots)
 }
 
 PyDoc_STRVAR(choose_doc,
-"choose(packed, array, num_experts, fallback, choosing_us)\n--\n\n"
+"choose(packed, array, num_experts, fallback, choosing_us, outside)\n--\n\n"
 "`Local.choose` of the ids in `array`, or, where `num_experts` is 0, of the histogram that it is; None: ask numpy.");
 
 static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
@@ -256,21 +256,22 @@ static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     Model m;
     int64_t counts[MAX_EXPERTS];
     double us[MAX_CONFIGS];
-    if (nargs != 5) return PyErr_Format(PyExc_TypeError, "choose takes 5 arguments, not %zd", nargs);
+    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "choose takes 6 arguments, not %zd", nargs);
     Py_ssize_t experts = PyNumber_AsSsize_t(args[2], PyExc_OverflowError);
     Py_ssize_t fallback = PyNumber_AsSsize_t(args[3], PyExc_OverflowError);
     double choosing_us = PyFloat_AsDouble(args[4]);
+    Py_ssize_t outside = PyNumber_AsSsize_t(args[5], PyExc_OverflowError);
     if (PyErr_Occurred()) return NULL;
     if (!unpack(args[0], &m) || fallback < 0 || fallback >= m.configs) Py_RETURN_NONE;
     experts = read_counts(args[1], experts, counts);
     if (experts < 0) Py_RETURN_NONE;
-    if (m.configs == 1) return PyLong_FromSsize_t(0); /* the ids were in range, and that was to be seen */
     int64_t busy = 0;
     for (Py_ssize_t e = 0; e < experts; e++) busy += counts[e] != 0;
+    if (!busy) return PyLong_FromSsize_t(fallback);
     int64_t slots = predict(&m, counts, experts, us);
     if (slots < 0) Py_RETURN_NONE;
-    /* No tokens, or fewer active experts than were ever profiled: only the fallback is known to be sound. */
-    if (!slots || float_log2((double)busy) * 0.5 < m.low[1]) return PyLong_FromSsize_t(fallback);
+    /* Fewer active experts than were ever profiled: nothing that was measured is known to be sound. */
+    if (float_log2((double)busy) * 0.5 < m.low[1]) return PyLong_FromSsize_t(outside);
     Py_ssize_t best = 0;
     double best_us = INFINITY;
     for (Py_ssize_t c = 0; c < m.configs; c++) {

@@ -16,7 +16,9 @@ from rampwrap.ingraph import pack
 from rampwrap.kernel import Config
 from rampwrap.plan import Plan
 from rampwrap.policy import Policy, Static, WaveCost
+from rampwrap.reach import Reach
 from rampwrap.shortlist import COSTS, Shortlist, Span, in_graph, token_spans
+from rampwrap.static import StaticTable
 
 
 @attrs.frozen(eq=False)
@@ -63,6 +65,8 @@ class Buckets:
         else:
             # A kernel that cannot choose has one config a bucket too: the best over skews, not the uniform-tuned one.
             self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if routed else ())
+        if isinstance(policy, WaveCost) and policy.reach is not None:
+            self._lists = _within(self._lists, policy.reach, policy.static)
         self._firsts = [its.first for its in self._lists]
         self._made: list[Bucket | None] = [None] * len(self._lists)
 
@@ -101,6 +105,16 @@ class Buckets:
 
         packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))
         return Bucket(position, its, configs, Candidates.on(packed, self._device))
+
+
+def _within(lists: "tuple[Shortlist | Span, ...]", reach: Reach, static: StaticTable) -> "tuple[Shortlist | Span, ...]":
+    """A plan's lists where it speaks for the batch, and what serves elsewhere: one config each."""
+    inside = [its for its in lists if reach.inside(its.first) or (its.first == 0 and reach.low <= 1)]
+    firsts = {static.span(place)[0] for place in range(len(static.token_counts))} | {0, reach.high + 1}
+    far = sorted(first for first in firsts if not reach.inside(first) and (first or reach.low > 1))
+    why, at = reach.beyond(), static.index
+    few = [Shortlist(first, max(first, 1), (at(first),), at(first), None, None, why) for first in far]
+    return tuple(sorted([*inside, *few], key=lambda its: its.first))
 
 
 def _table(policy: Policy, plan: Plan) -> Any:

@@ -33,10 +33,11 @@ from rampwrap.dispatch import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.files import check_target
 from rampwrap.fitting import make_plan
-from rampwrap.kernel import SHAPES, config_key, format_config, index_by_key
+from rampwrap.grid import IntArray
+from rampwrap.kernel import SHAPES, MoEShape, config_key, format_config, index_by_key
 from rampwrap.plan import Plan
 from rampwrap.policy import Oracle, Policy, Renumbered, Static
-from rampwrap.routing import Routing, Workload, check_counts, expert_counts, workload_grid
+from rampwrap.routing import Routing, check_counts, expert_counts, workload_grid
 from rampwrap.static import default_table, read_measured, read_static
 from rampwrap.timings import Timings, is_table
 
@@ -137,21 +138,39 @@ def _seal(a: argparse.Namespace) -> dict[str, Any]:
 
 def _explain(a: argparse.Namespace) -> dict[str, Any]:
     plan = Plan.load(a.plan)
-    shape = plan.shape
+    policy, asked = plan.policy(), _asked(a, plan.shape)
+    choices = [(label, tokens, policy.select(counts, tokens)) for label, counts, tokens in asked]
+    found = [{**attrs.asdict(choice), "num_tokens": tokens, "routing": label} for label, tokens, choice in choices]
+    if len(choices) == 1:
+        return {**found[0], **recorded_said(a, plan.shape), "text": str(choices[0][2])}
+    return {
+        "choices": found,
+        **recorded_said(a, plan.shape),
+        "text": "\n".join(f"{label}: {choice}" for label, _, choice in choices),
+    }
+
+
+def _asked(a: argparse.Namespace, shape: MoEShape) -> list[tuple[str, IntArray, int]]:
+    """(label, counts, tokens) of every routing that explain was given."""
     if a.expert_counts:
+        if len(a.batch_size or ()) > 1:
+            raise InputError("explain was given one histogram and several batch sizes; give its own with --batch-size.")
         counts = check_counts(a.expert_counts, shape.num_local_experts)
-        tokens = a.batch_size[0] if a.batch_size else -(-int(counts.sum()) // shape.top_k)
-    else:
-        if not a.batch_size:
-            raise InputError("explain was given no routing; pass --expert-counts or --batch-size with --routing.")
-        workload = Workload(a.batch_size[0], Routing.parse(a.routing[0]), seed=a.seed)
-        counts, tokens = (
-            expert_counts(workload.topk_ids(shape.num_experts, shape.top_k), shape.num_experts),
-            a.batch_size[0],
-        )
-        counts = counts[: shape.num_local_experts]
-    choice = plan.policy().select(counts, tokens)
-    return {**attrs.asdict(choice), "num_tokens": tokens, **recorded_said(a, shape), "text": str(choice)}
+        return [("histogram", counts, a.batch_size[0] if a.batch_size else -(-int(counts.sum()) // shape.top_k))]
+    if not a.batch_size:
+        raise InputError("explain was given no routing; pass --expert-counts or --batch-size with --routing.")
+    found = []
+    for workload in workload_grid(a.batch_size, [Routing.parse(name) for name in a.routing], seed=a.seed):
+        try:
+            ids = workload.topk_ids(shape.num_experts, shape.top_k)
+        except (MemoryError, ValueError) as error:  # the latter where numpy cannot even count the bytes
+            if isinstance(error, RampwrapError):
+                raise
+            raise InputError(
+                f"a routing of {workload.num_tokens} tokens does not fit in memory; give a smaller --batch-size."
+            ) from error
+        found.append((workload.label, expert_counts(ids, shape.num_experts)[: shape.num_local_experts], len(ids)))
+    return found
 
 
 def _compare(a: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +186,8 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     # is the oracle, and policies that agree are judged by the same measurement.
     every = tuple(kernel.configs)
     number = index_by_key(every)
-    where = {index: number[config_key(config)] for index, config in enumerate(plan.configs)}
+    # Those of the plan, and where a batch is beyond it also the kernel's own defaults.
+    where = {index: number[config_key(config)] for index, config in enumerate(routed.configs)}
     tokens = a.batch_size or ([] if a.recorded else EVAL_TOKENS)
     workloads = workload_grid(tokens, routings_of(a.routing), "eval", a.seed + 1)
     workloads += recorded_of(a.recorded, plan.shape, a, "eval")
@@ -194,7 +214,9 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     for line in profiling_cli.losses(timings.notes):
         print(f"rampwrap: {line}", file=sys.stderr)
     policies: dict[str, Policy] = {name: Static(configs, table.renumber(place)) for name, table in tables.items()}
-    policies["default"] = Renumbered(configs, routed, tuple(place[where[index]] for index in range(len(plan.configs))))
+    policies["default"] = Renumbered(
+        configs, routed, tuple(place[where[index]] for index in range(len(routed.configs)))
+    )
     policies[compare.ORACLE] = Oracle(timings)
     return {**_reported(compare.evaluate(timings, policies, baseline), a), **recorded}
 

@@ -128,7 +128,11 @@ class CostModel(abc.ABC):
             error = local[right][1]
         return max(MIN_MARGIN, MARGIN_SHARE * error)
 
-    def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0) -> int:
+    def trend(self, counts: IntArray) -> FloatArray:
+        """Predicted times far from everything fitted, float64 [C]: what of the model goes on there."""
+        return self._row(counts)
+
+    def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0, outside: int | None = None) -> int:
         """The config predicted fastest, or the fallback unless the gain exceeds `margin` and the cost of choosing.
 
         A config never serves beyond twice the range of slots it was profiled on, the fallback excepted, nor does any
@@ -139,12 +143,13 @@ class CostModel(abc.ABC):
             counts: int [E].
             fallback: index of the static config.
             choosing_us: microseconds that choosing costs.
+            outside: returned instead of the fallback where fewer experts are active than were ever profiled.
         """
-        if np.count_nonzero(counts) < self._least_active:
-            return fallback
         slots = int(counts.sum())
         if not slots:
             return fallback
+        if np.count_nonzero(counts) < self._least_active:
+            return fallback if outside is None else outside
         us = self._row(counts)
         static_us = us[fallback]
         low, high = self._all_near
@@ -157,7 +162,12 @@ class CostModel(abc.ABC):
         return best
 
     def choose_ids(
-        self, topk_ids: npt.NDArray[Any], num_experts: int, fallback: int, choosing_us: float = 0.0
+        self,
+        topk_ids: npt.NDArray[Any],
+        num_experts: int,
+        fallback: int,
+        choosing_us: float = 0.0,
+        outside: int | None = None,
     ) -> int | None:
         """`choose` straight from expert ids, where `rampwrap.native` can; None: count them and `choose`."""
         return None
@@ -278,16 +288,21 @@ class Local(CostModel):
         object.__setattr__(self, "_packed", native.pack(tables, self.span, margins))
         object.__setattr__(self, "_least", int(min(self.support[:, 1], default=0)))
 
-    def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0) -> int:
+    def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0, outside: int | None = None) -> int:
         """As `CostModel.choose`, in C where `rampwrap.native` can."""
-        index = native.choose(self._packed, counts, 0, fallback, choosing_us)
-        return super().choose(counts, fallback, choosing_us) if index is None else index
+        index = native.choose(self._packed, counts, 0, fallback, choosing_us, outside)
+        return super().choose(counts, fallback, choosing_us, outside) if index is None else index
 
     def choose_ids(
-        self, topk_ids: npt.NDArray[Any], num_experts: int, fallback: int, choosing_us: float = 0.0
+        self,
+        topk_ids: npt.NDArray[Any],
+        num_experts: int,
+        fallback: int,
+        choosing_us: float = 0.0,
+        outside: int | None = None,
     ) -> int | None:
         """`choose` straight from expert ids, where `rampwrap.native` can; None: count them and `choose`."""
-        return native.choose(self._packed, topk_ids, num_experts, fallback, choosing_us)
+        return native.choose(self._packed, topk_ids, num_experts, fallback, choosing_us, outside)
 
     @property
     def _least_active(self) -> int:
@@ -296,6 +311,16 @@ class Local(CostModel):
     def _row(self, counts: IntArray) -> FloatArray:
         us = native.predict(self._packed, counts, self.num_configs)
         return self._row_numpy(counts) if us is None else us
+
+    def trend(self, counts: IntArray) -> FloatArray:
+        """The trend without its correction, which knows the profiled range only."""
+        t = self._fast
+        slots, active, heights = pass_over(counts, self.block_ms)
+        blocks = heights[t.height_of]
+        by_cut = np.array([t.cuts.waves(blocks)[0], blocks * t.cuts.ctas_per_block]).take(t.cut_of, axis=1)
+        us: FloatArray = t.coef[0] + t.coef[3] * active + t.coef[4] * slots + (t.coef[1:3] * by_cut).sum(axis=0)
+        us[t.unfitted] = np.inf
+        return us
 
     def _row_numpy(self, counts: IntArray) -> FloatArray:
         t = self._fast

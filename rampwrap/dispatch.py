@@ -97,7 +97,7 @@ class Dispatcher:
             if plan.kernel == self.kernel.name and all(config_key(config) in have for config in plan.configs):
                 return plan.static_policy()
             return Static(tuple(self.kernel.configs), default_table(self.kernel))
-        return plan.policy()
+        return plan.policy(kernel=self.kernel)
 
     def _find_topk_ids(self) -> int:
         """Where ``topk_ids`` stands among the positional arguments of a call."""

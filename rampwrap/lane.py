@@ -16,6 +16,7 @@ from rampwrap.kernel import Kernel, MoEShape
 from rampwrap.lagged import Lagged
 from rampwrap.plan import Plan
 from rampwrap.shortlist import MAX_IN_GRAPH, SINGLE
+from rampwrap.static import StaticTable
 from rampwrap.telemetry import Telemetry
 
 # Layouts of alignment memory that a lane remembers; making one takes 20 us of host time.
@@ -275,7 +276,8 @@ class Layer:
             if sums is None:
                 sums = self._sums[bucket.position] = Sums.of(served.plan.model)
             sums.add(counts)
-        index = served.plan.static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))
+        static: StaticTable = policy.static  # type: ignore[attr-defined]  # of WaveCost, beyond the plan's reach too
+        index = static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))
         dispatcher.launch_counts[index] += 1
         self._count(bucket.position, index)
         out = served.kernel.launch(dispatcher._configs[index], **kwargs)

@@ -77,7 +77,9 @@ def pack(tables: Tables, span: IntArray, margins: tuple[tuple[int, float], ...])
     return b"".join(np.ascontiguousarray(array).tobytes() for array in words)
 
 
-def choose(packed: bytes, array: Any, num_experts: int, fallback: int, choosing_us: float) -> int | None:
+def choose(
+    packed: bytes, array: Any, num_experts: int, fallback: int, choosing_us: float, outside: int | None = None
+) -> int | None:
     """`Local.choose` straight from expert ids; from a histogram where `num_experts` is 0.
 
     Returns:
@@ -85,7 +87,9 @@ def choose(packed: bytes, array: Any, num_experts: int, fallback: int, choosing_
     """
     if score is None:
         return None
-    index: int | None = score.choose(packed, array, num_experts, fallback, choosing_us)
+    index: int | None = score.choose(
+        packed, array, num_experts, fallback, choosing_us, fallback if outside is None else outside
+    )
     return index
 
 

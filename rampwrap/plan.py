@@ -18,9 +18,10 @@ from rampwrap.grid import CtaGrid
 from rampwrap.kernel import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
 from rampwrap.policy import Bucket, Static, WaveCost
 from rampwrap.portfolio import members_of
+from rampwrap.reach import Reach, extrapolated, span
 from rampwrap.schema import between
 from rampwrap.shortlist import Shortlist
-from rampwrap.static import StaticTable
+from rampwrap.static import StaticTable, default_table
 
 
 @attrs.frozen(eq=False)
@@ -86,10 +87,31 @@ class Plan:
             if places != sorted(set(places)):
                 raise PlanError(f"{name} of the plan is not ascending in tokens; make it anew with 'rampwrap fit'.")
 
-    def policy(self, choosing_us: float | None = None) -> WaveCost:
-        """The routing-aware policy this plan stands for; `choosing_us` in place of the plan's own, where given."""
+    def policy(self, choosing_us: float | None = None, kernel: Kernel | None = None) -> WaveCost:
+        """The routing-aware policy this plan stands for.
+
+        Args:
+            choosing_us: in place of the plan's own.
+            kernel: whose own defaults serve outside the plan's `Reach`; the policy's configs then go on, after the
+                plan's, with those of them that the plan lacks.
+        """
+        tokens = [its.num_tokens for its in self.buckets] or self.static.token_counts
+        low, high = span(tokens)
+        configs, grids, own = self.configs, self.grids, hasattr(kernel, "default_config")
+        if kernel is not None and own:
+            table, where = default_table(kernel), index_by_key(self.configs)
+            named = {index: kernel.configs[index] for index in sorted(set(table.indices))}
+            more = [config for config in named.values() if config_key(config) not in where]
+            configs += tuple(more)
+            grids += tuple(kernel.grid(config, self.shape) for config in more)
+            where = index_by_key(configs)
+            outside = table.renumber({index: where[config_key(config)] for index, config in named.items()})
+        else:
+            outside = extrapolated(self.model, self.shape, self.static, high)
+        reach = Reach(low, high, outside, own, self.profiled)
         cost = self.choosing_us if choosing_us is None else choosing_us
-        return WaveCost(self.configs, self.model, self.static, self.grids, self.device.num_sms, self.buckets, cost)
+        static = reach.joined(self.static)
+        return WaveCost(configs, self.model, static, grids, self.device.num_sms, self.buckets, cost, reach)
 
     def static_policy(self) -> Static:
         """The plan's static baseline alone: what serves where the plan itself is refused."""

@@ -14,9 +14,13 @@ from rampwrap.cost import CostModel
 from rampwrap.errors import InputError
 from rampwrap.grid import CtaGrid, IntArray, last_wave_util, num_waves
 from rampwrap.kernel import Config, format_config
+from rampwrap.reach import Reach
 from rampwrap.schema import LARGEST, between
 from rampwrap.static import StaticTable
 from rampwrap.timings import Timings
+
+_OUTSIDE = -1
+"In place of a candidate: the histogram is unlike everything profiled."
 
 
 @attrs.frozen
@@ -120,6 +124,8 @@ class WaveCost:
         grids, num_sms: for explanations.
         buckets: candidates by token count, the nearest bucket serves; none means every config, always.
         choosing_us: cost of choosing, which a gain must exceed too.
+        reach: the batches that all of this is known for, and what serves others; None claims it for every batch.
+            `configs` may go on after the model's with what serves there.
     """
 
     configs: tuple[Config, ...]
@@ -129,24 +135,40 @@ class WaveCost:
     num_sms: int
     buckets: tuple[Bucket, ...] = ()
     choosing_us: float = 0.0
+    reach: Reach | None = None
     _near: StaticTable | None = attrs.field(init=False, default=None)
     _parts: tuple[tuple[CostModel, tuple[int, ...]], ...] = attrs.field(init=False, default=())
     needs_counts = True
 
     def __attrs_post_init__(self) -> None:
         if not self.buckets:
-            every = tuple(range(len(self.configs)))
+            every = tuple(range(self.model.num_configs))
             object.__setattr__(self, "_parts", ((self.model, every),))
             return
         tokens = tuple(bucket.num_tokens for bucket in self.buckets)
         near = StaticTable("buckets", tokens, tuple(range(len(tokens))))
         # Every static config that can serve inside a bucket is one of its candidates: never slower than static.
         candidates = [
-            tuple(sorted(self.static.used(*near.span(position)).union(bucket.shortlist)))
+            tuple(sorted(self.static.used(*self._known(*near.span(position))).union(bucket.shortlist)))
             for position, bucket in enumerate(self.buckets)
         ]
         object.__setattr__(self, "_near", near)
         object.__setattr__(self, "_parts", tuple((self.model.take(some), some) for some in candidates))
+
+    def _known(self, low: int, high: int) -> tuple[int, int]:
+        return (low, high) if self.reach is None else (max(low, self.reach.low), min(high, self.reach.high))
+
+    def beyond(self, num_tokens: int) -> bool:
+        """Whether so many tokens are far from every profiled batch."""
+        return self.reach is not None and not self.reach.inside(num_tokens)
+
+    def _outside(self, num_tokens: int) -> int:
+        """What serves where fewer experts are active than were ever profiled."""
+        return (
+            self.static.index(num_tokens)
+            if self.reach is None or not self.reach.own
+            else self.reach.outside.index(num_tokens)
+        )
 
     def _part(self, num_tokens: int) -> tuple[CostModel, tuple[int, ...]]:
         return self._parts[0 if self._near is None else self._near.index(num_tokens)]
@@ -154,27 +176,36 @@ class WaveCost:
     def index(self, expert_counts: IntArray, num_tokens: int) -> int:
         """argmin of the prediction, or the static config."""
         fallback = self.static.index(num_tokens)
-        model, candidates = self._part(num_tokens)
-        if len(candidates) == 1 or num_tokens == 0:
+        if num_tokens == 0 or self.beyond(num_tokens):
             return fallback
-        return candidates[model.choose(expert_counts, candidates.index(fallback), self.choosing_us)]
+        model, candidates = self._part(num_tokens)
+        chosen = model.choose(expert_counts, candidates.index(fallback), self.choosing_us, _OUTSIDE)
+        return self._outside(num_tokens) if chosen == _OUTSIDE else candidates[chosen]
 
     def index_of_ids(self, topk_ids: npt.NDArray[Any], num_experts: int) -> int | None:
         """`index` straight from expert ids, all experts local; None where they must be counted first."""
         num_tokens = len(topk_ids)
-        if not num_tokens:
+        if not num_tokens or self.beyond(num_tokens):
             return None
         fallback = self.static.index(num_tokens)
         model, candidates = self._part(num_tokens)
-        chosen = model.choose_ids(topk_ids, num_experts, candidates.index(fallback), self.choosing_us)
-        return None if chosen is None else candidates[chosen]
+        chosen = model.choose_ids(topk_ids, num_experts, candidates.index(fallback), self.choosing_us, _OUTSIDE)
+        if chosen is None:
+            return None
+        return self._outside(num_tokens) if chosen == _OUTSIDE else candidates[chosen]
 
     def select(self, expert_counts: IntArray, num_tokens: int) -> Choice:
         """The same choice, with predicted times, waves and the runner-up."""
         index, fallback = self.index(expert_counts, num_tokens), self.static.index(num_tokens)
         if not expert_counts.any():
             return Choice(index, self.configs[index], "no tokens: the static config")
+        if self.reach is not None and not self.reach.inside(num_tokens):
+            return Choice(index, self.configs[index], self.reach.beyond())
         model, candidates = self._part(num_tokens)
+        few = int(np.count_nonzero(expert_counts)) < model._least_active
+        if few and self.reach is not None and self.reach.own:
+            why = f"outside the profiled spread (fewer active experts than any workload had): {self.reach.serves}"
+            return Choice(index, self.configs[index], why)
         predicted = dict(zip(candidates, model.predict(expert_counts).tolist(), strict=True))
         order = sorted(candidates, key=lambda candidate: predicted[candidate])
         runner_up = next((candidate for candidate in order if candidate != index), None)
@@ -185,6 +216,10 @@ class WaveCost:
             why = "the static config is predicted fastest"
         else:
             why = f"static kept: the predicted gain of {gain:.1%} is within the model's error"
+        if few:
+            why = "outside the profiled spread (fewer active experts than any workload had): the static config serves"
+        elif self.reach is not None and (far := self.reach.spread(expert_counts, num_tokens)):
+            why += f"; {far}"
         grid = self.grids[index]
         ctas, resident = grid.num_ctas(expert_counts), grid.ctas_per_sm or 1
         return Choice(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 import numpy as np
 
+from rampwrap import reach
 from rampwrap.cost import CostModel
 from rampwrap.errors import InputError
 from rampwrap.grid import FloatArray, IntArray
@@ -109,8 +110,6 @@ def _shortlist(predicted: FloatArray, tokens: int, first: int, most: int, worth:
 
 MAX_IN_GRAPH = 4
 "Candidates of a shortlist inside a CUDA graph."
-REACH = 2
-"The static config serves below 1 / REACH of the least profiled token count and above REACH times the largest."
 FEW_SLOTS = 4
 """With this many experts a slot kernels skip the alignment, so nothing is chosen anew at each step. Which config serves is
 chosen over skews all the same: the one tuned under uniform routing is up to 19 % slower at 2 to 4 tokens (three tables)."""
@@ -197,7 +196,7 @@ def token_spans(shape: MoEShape, static: StaticTable, buckets: Sequence[Bucket])
     tokens = tuple(bucket.num_tokens for bucket in buckets)
     near = StaticTable("buckets", tokens, tuple(range(len(tokens))))
     few = shape.num_experts // (FEW_SLOTS * shape.top_k)
-    low, high = -(-tokens[0] // REACH), tokens[-1] * REACH
+    low, high = reach.span(tokens)
     edges = {0, low, high + 1, few + 1}
     edges |= {near.span(place)[0] for place in range(len(tokens))}
     edges |= {static.span(place)[0] for place in range(len(static.token_counts))}

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import attrs
 import numpy as np
 
-from rampwrap.errors import ConfigError, InputError, TableError
+from rampwrap.errors import InputError, TableError
 from rampwrap.grid import IntArray
 from rampwrap.kernel import MEMBER, Config, Kernel, MoEShape, config_key, format_config, index_by_key
 from rampwrap.timings import Timings
@@ -148,12 +149,29 @@ def default_table(kernel: Kernel) -> StaticTable:
         return StaticTable("default", (1,), (0,))
     where = index_by_key(kernel.configs)
     tokens = tuple(2**power for power in range(17))
-    try:
-        return StaticTable("default", tokens, tuple(where[config_key(default(count))] for count in tokens))
-    except KeyError as error:
-        raise ConfigError(
-            f"kernel {kernel.name!r} has the default config {error} outside its configs; add it."
-        ) from None
+    wanted = [default(count) for count in tokens]
+    absent = sum(config_key(config) not in where for config in wanted)
+    source = "default" + (f" ({absent} of {len(wanted)} cannot run here, the nearest configs serve)" if absent else "")
+    found = [where.get(config_key(its)) for its in wanted]
+    indices = [_nearest(its, kernel.configs) if at is None else at for its, at in zip(wanted, found, strict=True)]
+    return StaticTable(source, tokens, tuple(indices))
+
+
+def _nearest(wanted: Config, configs: Sequence[Config]) -> int:
+    """The config that differs least: numbers in octaves, all else by being another. Engines tune for GPUs with more memory."""
+
+    def apart(config: Config) -> float:
+        numbers = [(config.get(key), value) for key, value in wanted.items()]
+        both = [
+            (a, b)
+            for a, b in numbers
+            if all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in (a, b))
+        ]
+        return sum(abs(math.log2(a) - math.log2(b)) for a, b in both) + sum(
+            a != b for a, b in numbers if (a, b) not in both
+        )
+
+    return min(range(len(configs)), key=lambda index: (apart(configs[index]), index))
 
 
 def read_static(

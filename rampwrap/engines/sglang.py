@@ -210,9 +210,9 @@ class Layers:
         watch(self)
 
     def choose(self, topk_ids: torch.Tensor, address: int) -> Mapping[str, Any] | None:
-        """The config for a batch, counted; None for an empty one."""
+        """The config for a batch, counted; None, for SGLang's own choice, for an empty one and beyond what was profiled."""
         num_tokens = len(topk_ids)
-        if not num_tokens:
+        if not num_tokens or self.policy.beyond(num_tokens):
             return None
         position = self._near.index(num_tokens)
         name = self._names.setdefault(address, f"experts.{len(self._names)}")

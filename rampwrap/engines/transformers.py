@@ -33,6 +33,7 @@ from rampwrap.kernel import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.lane import Layer
 from rampwrap.plan import shape_arguments
+from rampwrap.policy import Static
 from rampwrap.selector import Selector
 
 TESTED = ("5.17",)
@@ -112,7 +113,8 @@ class Service:
             )
             return
         plan = fit.plan
-        self.dispatcher = Dispatcher(self.kernel, plan.static_policy(), shape=self.shape)
+        routed = plan.policy(kernel=self.kernel)
+        self.dispatcher = Dispatcher(self.kernel, Static(routed.configs, routed.static), shape=self.shape)
         self.selector = apart(
             self._where,
             lambda: Selector(
