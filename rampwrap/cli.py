@@ -163,12 +163,9 @@ def _asked(a: argparse.Namespace, shape: MoEShape) -> list[tuple[str, IntArray, 
     for workload in workload_grid(a.batch_size, [Routing.parse(name) for name in a.routing], seed=a.seed):
         try:
             ids = workload.topk_ids(shape.num_experts, shape.top_k)
-        except (MemoryError, ValueError) as error:  # the latter where numpy cannot even count the bytes
-            if isinstance(error, RampwrapError):
-                raise
-            raise InputError(
-                f"a routing of {workload.num_tokens} tokens does not fit in memory; give a smaller --batch-size."
-            ) from error
+        except MemoryError:
+            text = f"a routing of {workload.num_tokens} tokens does not fit in memory; give a smaller --batch-size."
+            raise InputError(text) from None
         found.append((workload.label, expert_counts(ids, shape.num_experts)[: shape.num_local_experts], len(ids)))
     return found
 

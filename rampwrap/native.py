@@ -12,6 +12,8 @@ from rampwrap.grid import FloatArray, IntArray
 try:
     score: Any = importlib.import_module("rampwrap._score")
     "The extension; None where there is none, and numpy serves."
+    if "outside" not in (score.choose.__text_signature__ or ""):
+        score = None  # built from an older source
 except ImportError:
     score = None
 

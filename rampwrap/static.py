@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -160,16 +161,16 @@ def default_table(kernel: Kernel) -> StaticTable:
 def _nearest(wanted: Config, configs: Sequence[Config]) -> int:
     """The config that differs least: numbers in octaves, all else by being another. Engines tune for GPUs with more memory."""
 
+    def number(value: Any) -> float | None:
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        return math.log2(value) if whole else None
+
     def apart(config: Config) -> float:
-        numbers = [(config.get(key), value) for key, value in wanted.items()]
-        both = [
-            (a, b)
-            for a, b in numbers
-            if all(isinstance(x, int | float) and not isinstance(x, bool) and x > 0 for x in (a, b))
-        ]
-        return sum(abs(math.log2(a) - math.log2(b)) for a, b in both) + sum(
-            a != b for a, b in numbers if (a, b) not in both
-        )
+        total = 0.0
+        for key, value in wanted.items():
+            here, there = number(config.get(key)), number(value)
+            total += abs(here - there) if here is not None and there is not None else float(config.get(key) != value)
+        return total
 
     return min(range(len(configs)), key=lambda index: (apart(configs[index]), index))
 
