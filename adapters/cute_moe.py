@@ -12,9 +12,10 @@ import torch
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import CaptureError, ConfigError, InputError
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape, check_configs, format_config
-from rampwrap.kernels.cute import reference
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config, MoEShape, check_configs, format_config
+from rampwrap.kernels.common import reference
+from rampwrap.kernels.cute.build.library import Library, load
 from rampwrap.kernels.cute.configs import (
     FORMS,
     GROUP_MS,
@@ -25,10 +26,9 @@ from rampwrap.kernels.cute.configs import (
     from_keys,
     why_illegal,
 )
-from rampwrap.kernels.cute.launch import MAX_CTAS, run_layer
-from rampwrap.kernels.cute.library import Library, load
-from rampwrap.kernels.triton.align import TokenBlocks
-from rampwrap.kernels.triton.workspace import TORCH_DTYPES, Workspace, workspace
+from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
+from rampwrap.kernels.triton.align.host import TokenBlocks
+from rampwrap.kernels.triton.moe.workspace import TORCH_DTYPES, Workspace, workspace
 
 FP8 = torch.float8_e4m3fn
 

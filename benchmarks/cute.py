@@ -28,13 +28,13 @@ import third_party
 import torch
 
 from rampwrap.adapters.cute_moe import CuteFusedMoE
-from rampwrap.compare import replay
+from rampwrap.compare.evaluate import replay
 from rampwrap.errors import RampwrapError
-from rampwrap.kernel import SHAPES, Config, MoEShape, format_config
-from rampwrap.profiler import profile
-from rampwrap.routing import Routing, Workload, workload_grid
-from rampwrap.sweep import worth_keeping
-from rampwrap.timings import Timings
+from rampwrap.kernel.protocol import SHAPES, Config, MoEShape, format_config
+from rampwrap.measure.full import profile
+from rampwrap.measure.sweep import worth_keeping
+from rampwrap.measure.timings import Timings
+from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROUTINGS = ("uniform", "zipf:1.2", "dirichlet:0.1")

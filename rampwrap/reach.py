@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
-from rampwrap.cost import CostModel
-from rampwrap.drift import Profiled, drift, routing_numbers
-from rampwrap.grid import IntArray
-from rampwrap.kernel import MoEShape
-from rampwrap.static import StaticTable
+from rampwrap.kernel.grid import IntArray
+from rampwrap.kernel.protocol import MoEShape
+from rampwrap.model.cost import CostModel
+from rampwrap.policy.static import StaticTable
+from rampwrap.routing.drift import Profiled, drift, routing_numbers
 
 REACH = 2
 "A plan speaks for 1 / REACH of the least profiled token count to REACH times the largest."

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from rampwrap import Dispatcher, MoEShape, Plan
-from rampwrap.buckets import Buckets
-from rampwrap.fitting import make_plan
-from rampwrap.kernel import Config
-from rampwrap.profiler import profile
-from rampwrap.routing import Routing, Workload, expert_counts, workload_grid
-from rampwrap.sim import SimKernel
-from rampwrap.static import StaticTable, default_table
+from rampwrap.dispatch.spans import Buckets
+from rampwrap.kernel.protocol import Config
+from rampwrap.measure.full import profile
+from rampwrap.plan.make import make_plan
+from rampwrap.policy.static import StaticTable, default_table
+from rampwrap.routing.workloads import Routing, Workload, expert_counts, workload_grid
+from rampwrap.testing.sim import SimKernel
 
 BOUND = 1.15
 "Of the kernel's own default's time, as `rampwrap.reach` states it."
