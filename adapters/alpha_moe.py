@@ -21,7 +21,8 @@ import torch
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs, format_config
+from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.branches import run_beside
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
 from rampwrap.kernels.triton.quantise import GROUP, quantise_rows

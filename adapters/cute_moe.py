@@ -13,7 +13,8 @@ import torch
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs, format_config
+from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.cute.build.library import Library, load
 from rampwrap.kernels.cute.configs import (

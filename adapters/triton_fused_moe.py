@@ -7,7 +7,8 @@ import torch
 
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs, format_config
+from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import configs as tuning

@@ -25,7 +25,8 @@ from rampwrap.adapters import vllm_candidates
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.files import replacing
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs, config_key, format_config
+from rampwrap.kernel.protocol import Config, check_configs, config_key, format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.moe import configs as sm90
 from rampwrap.policy.static import StaticTable, default_table, read_static, write_static
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rampwrap.kernel.catalog import make_kernel
-from rampwrap.kernel.portfolio import joint_name, members_of
+from rampwrap.kernel.names import joint_name, members_of
 from rampwrap.kernel.protocol import MEMBER, Config, config_key
 from rampwrap.measure.full import profile
 from rampwrap.plan.plan import Plan

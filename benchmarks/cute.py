@@ -30,7 +30,8 @@ import torch
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.compare.evaluate import replay
 from rampwrap.errors import RampwrapError
-from rampwrap.kernel.protocol import SHAPES, Config, MoEShape, format_config
+from rampwrap.kernel.protocol import Config, format_config
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.measure.sweep import worth_keeping
 from rampwrap.measure.timings import Timings

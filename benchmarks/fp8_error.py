@@ -42,7 +42,7 @@ import triton.language as tl
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import RampwrapError
-from rampwrap.kernel.protocol import SHAPES, MoEShape
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.common.reference import FP8, dequantise, quantise, weights_of
 from rampwrap.routing.workloads import Routing, Workload
 

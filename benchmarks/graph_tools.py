@@ -11,7 +11,8 @@ from typing import Any
 import third_party
 import torch
 
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 
 DEVICE = "cuda"
 Graph = torch.cuda.CUDAGraph

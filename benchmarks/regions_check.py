@@ -29,7 +29,8 @@ import triton
 from rampwrap import schema
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import SHAPES, MoEShape, config_key, format_config
+from rampwrap.kernel.protocol import config_key, format_config
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.triton.moe import configs as tuning
 from rampwrap.kernels.triton.moe.host import DIRECT_FACTOR, fused_moe
 from rampwrap.measure.timer import Call, GraphTimer, Measurement

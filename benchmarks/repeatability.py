@@ -15,7 +15,7 @@ import numpy as np
 
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import SHAPES
+from rampwrap.kernel.shape import SHAPES
 from rampwrap.measure.session import summarise
 from rampwrap.measure.timer import GraphTimer
 from rampwrap.routing.workloads import Routing, Workload

@@ -19,7 +19,8 @@ from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
 from rampwrap.model.cost import fit
 from rampwrap.plan.make import make_plan
-from rampwrap.policy.graph_lists import draw, serving
+from rampwrap.policy.buckets import draw
+from rampwrap.policy.graph_lists import serving
 from rampwrap.policy.static import static_table
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -31,7 +31,8 @@ import torch
 from rampwrap.compare.evaluate import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import ConfigError, InputError, RampwrapError
 from rampwrap.kernel.catalog import make_kernel
-from rampwrap.kernel.protocol import MEMBER, SHAPES, Kernel, MoEShape
+from rampwrap.kernel.protocol import MEMBER, Kernel
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.measure.join import join
 from rampwrap.measure.sweep import sweep

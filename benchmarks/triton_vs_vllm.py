@@ -28,7 +28,8 @@ import triton
 from rampwrap import schema
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import SHAPES, MoEShape, format_config
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.triton.moe.warm import warm
 from rampwrap.measure.timer import GraphTimer, Measurement, Timed
 from rampwrap.routing.workloads import Routing, Workload

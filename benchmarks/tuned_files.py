@@ -32,16 +32,19 @@ import numpy as np
 
 from rampwrap.adapters import vllm_fused_moe
 from rampwrap.compare import evaluate as compare
+from rampwrap.compare.oracle import Oracle
 from rampwrap.errors import RampwrapError
 from rampwrap.kernel.device import SIMULATED
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.moe import configs as ours
 from rampwrap.measure.timings import Timings
-from rampwrap.policy.policies import Oracle, Static
+from rampwrap.policy.policies import Static
 from rampwrap.policy.static import read_measured
 from rampwrap.policy.tuned_file import TunedFile
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 
 PACKAGES = ("vllm==0.26.0", "vllm==0.33.0", "sglang==0.5.23")
 DTYPES = {"": "bf16", "bf16": "bf16", "fp8_w8a8": "fp8", "float8": "fp8"}

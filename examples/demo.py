@@ -21,7 +21,8 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.cli.main import main as rampwrap
 from rampwrap.compare import evaluate as compare
 from rampwrap.compare import report
-from rampwrap.kernel.protocol import SHAPES, format_config
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import SHAPES
 from rampwrap.plan.make import make_plan
 from rampwrap.routing.workloads import Routing
 

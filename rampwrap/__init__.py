@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 from rampwrap._version import __version__
 
 if TYPE_CHECKING:
+    from rampwrap import observe
+    from rampwrap.compare.oracle import Oracle
     from rampwrap.dispatch.host import Dispatcher
     from rampwrap.errors import RampwrapError
     from rampwrap.kernel.device import Device
     from rampwrap.kernel.grid import CtaGrid
-    from rampwrap.kernel.protocol import Config, Kernel, MoEShape
+    from rampwrap.kernel.protocol import Config, Kernel
+    from rampwrap.kernel.shape import MoEShape
     from rampwrap.measure.timings import Timings
-    from rampwrap.observe import registry as observe
     from rampwrap.observe.registry import stats
     from rampwrap.plan.plan import Plan
-    from rampwrap.policy.policies import Choice, Oracle, Pinned, Policy, Static, WaveCost
-    from rampwrap.routing.workloads import Routing, Workload, expert_counts
+    from rampwrap.policy.policies import Choice, Pinned, Policy, Static, WaveCost
+    from rampwrap.routing.counts import expert_counts
+    from rampwrap.routing.workloads import Routing, Workload
 
 _HOME = {
     "Choice": "policy.policies",
@@ -28,8 +31,8 @@ _HOME = {
     "Device": "kernel.device",
     "Dispatcher": "dispatch.host",
     "Kernel": "kernel.protocol",
-    "MoEShape": "kernel.protocol",
-    "Oracle": "policy.policies",
+    "MoEShape": "kernel.shape",
+    "Oracle": "compare.oracle",
     "Pinned": "policy.policies",
     "Plan": "plan.plan",
     "Policy": "policy.policies",
@@ -39,7 +42,7 @@ _HOME = {
     "Timings": "measure.timings",
     "WaveCost": "policy.policies",
     "Workload": "routing.workloads",
-    "expert_counts": "routing.workloads",
+    "expert_counts": "routing.counts",
     "stats": "observe.registry",
 }
 "The module of each public name. A type checker reads the imports above; a test compares both."
@@ -71,7 +74,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "observe":
-        return importlib.import_module("rampwrap.observe.registry")
+        return importlib.import_module("rampwrap.observe")
     if name not in _HOME:
         raise AttributeError(f"module 'rampwrap' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"rampwrap.{_HOME[name]}"), name)

@@ -15,8 +15,8 @@ import attrs
 import numpy as np
 
 from rampwrap.kernel.grid import IntArray
-from rampwrap.kernel.protocol import MoEShape
-from rampwrap.model.cost import CostModel
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.model.base import CostModel
 from rampwrap.policy.static import StaticTable
 from rampwrap.routing.drift import Profiled, drift, routing_numbers
 

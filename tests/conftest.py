@@ -23,11 +23,13 @@ from rampwrap.cli.main import main
 from rampwrap.kernel import catalog
 from rampwrap.kernel.catalog import KERNELS
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 from rampwrap.testing.sim import SimKernel
 
 SHAPE = MoEShape(64, 8, 2048, 1024)

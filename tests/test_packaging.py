@@ -105,7 +105,7 @@ def test_users_code_is_type_checked_wherever_rampwrap_is_installed(tmp_path: pat
     (tmp_path / "mine.py").write_text(
         "import rampwrap\nfrom rampwrap import Plan\nfrom rampwrap.kernel.protocol import MoEShape\n"
         "plan: Plan = Plan.load('p.json')\nshape: MoEShape = rampwrap.MoEShape(8, 2, 64, 64)\n"
-        "text: str = rampwrap.observe.registry.prometheus()\nwrong: int = shape\n"
+        "text: str = rampwrap.observe.prometheus()\nwrong: int = shape\n"
     )
     run = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "mine.py"]
     bare = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}

@@ -13,7 +13,7 @@ from rampwrap import Plan, Timings, schema
 from rampwrap.cli.main import main
 from rampwrap.errors import InputError, PlanError, TableError
 from rampwrap.kernel.device import SIMULATED, Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 
 
 @pytest.mark.parametrize(

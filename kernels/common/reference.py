@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.quantise import FP8_MAX, GROUP, MIN_ABS
 
 FP8 = torch.float8_e4m3fn

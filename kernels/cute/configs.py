@@ -17,7 +17,7 @@ from typing import Any
 
 import attrs
 
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 
 FORMS = ("two", "one")
 DTYPES = ("fp8", "bf16")

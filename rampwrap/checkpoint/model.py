@@ -12,7 +12,7 @@ import attrs
 from rampwrap.checkpoint.layers import MOST_LAYERS, sparse_layers
 from rampwrap.checkpoint.quantisation import GROUP, Reader, Stored, first, reader_of, short
 from rampwrap.errors import InputError
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 
 # One quantity, the names it has in published configs; the first one present counts. Those of the experts alone come
 # before those that may be of dense layers.

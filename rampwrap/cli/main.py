@@ -31,21 +31,24 @@ from rampwrap.cli.types import (
 )
 from rampwrap.compare import evaluate as compare
 from rampwrap.compare import report
+from rampwrap.compare.oracle import Oracle, Renumbered
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.files import check_target
 from rampwrap.kernel import catalog
 from rampwrap.kernel.device import device_of, find_device
 from rampwrap.kernel.grid import IntArray
-from rampwrap.kernel.protocol import SHAPES, MoEShape, config_key, format_config, index_by_key
+from rampwrap.kernel.protocol import config_key, format_config, index_by_key
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.measure.timings import Timings, is_table
 from rampwrap.model import bounds as regions
 from rampwrap.model.cost import MODELS
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan
-from rampwrap.policy.policies import Oracle, Policy, Renumbered, Static
+from rampwrap.policy.policies import Policy, Static
 from rampwrap.policy.static import default_table, read_measured, read_static
-from rampwrap.routing.workloads import Routing, check_counts, expert_counts, workload_grid
+from rampwrap.routing.counts import check_counts, expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 
 # What a new table is profiled on, and what it is judged on: token counts and skews that the fit never sees.
 TRAIN_TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]

@@ -19,8 +19,9 @@ from rampwrap.errors import InputError
 from rampwrap.files import check_target
 from rampwrap.kernel import catalog
 from rampwrap.kernel.device import Device, device_of
-from rampwrap.kernel.portfolio import members_of
-from rampwrap.kernel.protocol import Kernel, MoEShape, format_config, kernel_version
+from rampwrap.kernel.names import members_of
+from rampwrap.kernel.protocol import Kernel, format_config, kernel_version
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.journal import Header, row_keys
 from rampwrap.measure.timer import no_gpu
 from rampwrap.measure.timings import Timings

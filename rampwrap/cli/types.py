@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from rampwrap.errors import InputError
-from rampwrap.kernel.protocol import SHAPES, MoEShape
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.recorded import account

@@ -8,11 +8,13 @@ import attrs
 import numpy as np
 
 from rampwrap import schema
+from rampwrap.compare.oracle import Oracle
 from rampwrap.errors import InputError, TableError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import CostModel, fit
-from rampwrap.policy.policies import Bucket, Oracle, Policy, Static, WaveCost
+from rampwrap.model.base import CostModel
+from rampwrap.model.cost import fit
+from rampwrap.policy.policies import Bucket, Policy, Static, WaveCost
 from rampwrap.policy.static import FileNotes, StaticTable, static_table
 from rampwrap.schema import dump
 

@@ -13,7 +13,7 @@ from rampwrap.errors import InputError, RampwrapError
 from rampwrap.files import replacing
 from rampwrap.kernel.protocol import format_config
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import CostModel
+from rampwrap.model.base import CostModel
 
 
 def text(comparison: Comparison) -> str:

@@ -26,7 +26,8 @@ from rampwrap.dispatch.lane import Lane, Layer, Served
 from rampwrap.dispatch.spans import Bucket, Buckets
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import Kernel, MoEShape, format_config
+from rampwrap.kernel.protocol import Kernel, format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.packed import pack
 from rampwrap.observe.registry import unwatch, watch
 from rampwrap.observe.tally import Telemetry

@@ -12,12 +12,13 @@ import numpy as np
 from rampwrap.errors import CaptureError, ConfigError, InputError, PlanMismatchError
 from rampwrap.kernel.device import Device, device_of
 from rampwrap.kernel.grid import IntArray
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape, check_configs, config_key, format_config, index_by_key
+from rampwrap.kernel.protocol import Config, Kernel, check_configs, config_key, format_config, index_by_key
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import watch
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.policies import Choice, Policy, Static
 from rampwrap.policy.static import default_table
-from rampwrap.routing.workloads import check_counts, expert_counts, to_numpy
+from rampwrap.routing.counts import check_counts, expert_counts, to_numpy
 
 _NO_COUNTS: IntArray = np.zeros(0, dtype=np.int64)
 

@@ -11,7 +11,8 @@ from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lagged import Lagged
 from rampwrap.dispatch.spans import Bucket, Buckets, capturing
 from rampwrap.errors import CaptureError, InputError
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.packed import TALLY
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan

@@ -24,7 +24,8 @@ from rampwrap.errors import RampwrapError
 from rampwrap.files import locked, make_folder, replacing
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.portfolio import by_member
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape
+from rampwrap.kernel.protocol import Config, Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import Plan
 
 logger = logging.getLogger("vllm.rampwrap")

@@ -13,7 +13,8 @@ from rampwrap.errors import ConfigError, InputError
 from rampwrap.files import make_folder
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import device_of
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.build.library import find
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.folder import HOOK_KERNELS, PLANS, SUFFIX, Plans, alike, plans_path

@@ -26,7 +26,7 @@ from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
 from rampwrap.dispatch.lagged import Lagged
 from rampwrap.dispatch.spans import capturing
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import watch
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans, disabled

@@ -30,7 +30,7 @@ from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.plan.folder import DISABLE, HOOK_KERNELS, OneWarning, Plans, disabled
 from rampwrap.plan.plan import shape_arguments

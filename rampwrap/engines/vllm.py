@@ -36,7 +36,7 @@ from rampwrap.dispatch.spans import capturing
 from rampwrap.engines.prepare import ensure_compiled
 from rampwrap.errors import CaptureError, InputError, RampwrapError
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import start_log
 from rampwrap.plan.folder import DISABLE, Fit, OneWarning, Plans, disabled
 from rampwrap.plan.plan import shape_arguments

@@ -10,41 +10,17 @@ import attrs
 
 from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import (
-    MEMBER,
-    Config,
-    Kernel,
-    MoEShape,
-    check_configs,
-    format_config,
-    kernel_version,
-    refusal,
-)
+from rampwrap.kernel.names import joint_name, joint_version
+from rampwrap.kernel.protocol import MEMBER, Config, Kernel, check_configs, format_config, kernel_version, refusal
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.policy.static import StaticTable
 
-PREFIX = "portfolio:"
-"What a portfolio's name begins with; its members' names follow, joined by a plus sign."
 DEFAULT_LAYOUT = "vllm"
 "w13 [E, 2I, H] with gate rows first, w2 [E, H, I], scales beside them: what a kernel that says nothing reads."
 WEIGHTS = ("w13", "w2", "w13_scale", "w2_scale")
 FORWARDED = ("inputs", "reference", "device")
 OPTIONAL = ("workspace", "blocks", "out")
 "Arguments that change where a launch works, not what it computes: a member that does not take one runs without."
-
-
-def joint_name(names: Sequence[str]) -> str:
-    """The name of the portfolio of these kernels."""
-    return PREFIX + "+".join(names)
-
-
-def joint_version(versions: Sequence[str]) -> str:
-    """Its version: that of every member."""
-    return "+".join(versions)
-
-
-def members_of(name: str) -> tuple[str, ...]:
-    """The names of a portfolio's members by its own; none where it is no portfolio's name."""
-    return tuple(name.removeprefix(PREFIX).split("+")) if name.startswith(PREFIX) else ()
 
 
 def by_member(kernel: Kernel, configs: Sequence[Config]) -> list[tuple[Kernel, list[Config]]]:

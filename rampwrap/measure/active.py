@@ -25,7 +25,8 @@ import numpy.typing as npt
 from rampwrap.errors import FitError, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import FloatArray, IntArray
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape
+from rampwrap.kernel.protocol import Config, Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.session import PATIENCE_S, Bench, Inputs
 from rampwrap.measure.timer import Timer
 from rampwrap.measure.timings import Timings

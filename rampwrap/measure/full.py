@@ -8,7 +8,8 @@ import numpy as np
 
 from rampwrap.errors import TableError
 from rampwrap.kernel.device import Device, device_of
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape, check_configs, kernel_version
+from rampwrap.kernel.protocol import Config, Kernel, check_configs, kernel_version
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.journal import row_keys
 from rampwrap.measure.session import PATIENCE_S, Bench, Inputs, journal_path, refusals
 from rampwrap.measure.timer import Timer, roofline_us

@@ -6,7 +6,7 @@ import attrs
 import numpy as np
 
 from rampwrap.errors import TableError
-from rampwrap.kernel.portfolio import joint_name, joint_version, members_of
+from rampwrap.kernel.names import joint_name, joint_version, members_of
 from rampwrap.kernel.protocol import MEMBER
 from rampwrap.measure.timings import Timings
 

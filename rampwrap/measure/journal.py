@@ -17,9 +17,11 @@ from rampwrap.errors import InputError, RampwrapError, TableError
 from rampwrap.files import locked
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid, IntArray
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs, config_key
+from rampwrap.kernel.protocol import Config, check_configs, config_key
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import LEAST_US, MOST_COUNT, MOST_SPREAD, MOST_US, SCHEMA, Timings
-from rampwrap.routing.workloads import Workload, expert_counts
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Workload
 from rampwrap.schema import between
 
 MOST_BYTES = 1 << 26

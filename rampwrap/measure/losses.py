@@ -6,7 +6,8 @@ from typing import Any
 
 import attrs
 
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.journal import RowKey
 from rampwrap.measure.timer import is_memory
 

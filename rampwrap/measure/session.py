@@ -21,7 +21,6 @@ from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.protocol import (
     Config,
     Kernel,
-    MoEShape,
     check_configs,
     config_key,
     format_config,
@@ -29,6 +28,7 @@ from rampwrap.kernel.protocol import (
     kernel_version,
     refusal,
 )
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.journal import Begun, Header, Journal, row_keys, to_timings
 from rampwrap.measure.losses import Losses, reason_of
 from rampwrap.measure.rounds import HOPELESS, summarise

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape, config_key
+from rampwrap.kernel.protocol import Config, Kernel, config_key
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import finished, profile
 from rampwrap.measure.timer import Timer
 from rampwrap.measure.timings import Timings

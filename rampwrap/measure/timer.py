@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rampwrap.errors import DeviceFault, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import FloatArray
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 
 Call = Callable[[], Any]
 

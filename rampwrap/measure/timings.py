@@ -16,7 +16,8 @@ from rampwrap.errors import RampwrapError, TableError
 from rampwrap.files import replacing
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid, FloatArray, IntArray
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs
+from rampwrap.kernel.protocol import Config, check_configs
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.archive import Array, read_arrays
 
 SCHEMA = 1

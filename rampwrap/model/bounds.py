@@ -33,7 +33,7 @@ from rampwrap import schema
 from rampwrap.compare.report import pyplot, save_figure
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 
 # Constants of sm_80 to sm_100 that `Device` does not carry.
 LATENCY_US = 1.0  # HBM under load, and as much for the fill and the epilogue of a CTA

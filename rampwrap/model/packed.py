@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from rampwrap.errors import InputError, PlanError
 from rampwrap.kernel.grid import FloatArray, IntArray, max_blocks
-from rampwrap.model.cost import CORRECTION_RANGE, CostModel, Local
+from rampwrap.model.base import CORRECTION_RANGE, CostModel
 from rampwrap.model.features import SCALES
+from rampwrap.model.wave import Local
 from rampwrap.policy.graph_lists import MAX_IN_GRAPH
 
 MAX_SLOTS = 1 << 21

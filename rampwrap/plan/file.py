@@ -11,7 +11,8 @@ import attrs
 
 from rampwrap import schema
 from rampwrap.errors import FitError, PlanError, RampwrapError
-from rampwrap.model.cost import MODELS, CostModel
+from rampwrap.model.base import CostModel
+from rampwrap.model.cost import MODELS
 from rampwrap.model.features import Geometry
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.static import StaticTable

@@ -20,8 +20,9 @@ from rampwrap.errors import ConfigError, InputError, PlanError, PlanMismatchErro
 from rampwrap.files import cache_folder
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.portfolio import members_of
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.names import members_of
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import Plan
 
 PLANS = "RAMPWRAP_PLANS"

@@ -11,9 +11,11 @@ from rampwrap.compare import evaluate as compare
 from rampwrap.errors import InputError
 from rampwrap.kernel.catalog import CHOOSES_IN_GRAPH
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import Local, fit
+from rampwrap.model.cost import fit
+from rampwrap.model.wave import Local
 from rampwrap.plan.plan import Plan
-from rampwrap.policy.graph_lists import COSTS, all_in_graph, make_buckets
+from rampwrap.policy.buckets import make_buckets
+from rampwrap.policy.graph_lists import COSTS, all_in_graph
 from rampwrap.policy.policies import Policy, Static
 from rampwrap.policy.static import static_table
 from rampwrap.routing.drift import profiled_ranges

@@ -11,9 +11,10 @@ from rampwrap.files import replacing
 from rampwrap.kernel.catalog import KERNELS
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.portfolio import members_of
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape, check_configs, config_key, index_by_key, kernel_version
-from rampwrap.model.cost import CostModel
+from rampwrap.kernel.names import members_of
+from rampwrap.kernel.protocol import Config, Kernel, check_configs, config_key, index_by_key, kernel_version
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.model.base import CostModel
 from rampwrap.model.features import Geometry
 from rampwrap.plan import file as plan_file
 from rampwrap.policy.graph_lists import Shortlist

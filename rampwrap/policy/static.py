@@ -13,7 +13,8 @@ import numpy as np
 
 from rampwrap.errors import InputError, TableError
 from rampwrap.kernel.grid import IntArray
-from rampwrap.kernel.protocol import MEMBER, Config, Kernel, MoEShape, config_key, format_config, index_by_key
+from rampwrap.kernel.protocol import MEMBER, Config, Kernel, config_key, format_config, index_by_key
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
 from rampwrap.policy.tuned_file import ENGINE_DEFAULTS, ENGINE_KERNEL, SPELLING, TunedFile
 

@@ -12,7 +12,8 @@ from typing import Any
 import attrs
 
 from rampwrap.errors import InputError
-from rampwrap.kernel.protocol import MEMBER, Config, MoEShape, config_key
+from rampwrap.kernel.protocol import MEMBER, Config, config_key
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.schema import MOST_TOKENS, parse
 
 # How vLLM and SGLang spell what other kernels call block_m, ...

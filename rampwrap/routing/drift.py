@@ -9,7 +9,7 @@ import numpy as np
 
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import IntArray
-from rampwrap.model.cost import CostModel
+from rampwrap.model.base import CostModel
 from rampwrap.schema import LARGEST, between
 
 # Ranges narrower than this are taken as this wide: with few tokens every profiled batch has the same numbers.

@@ -31,7 +31,8 @@ from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import RampwrapError
 from rampwrap.kernel.device import SIMULATED
 from rampwrap.kernel.grid import CtaGrid, num_blocks
-from rampwrap.kernel.protocol import Config, Kernel, MoEShape, check_configs, format_config, refusal
+from rampwrap.kernel.protocol import Config, Kernel, check_configs, format_config, refusal
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.routing.workloads import Routing, Workload
 
 Direct = Callable[[Config, dict[str, Any]], Any]

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from rampwrap.kernel.device import SIMULATED, Device
 from rampwrap.kernel.grid import CtaGrid, num_blocks
-from rampwrap.kernel.protocol import Config, MoEShape, check_configs
-from rampwrap.routing.workloads import expert_counts
+from rampwrap.kernel.protocol import Config, check_configs
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.routing.counts import expert_counts
 
 SIM_CONFIGS: tuple[Config, ...] = tuple(
     {"block_m": block_m, "block_n": block_n, "stages": stages}

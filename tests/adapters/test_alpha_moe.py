@@ -24,11 +24,12 @@ from rampwrap.adapters.alpha_moe import CONFIGS, KEYS, AlphaMoE, deinterleave, i
 from rampwrap.dispatch.graph import Selector
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.model.cost import Local
 from rampwrap.model.features import Geometry, pass_over
+from rampwrap.model.wave import Local
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.policies import Bucket

@@ -23,7 +23,8 @@ from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import max_blocks
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.reference import activate, dequantise, quantise, weights_of
 from rampwrap.kernels.cute.build.library import Library
 from rampwrap.kernels.triton.align.host import align_tokens

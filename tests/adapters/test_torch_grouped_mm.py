@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 from rampwrap.adapters.torch_grouped_mm import TorchGroupedMM
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 
 if not hasattr(torch.nn.functional, "grouped_mm"):
     pytest.skip("this torch has no grouped_mm", allow_module_level=True)

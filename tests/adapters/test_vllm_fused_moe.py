@@ -18,7 +18,8 @@ from rampwrap.adapters import vllm_fused_moe as adapter
 from rampwrap.adapters.vllm_fused_moe import CONFIGS, KEYS, VllmFusedMoE, config_file, config_file_name, refusal
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.policy.policies import Pinned
 from rampwrap.policy.static import StaticTable, read_static
 

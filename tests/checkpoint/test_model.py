@@ -14,7 +14,7 @@ from rampwrap.checkpoint.model import read_model
 from rampwrap.cli.main import main
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import SIMULATED
-from rampwrap.kernel.protocol import SHAPES, MoEShape
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.plan import folder as places
 
 OLMOE = {

@@ -17,7 +17,7 @@ import pytest
 
 from rampwrap.checkpoint.model import Ranks, read_layers, read_model
 from rampwrap.errors import InputError, RampwrapError
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 
 QWEN = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 DEEPSEEK = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")

@@ -12,10 +12,11 @@ import pytest
 
 from rampwrap.compare import evaluate as compare
 from rampwrap.compare import report
+from rampwrap.compare.oracle import Oracle
 from rampwrap.errors import InputError, TableError
 from rampwrap.measure.timings import Timings
 from rampwrap.model.cost import fit
-from rampwrap.policy.policies import Oracle, Pinned, Static
+from rampwrap.policy.policies import Pinned, Static
 from rampwrap.policy.static import StaticTable
 
 

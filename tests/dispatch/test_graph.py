@@ -22,13 +22,13 @@ from rampwrap.dispatch.torch_op import compiled
 from rampwrap.errors import CaptureError, FitError, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe.configs import splits
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select
-from rampwrap.model.cost import Local
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.packed import pack
+from rampwrap.model.wave import Local
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import COSTS, Shortlist, all_in_graph, in_graph, serving, token_spans

@@ -18,7 +18,8 @@ from rampwrap.kernel.protocol import Config
 from rampwrap.plan.make import make_plan
 from rampwrap.policy.policies import Pinned, Static
 from rampwrap.policy.static import StaticTable
-from rampwrap.routing.workloads import Routing, Workload, expert_counts
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, Workload
 from rampwrap.testing.sim import SimKernel
 
 H100 = Device("NVIDIA H100 80GB HBM3", 114)

@@ -28,12 +28,13 @@ from rampwrap.adapters.vllm_fused_moe import CONFIGS, KEYS
 from rampwrap.engines import sglang as engine
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
 from rampwrap.observe import registry as observe
 from rampwrap.plan.folder import OneWarning
 from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import Routing, Workload, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 SHAPE = MoEShape(8, 2, 64, 32)
 OWN = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}

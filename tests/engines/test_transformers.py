@@ -25,12 +25,13 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import transformers as engine
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.folder import OneWarning
 from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():

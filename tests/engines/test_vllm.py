@@ -28,12 +28,13 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import vllm as plugin
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.device import SIMULATED, Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.measure.timings import Timings
 from rampwrap.plan import folder as places
 from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import workload_grid
 
 if not INTERPRETED.value:
     pytest.skip("the stand-in runs on a CPU; tests/gpu has the engine itself", allow_module_level=True)

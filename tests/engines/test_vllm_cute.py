@@ -25,7 +25,7 @@ from rampwrap.engines import vllm as plugin
 from rampwrap.errors import InputError
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import SIMULATED
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.build import library
 from rampwrap.kernels.cute.configs import Variant, all_configs
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -34,7 +34,7 @@ from rampwrap.measure.join import join
 from rampwrap.plan import folder as places
 from rampwrap.plan.make import make_plan
 from rampwrap.policy.graph_lists import in_graph, token_spans
-from rampwrap.routing.workloads import expert_counts
+from rampwrap.routing.counts import expert_counts
 
 if not INTERPRETED.value:
     pytest.skip("the stand-ins run on a CPU; tests/gpu has the engine itself", allow_module_level=True)

@@ -17,7 +17,7 @@ from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.checkpoint.model import read_model
 from rampwrap.engines import vllm
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
 

@@ -7,14 +7,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from rampwrap.compare.oracle import Oracle
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan
-from rampwrap.policy.policies import Oracle
 from rampwrap.policy.static import StaticTable
 from rampwrap.routing.workloads import Routing, Workload, workload_grid
 from rampwrap.testing.sim import SimKernel

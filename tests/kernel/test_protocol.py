@@ -3,16 +3,8 @@
 import pytest
 
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.kernel.protocol import (
-    SHAPES,
-    MoEShape,
-    check_configs,
-    config_key,
-    format_config,
-    index_by_key,
-    kernel_version,
-    refusal,
-)
+from rampwrap.kernel.protocol import check_configs, config_key, format_config, index_by_key, kernel_version, refusal
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.schema import dump
 
 # The models' config.json: experts, experts of a token, hidden_size, moe_intermediate_size, and the tensor parallelism here.

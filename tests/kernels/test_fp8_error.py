@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rampwrap.adapters.cute_moe import CuteFusedMoE
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "fp8_error.py"

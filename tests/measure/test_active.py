@@ -11,7 +11,8 @@ import pytest
 from rampwrap.compare import evaluate as compare
 from rampwrap.errors import FitError, InputError
 from rampwrap.kernel.grid import FloatArray
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.active import MIN_CELLS, SEEDS, explore, profile_active, replay_active
 from rampwrap.measure.full import profile
 from rampwrap.measure.journal import read_journal

@@ -17,13 +17,15 @@ import pytest
 
 from rampwrap.errors import ConfigError, DeviceFault, InputError, TableError
 from rampwrap.kernel.device import find_device
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import plan_profile, profile
 from rampwrap.measure.journal import read_journal
 from rampwrap.measure.session import Bench, journal_path
 from rampwrap.measure.timer import Measurement, ReturnTimer, default_timer, roofline_us
 from rampwrap.measure.timings import Timings
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 from rampwrap.testing.sim import SIM_CONFIGS, SimKernel
 
 SHAPE = MoEShape(16, 2, 512, 256)

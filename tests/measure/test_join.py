@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 from rampwrap.cli.main import main
 from rampwrap.errors import InputError, TableError
 from rampwrap.kernel import catalog
-from rampwrap.kernel.portfolio import Portfolio, by_member, members_of
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.names import members_of
+from rampwrap.kernel.portfolio import Portfolio, by_member
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.measure.join import join
 from rampwrap.measure.sweep import sweep, sweep_workloads, worth_keeping

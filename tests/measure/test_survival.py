@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from rampwrap.errors import TableError
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.measure.journal import read_journal
 from rampwrap.measure.session import journal_path
 from rampwrap.measure.timings import Timings
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 from rampwrap.testing.sim import SIM_CONFIGS, SimKernel
 
 SHAPE = MoEShape(16, 2, 512, 256)

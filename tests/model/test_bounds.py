@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import DEVICES, Device
-from rampwrap.kernel.protocol import SHAPES, MoEShape
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.model.bounds import HELD_OUT, Bound, Region, Tile, expected_blocks, missed, published, regions, run, table
 
 H200 = DEVICES["nvidia-h200"]

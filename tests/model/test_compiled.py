@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rampwrap import Dispatcher, MoEShape, Plan
+from rampwrap.compare.oracle import Renumbered
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import IntArray
 from rampwrap.measure.timings import Timings
 from rampwrap.model import compiled as native
-from rampwrap.model.cost import Local
 from rampwrap.model.features import Geometry
+from rampwrap.model.wave import Local
 from rampwrap.plan.make import make_plan
-from rampwrap.policy.policies import Renumbered
-from rampwrap.routing.workloads import Routing, Workload, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, Workload, workload_grid
 from rampwrap.testing.sim import NullKernel, SimKernel
 
 pytestmark = pytest.mark.skipif(

@@ -14,10 +14,13 @@ from rampwrap import schema
 from rampwrap.errors import FitError, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid, num_blocks
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import MODELS, CostModel, Local, Ramp4, fit
+from rampwrap.model.base import CostModel
+from rampwrap.model.cost import MODELS, fit
 from rampwrap.model.features import Geometry, float_log2, pass_over
+from rampwrap.model.ramp4 import Ramp4
+from rampwrap.model.wave import Local
 from rampwrap.plan import file as plan_file
 
 SMS = 132

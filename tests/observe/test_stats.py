@@ -27,8 +27,9 @@ from rampwrap.measure.timings import Timings
 from rampwrap.observe import registry as observe
 from rampwrap.observe.tally import Telemetry
 from rampwrap.policy.static import StaticTable
+from rampwrap.routing.counts import expert_counts
 from rampwrap.routing.drift import Profiled, Sums, drift, profiled_ranges, routing_numbers
-from rampwrap.routing.workloads import Routing, Workload, expert_counts
+from rampwrap.routing.workloads import Routing, Workload
 from rampwrap.testing.sim import SimKernel
 
 

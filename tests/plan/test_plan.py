@@ -9,13 +9,14 @@ import pytest
 
 from rampwrap import schema
 from rampwrap.errors import PlanError
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.measure.timings import Timings
 from rampwrap.plan import file as plan_file
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan, profile_command
-from rampwrap.policy.graph_lists import Shortlist, draw, in_graph, serving, token_spans
+from rampwrap.policy.buckets import draw
+from rampwrap.policy.graph_lists import Shortlist, in_graph, serving, token_spans
 from rampwrap.policy.static import StaticTable
 from rampwrap.routing.workloads import Routing, workload_grid
 from rampwrap.testing.sim import SimKernel

@@ -15,7 +15,8 @@ from rampwrap.cli.main import main
 from rampwrap.compare import evaluate as compare
 from rampwrap.compare import report
 from rampwrap.errors import InputError, RampwrapError
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.make import make_plan
 from rampwrap.policy.static import StaticTable, read_measured, read_static

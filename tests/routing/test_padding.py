@@ -16,7 +16,8 @@ from rampwrap.errors import InputError
 from rampwrap.measure.full import profile
 from rampwrap.model import compiled as native
 from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 from rampwrap.testing.conformance import check
 from rampwrap.testing.sim import SimKernel
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rampwrap.cli.main import main
 from rampwrap.errors import InputError
 from rampwrap.measure.timings import Timings
+from rampwrap.routing.counts import expert_counts
 from rampwrap.routing.recorded import MOST_TOKENS, Recording, account, read_recording, read_trace, split_layer
-from rampwrap.routing.workloads import RecordedWorkload, Routing, Workload, expert_counts, recorded_workloads
+from rampwrap.routing.workloads import RecordedWorkload, Routing, Workload, recorded_workloads
 
 E, K, LAYERS, STEPS = 16, 4, 3, 5
 TOKENS = [1, 7, 64, 64, 200]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rampwrap.errors import InputError
-from rampwrap.routing.workloads import Routing, Workload, check_counts, expert_counts, read_trace, workload_grid
+from rampwrap.routing.counts import check_counts, expert_counts
+from rampwrap.routing.workloads import Routing, Workload, read_trace, workload_grid
 
 ROUTINGS = ["uniform", "zipf:1.2", "dirichlet:0.1", "hot:2", "lognormal:1.5"]
 

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from rampwrap.errors import ConfigError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.testing.conformance import CHECKS, check
 from rampwrap.testing.sim import SimKernel
 

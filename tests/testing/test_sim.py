@@ -6,7 +6,7 @@ import pytest
 
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.testing.sim import SIM_CONFIGS, NullKernel, SimKernel
 
 # 10 SMs, 1 TB/s, 100 TFLOP/s; 4 experts of 3 x 1000 x 500 weights.

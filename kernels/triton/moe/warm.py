@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.workers import main_hidden
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.moe.host import DIRECT_FACTOR, fused_moe

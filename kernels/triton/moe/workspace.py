@@ -4,7 +4,7 @@ import attrs
 import torch
 
 from rampwrap.errors import InputError
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align.host import TokenBlocks, alignment_ints, blocks_in
 from rampwrap.kernels.triton.moe.configs import partial_rows
 from rampwrap.kernels.triton.quantise import GROUP

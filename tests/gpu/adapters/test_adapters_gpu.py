@@ -21,7 +21,8 @@ from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE, config_file_name
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import MoEShape, format_config
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.quantise import quantise_rows

@@ -16,10 +16,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import transformers as engine
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 
 pytestmark = [
     pytest.mark.gpu,

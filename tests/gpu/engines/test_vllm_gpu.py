@@ -27,12 +27,13 @@ from rampwrap.engines import vllm as plugin
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.measure.timings import Timings
 from rampwrap.plan import folder as places
 from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import Routing, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 
 pytestmark = [
     pytest.mark.gpu,

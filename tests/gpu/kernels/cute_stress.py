@@ -17,7 +17,8 @@ import attrs
 import torch
 
 from rampwrap.adapters.cute_moe import CuteFusedMoE
-from rampwrap.kernel.protocol import MoEShape, format_config
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.routing.workloads import Routing, Workload
 
 SHAPES = (MoEShape(8, 2, 512, 256), MoEShape(32, 4, 256, 384), MoEShape(64, 8, 768, 128), MoEShape(512, 10, 256, 128))

@@ -23,7 +23,8 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import MoEShape, format_config
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.testing.conformance import check
 
@@ -161,7 +162,7 @@ def test_remote_experts_and_other_types(form, dtype):
 @pytest.mark.parametrize("name", ["olmoe", "qwen3-30b", "deepseek-v3-tp8"])
 def test_layers_of_models(name, dtype, form):
     """Real sizes, tokens from one to prefill."""
-    from rampwrap.kernel.protocol import SHAPES
+    from rampwrap.kernel.shape import SHAPES
 
     shape = attrs.evolve(SHAPES[name], dtype=dtype)
     kernel = make(shape, form)

@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 

@@ -20,7 +20,7 @@ from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE
 from rampwrap.dispatch.graph import Selector
 from rampwrap.dispatch.torch_op import compiled
 from rampwrap.errors import CaptureError, InputError
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align import host as align
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select, choose, selected_in, selection_ints

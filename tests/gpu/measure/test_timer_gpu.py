@@ -9,7 +9,8 @@ import torch
 
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.measure.timer import GraphTimer, default_timer
 from rampwrap.routing.workloads import Routing, workload_grid

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rampwrap.kernel.protocol import SHAPES, MoEShape
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.cute.configs import (
     BLOCK_MS,
     DTYPES,

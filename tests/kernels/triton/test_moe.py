@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 import rampwrap
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.kernel.protocol import Kernel, MoEShape
+from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import configs as tuning

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import rampwrap
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import InputError
-from rampwrap.kernel.protocol import MoEShape
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.host import prepare as preparing
 from rampwrap.kernels.triton import pdl, quantise
 from rampwrap.kernels.triton.align import host as align

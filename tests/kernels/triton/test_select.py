@@ -25,9 +25,10 @@ from rampwrap.kernels.triton.select.host import (
     selected_in,
     selection_ints,
 )
-from rampwrap.model.cost import Local, Ramp4
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.packed import MAX_SLOTS, TALLY, pack
+from rampwrap.model.ramp4 import Ramp4
+from rampwrap.model.wave import Local
 
 if not INTERPRETED.value and not torch.cuda.is_available():
     pytest.skip("Triton was imported before TRITON_INTERPRET=1 and there is no GPU", allow_module_level=True)

@@ -12,7 +12,8 @@ from rampwrap.kernel.protocol import Config
 from rampwrap.measure.full import profile
 from rampwrap.plan.make import make_plan
 from rampwrap.policy.static import StaticTable, default_table
-from rampwrap.routing.workloads import Routing, Workload, expert_counts, workload_grid
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, Workload, workload_grid
 from rampwrap.testing.sim import SimKernel
 
 BOUND = 1.15
