@@ -17,8 +17,8 @@ from rampwrap.model.packed import pack
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import COSTS, Shortlist, Span, in_graph, token_spans
 from rampwrap.policy.policies import Policy, Static, WaveCost
+from rampwrap.policy.reach import Reach
 from rampwrap.policy.static import StaticTable
-from rampwrap.reach import Reach
 
 
 @attrs.frozen(eq=False)

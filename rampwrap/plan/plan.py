@@ -19,8 +19,8 @@ from rampwrap.model.features import Geometry
 from rampwrap.plan import file as plan_file
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.policies import Bucket, Static, WaveCost
+from rampwrap.policy.reach import Reach, extrapolated, span
 from rampwrap.policy.static import StaticTable, default_table
-from rampwrap.reach import Reach, extrapolated, span
 from rampwrap.routing.drift import Profiled
 from rampwrap.schema import between
 

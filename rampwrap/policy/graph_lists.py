@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 import attrs
 import numpy as np
 
-from rampwrap import reach
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.base import CostModel
+from rampwrap.policy import reach
 from rampwrap.policy.buckets import draw
 from rampwrap.policy.policies import Bucket
 from rampwrap.policy.static import StaticTable

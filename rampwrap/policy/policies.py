@@ -13,8 +13,8 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.grid import CtaGrid, IntArray, last_wave_util, num_waves
 from rampwrap.kernel.protocol import Config, format_config
 from rampwrap.model.base import CostModel
+from rampwrap.policy.reach import Reach
 from rampwrap.policy.static import StaticTable
-from rampwrap.reach import Reach
 from rampwrap.schema import LARGEST, between
 
 _OUTSIDE = -1

@@ -17,7 +17,7 @@ from rampwrap.routing.workloads import Routing, Workload, workload_grid
 from rampwrap.testing.sim import SimKernel
 
 BOUND = 1.15
-"Of the kernel's own default's time, as `rampwrap.reach` states it."
+"Of the kernel's own default's time, as `rampwrap.policy.reach` states it."
 
 
 class Own(SimKernel):
