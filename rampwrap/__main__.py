@@ -2,6 +2,6 @@
 
 import sys
 
-from rampwrap.cli.main import main
+from rampwrap.cli import main
 
 sys.exit(main())

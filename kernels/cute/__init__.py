@@ -1,1 +1,4 @@
-"""Our CuTe DSL kernels for sm_90a. Imported by their adapter and the command that builds them."""
+"""rampwrap's CuTe DSL fused MoE for sm_90a: two launches (up, down) or one, compiled ahead of time.
+
+Importing this needs neither the CuTe DSL nor a GPU.
+"""

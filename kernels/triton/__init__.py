@@ -1,1 +1,1 @@
-"""Our Triton kernels. Imported by adapters and by graph dispatch."""
+"""rampwrap's own Triton kernels: token alignment and the fused MoE layer."""

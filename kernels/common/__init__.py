@@ -1,1 +1,0 @@
-"""What our Triton and CuTe kernels share. Imports `rampwrap.kernel`; both families import it."""

@@ -1,1 +1,0 @@
-"""Compiles, inspects, links and loads the kernels."""

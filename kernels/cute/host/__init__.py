@@ -1,1 +1,0 @@
-"""What runs on the host around a compiled kernel."""

@@ -1,1 +1,0 @@
-"""Expert ids into M blocks of one expert each."""

@@ -1,1 +1,0 @@
-"""The fused MoE layer: configs, GEMMs, host side."""

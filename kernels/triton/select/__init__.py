@@ -1,1 +1,0 @@
-"""Alignment that also chooses the config, inside the launch."""

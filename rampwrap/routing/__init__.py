@@ -1,1 +1,0 @@
-"""How tokens spread over experts: counts, workloads, recordings, drift. Imports `kernel`; any later room may import it."""
