@@ -17,7 +17,7 @@ setup: $(VENV)/.ready
 
 # pip's editable install is an import hook, which no type checker follows: mypy finds rampwrap, in a folder of the user's own,
 # by the link. A path file to this folder would do too, but would make `adapters`, `kernels` and `tests` importable.
-$(VENV)/.ready: pyproject.toml rampwrap/_score.c
+$(VENV)/.ready: pyproject.toml rampwrap/model/_score.c
 	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
 	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0)
 	$(PIP) -e ".[triton,cute,plot,transformers,dev]"
@@ -41,15 +41,15 @@ unit: setup
 
 # Thousands of damaged files, and a type checker in a folder of a user's own.
 slow: setup
-	$(TEST) -n $(WORKERS) --dist worksteal -m slow --ignore tests/test_cute_build.py --ignore tests/gpu
+	$(TEST) -n $(WORKERS) --dist worksteal -m slow --ignore tests/kernels/cute/test_build.py --ignore tests/gpu
 
 # CuTe kernels compiled for sm_90a and their instructions inspected, without a GPU: every tile with its deepest pipeline
 # here, every config, twice as many in five minutes on two cores, before a release.
 tiles: setup
-	$(TEST) -m slow tests/test_cute_build.py
+	$(TEST) -m slow tests/kernels/cute/test_build.py
 
 kernels: setup
-	$(TEST) -m release tests/test_cute_build.py
+	$(TEST) -m release tests/kernels/cute/test_build.py
 
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup

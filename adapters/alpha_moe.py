@@ -20,12 +20,13 @@ import torch
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape, check_configs, format_config
-from rampwrap.kernels.triton.align import TokenBlocks, align_tokens
-from rampwrap.kernels.triton.branches import run_beside
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.branches import run_beside
+from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
 from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
-from rampwrap.static import StaticTable, read_static
+from rampwrap.policy.static import StaticTable, read_static
 
 KEYS = ("block_m", "block_n", "warp_n", "stages")
 PAIRS = ((64, 4), (32, 8))

@@ -12,9 +12,11 @@ import torch
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import CaptureError, ConfigError, InputError
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape, check_configs, format_config
-from rampwrap.kernels.cute import reference
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common import reference
+from rampwrap.kernels.cute.build.library import Library, load
 from rampwrap.kernels.cute.configs import (
     FORMS,
     GROUP_MS,
@@ -25,10 +27,9 @@ from rampwrap.kernels.cute.configs import (
     from_keys,
     why_illegal,
 )
-from rampwrap.kernels.cute.launch import MAX_CTAS, run_layer
-from rampwrap.kernels.cute.library import Library, load
-from rampwrap.kernels.triton.align import TokenBlocks
-from rampwrap.kernels.triton.workspace import TORCH_DTYPES, Workspace, workspace
+from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
+from rampwrap.kernels.triton.align.host import TokenBlocks
+from rampwrap.kernels.triton.moe.workspace import TORCH_DTYPES, Workspace, workspace
 
 FP8 = torch.float8_e4m3fn
 
@@ -41,7 +42,7 @@ class CuteFusedMoE:
 
     Args:
         shape: the layer, bf16 or fp8.
-        form: "two" launches, "one", "prefill" (two launches for thousands of tokens), or "both" for the configs of all.
+        form: "two" launches, "one", or "both" for the configs of either.
         library: compiled kernels: a path, a `Library`, or None for the default one (see `library.find`).
         waves: CTAs launched for each that an SM holds; each goes on to further tiles and loads them while it stores
             the last. 0 launches a CTA for every tile. Same bits.

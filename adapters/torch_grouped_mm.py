@@ -12,8 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape, format_config
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config, format_config
+from rampwrap.kernel.shape import MoEShape
 
 # The larger of the two tiles that torch's CUTLASS kernel uses on sm_90; it picks one itself.
 TILE_M, TILE_N = 128, 256

@@ -6,15 +6,16 @@ from typing import Any
 import torch
 
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape, check_configs, format_config
-from rampwrap.kernels.triton import configs as tuning
-from rampwrap.kernels.triton.align import TokenBlocks
-from rampwrap.kernels.triton.fused_moe import fused_moe, fused_moe_candidates
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.moe import configs as tuning
+from rampwrap.kernels.triton.moe.host import fused_moe, fused_moe_candidates
+from rampwrap.kernels.triton.moe.warm import warm
+from rampwrap.kernels.triton.moe.workspace import TORCH_DTYPES, Workspace, workspace
 from rampwrap.kernels.triton.quantise import FP8_MAX, GROUP, MIN_ABS
-from rampwrap.kernels.triton.warm import warm
-from rampwrap.kernels.triton.workspace import TORCH_DTYPES, Workspace, workspace
 
 FP8 = torch.float8_e4m3fn
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rampwrap.errors import InputError
-from rampwrap.kernels.triton.branches import run_beside
+from rampwrap.kernels.common.branches import run_beside
 
 NAMES = (
     *("dispatch_fused_moe_kernel", "moe_kernel_quantize_input", "apply_moe_activation", "_get_config_quant_dtype"),

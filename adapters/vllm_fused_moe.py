@@ -24,10 +24,11 @@ import torch
 from rampwrap.adapters import vllm_candidates
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.files import replacing
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape, check_configs, config_key, format_config
-from rampwrap.kernels.triton import configs as sm90
-from rampwrap.static import StaticTable, default_table, read_static, write_static
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config, check_configs, config_key, format_config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.triton.moe import configs as sm90
+from rampwrap.policy.static import StaticTable, default_table, read_static, write_static
 
 KEYS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -56,7 +57,7 @@ def swaps_ab(config: Config, dtype: str) -> bool:
 
 
 def _as_ours(config: Config, dtype: str) -> dict[str, Any]:
-    """The config in the words of `rampwrap.kernels.triton.configs`, whose tiles occupy the same memory."""
+    """The config in the words of `rampwrap.kernels.triton.moe.configs`, whose tiles occupy the same memory."""
     return dict(zip(sm90.KEYS, (*(config[key] for key in KEYS), swaps_ab(config, dtype)), strict=True))
 
 

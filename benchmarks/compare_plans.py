@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from rampwrap.catalog import make_kernel
-from rampwrap.kernel import MEMBER, Config, config_key
-from rampwrap.plan import Plan
-from rampwrap.portfolio import joint_name, members_of
-from rampwrap.profiler import profile
-from rampwrap.routing import Routing, workload_grid
-from rampwrap.shortlist import serving
+from rampwrap.kernel.catalog import make_kernel
+from rampwrap.kernel.names import joint_name, members_of
+from rampwrap.kernel.protocol import MEMBER, Config, config_key
+from rampwrap.measure.full import profile
+from rampwrap.plan.plan import Plan
+from rampwrap.policy.graph_lists import serving
+from rampwrap.routing.workloads import Routing, workload_grid
 
 TOKENS = [2, 4, 8, 24, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048]
 ROUTINGS = ("uniform", "dirichlet:0.1", "dirichlet:0.3", "lognormal:1.05", "zipf:1.0")

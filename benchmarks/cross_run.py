@@ -12,11 +12,11 @@ import argparse
 
 import numpy as np
 
-from rampwrap import compare
-from rampwrap.cost import fit
-from rampwrap.policy import Static
-from rampwrap.static import static_table
-from rampwrap.timings import Timings
+from rampwrap.compare import evaluate as compare
+from rampwrap.measure.timings import Timings
+from rampwrap.model.cost import fit
+from rampwrap.policy.policies import Static
+from rampwrap.policy.static import static_table
 
 
 def judge(fitted: Timings, judged: Timings) -> None:

@@ -28,13 +28,14 @@ import third_party
 import torch
 
 from rampwrap.adapters.cute_moe import CuteFusedMoE
-from rampwrap.compare import replay
+from rampwrap.compare.evaluate import replay
 from rampwrap.errors import RampwrapError
-from rampwrap.kernel import SHAPES, Config, MoEShape, format_config
-from rampwrap.profiler import profile
-from rampwrap.routing import Routing, Workload, workload_grid
-from rampwrap.sweep import worth_keeping
-from rampwrap.timings import Timings
+from rampwrap.kernel.protocol import Config, format_config
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.measure.full import profile
+from rampwrap.measure.sweep import worth_keeping
+from rampwrap.measure.timings import Timings
+from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ROUTINGS = ("uniform", "zipf:1.2", "dirichlet:0.1")
@@ -215,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=sorted(SHAPES))
     parser.add_argument("--dtype", nargs="+", default=["fp8"], choices=["bf16", "fp8"])
-    parser.add_argument("--form", default="both", choices=["two", "one", "prefill", "both"])
+    parser.add_argument("--form", default="both", choices=["two", "one", "both"])
     parser.add_argument("--rivals", nargs="*", default=["triton", "vllm", "alpha"], choices=["triton", "vllm", "alpha"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))

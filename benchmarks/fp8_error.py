@@ -42,9 +42,9 @@ import triton.language as tl
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import RampwrapError
-from rampwrap.kernel import SHAPES, MoEShape
-from rampwrap.kernels.cute.reference import FP8, dequantise, quantise, weights_of
-from rampwrap.routing import Routing, Workload
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernels.common.reference import FP8, dequantise, quantise, weights_of
+from rampwrap.routing.workloads import Routing, Workload
 
 GROUP = 128
 "Columns that share a scale, and the most that the tensor core adds before our kernels go on in float32."

@@ -31,7 +31,7 @@ import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from rampwrap.engines import transformers as engine
-from rampwrap.routing import Routing
+from rampwrap.routing.workloads import Routing
 
 DEVICE = "cuda"
 POOL = 32_768

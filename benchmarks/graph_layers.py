@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from graph_tools import Clock, Graph, capture, compile_in_time
 
+from rampwrap.dispatch.graph import graph_modes
 from rampwrap.errors import InputError
-from rampwrap.ingraph import pack
-from rampwrap.kernel import config_key
-from rampwrap.kernels.triton.select import Candidates, align_and_select, allocate_selected
-from rampwrap.plan import Plan
-from rampwrap.recorded import read_trace
-from rampwrap.routing import Routing
-from rampwrap.selector import graph_modes
+from rampwrap.kernel.protocol import config_key
+from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
+from rampwrap.model.packed import pack
+from rampwrap.plan.plan import Plan
+from rampwrap.routing.recorded import read_trace
+from rampwrap.routing.workloads import Routing
 
 LAYERS = 8
 # What matters most comes first, as time may run out.

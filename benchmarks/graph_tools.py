@@ -11,7 +11,8 @@ from typing import Any
 import third_party
 import torch
 
-from rampwrap.kernel import Config, MoEShape
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 
 DEVICE = "cuda"
 Graph = torch.cuda.CUDAGraph
@@ -100,7 +101,7 @@ def one_expert(name: str, shape: MoEShape) -> tuple[Any, dict[str, Any]]:
 
 def compile_one(name: str, shape: MoEShape, configs: Sequence[Config], tokens: Sequence[int], merged: bool) -> Any:
     """Runs configs once at each batch size, in a process of its own; (configs, merged, None or why it failed)."""
-    from rampwrap.kernels.triton.select import allocate_selected
+    from rampwrap.kernels.triton.select.host import allocate_selected
 
     try:
         kernel, weights = one_expert(name, shape)

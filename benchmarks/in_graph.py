@@ -33,15 +33,15 @@ import torch
 from graph_layers import CONTROL_TOKENS, LAYERS, REPLAY_TOKENS, Layers, Ready, Routes, control_order, singles
 from graph_tools import Clock, Graph, capture, interleaved, replay_us, table
 
+from rampwrap.dispatch.graph import Selector, graph_modes
 from rampwrap.errors import RampwrapError
-from rampwrap.ingraph import pack
-from rampwrap.kernel import format_config
-from rampwrap.kernels.triton.align import BY_EXPERT_MAX_SLOTS, PATHS, align_tokens, allocate_blocks
-from rampwrap.kernels.triton.select import Candidates, align_and_select, allocate_selected
-from rampwrap.plan import Plan
-from rampwrap.routing import Routing
-from rampwrap.selector import Selector, graph_modes
-from rampwrap.shortlist import Shortlist
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernels.triton.align.host import BY_EXPERT_MAX_SLOTS, PATHS, align_tokens, allocate_blocks
+from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
+from rampwrap.model.packed import pack
+from rampwrap.plan.plan import Plan
+from rampwrap.policy.graph_lists import Shortlist
+from rampwrap.routing.workloads import Routing
 
 # What matters most comes first, as time may run out.
 ALIGN_EXPERTS = (256, 64, 128)
@@ -159,7 +159,7 @@ def bench_control(
 
 
 def measured_costs(control: Sequence[dict[str, Any]], modes: Sequence[str]) -> dict[str, dict[int, float]]:
-    """`rampwrap.shortlist.COSTS` as measured: the median over token counts of what candidates cost."""
+    """`rampwrap.policy.graph_lists.COSTS` as measured: the median over token counts of what candidates cost."""
     costs: dict[str, dict[int, float]] = {}
     for mode in modes:
         for count in (2, 3, 4):

@@ -16,11 +16,12 @@ from collections.abc import Callable
 import attrs
 import numpy as np
 
-from rampwrap import Dispatcher, MoEShape, Routing, Workload, native
-from rampwrap.fitting import make_plan
-from rampwrap.profiler import profile
-from rampwrap.routing import workload_grid
-from rampwrap.sim import NullKernel, SimKernel
+from rampwrap import Dispatcher, MoEShape, Routing, Workload
+from rampwrap.measure.full import profile
+from rampwrap.model import compiled as native
+from rampwrap.plan.make import make_plan
+from rampwrap.routing.workloads import workload_grid
+from rampwrap.testing.sim import NullKernel, SimKernel
 
 SHAPE = MoEShape(64, 8, 2048, 1024)
 TOKENS = (1, 64, 256, 512, 1024, 4096)
@@ -52,7 +53,9 @@ def main() -> None:
     kernel = NullKernel(SHAPE)
     config, fast = kernel.configs[0], native.score
     if fast is None:
-        print("rampwrap._score is not built ('pip install -e .' builds it where there is a C compiler): numpy only")
+        print(
+            "rampwrap.model._score is not built ('pip install -e .' builds it where there is a C compiler): numpy only"
+        )
     result: dict[str, dict[str, float]] = {}
     for tokens in TOKENS:
         ids = Workload(tokens, Routing.parse("zipf:1.2")).topk_ids(64, 8)

@@ -1,4 +1,4 @@
-"""Are the performance regions right? Each prediction of `rampwrap.regions` against our Triton kernel on this GPU.
+"""Are the performance regions right? Each prediction of `rampwrap.model.bounds` against our Triton kernel on this GPU.
 
     python benchmarks/regions_check.py --out OUT.json [--shapes olmoe ...] [--batch-size 8 256 4096]
 
@@ -28,13 +28,14 @@ import triton
 
 from rampwrap import schema
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.device import Device
-from rampwrap.kernel import SHAPES, MoEShape, config_key, format_config
-from rampwrap.kernels.triton import configs as tuning
-from rampwrap.kernels.triton.fused_moe import DIRECT_FACTOR, fused_moe
-from rampwrap.regions import GROUP_M, HELD_OUT, SPLIT_K, WIDE_N, Region, regions
-from rampwrap.routing import Routing, Workload
-from rampwrap.timer import Call, GraphTimer, Measurement
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.protocol import config_key, format_config
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernels.triton.moe import configs as tuning
+from rampwrap.kernels.triton.moe.host import DIRECT_FACTOR, fused_moe
+from rampwrap.measure.timer import Call, GraphTimer, Measurement
+from rampwrap.model.bounds import GROUP_M, HELD_OUT, SPLIT_K, WIDE_N, Region, regions
+from rampwrap.routing.workloads import Routing, Workload
 
 TIE = 0.01
 TOLERANCE = 1e-2
@@ -165,7 +166,9 @@ def compile_all(cells: Sequence[tuple[str, int]], processes: int) -> None:
         # Neighbours share their up kernel: they go to the same process.
         work += [(SHAPES[name], num_tokens, every[i : i + 6]) for i in range(0, len(every), 6)]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rampwrap.adapters.triton_fused_moe", "rampwrap.routing", "rampwrap.regions"])
+    context.set_forkserver_preload(
+        ["rampwrap.adapters.triton_fused_moe", "rampwrap.routing.workloads", "rampwrap.model.bounds"]
+    )
     with context.Pool(min(processes, len(work))) as pool:
         for failed in pool.starmap(compile_once, work, chunksize=1):
             for reason in failed:

@@ -13,12 +13,12 @@ import json
 
 import numpy as np
 
-from rampwrap.bench import summarise
-from rampwrap.catalog import make_kernel
-from rampwrap.device import Device
-from rampwrap.kernel import SHAPES
-from rampwrap.routing import Routing, Workload
-from rampwrap.timer import GraphTimer
+from rampwrap.kernel.catalog import make_kernel
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.shape import SHAPES
+from rampwrap.measure.session import summarise
+from rampwrap.measure.timer import GraphTimer
+from rampwrap.routing.workloads import Routing, Workload
 
 LEADERS, ROUNDS, REPEATS = 32, 4, 3
 

@@ -75,7 +75,7 @@ class Pools:
 
     def use(self, routing: str) -> None:
         """From the next step on; the same draws in every arm."""
-        from rampwrap.routing import Routing
+        from rampwrap.routing.workloads import Routing
 
         if routing not in self._drawn:
             layers = []
@@ -267,7 +267,7 @@ class Engine:
         """What the plugin attached and chose so far; empty in the other arms."""
         try:
             from rampwrap.engines import vllm as plugin
-            from rampwrap.kernel import format_config
+            from rampwrap.kernel.protocol import format_config
         except ImportError:
             return {}
         rows = []

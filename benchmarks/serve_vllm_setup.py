@@ -12,12 +12,12 @@ from typing import Any
 import attrs
 
 from rampwrap.adapters.vllm_fused_moe import config_file, config_file_name
-from rampwrap.engines.plans import DISABLE, PLANS
-from rampwrap.fitting import make_plan
-from rampwrap.joining import join
-from rampwrap.models import read_model
-from rampwrap.static import static_table, write_static
-from rampwrap.timings import Timings
+from rampwrap.checkpoint.model import read_model
+from rampwrap.measure.join import join
+from rampwrap.measure.timings import Timings
+from rampwrap.plan.folder import DISABLE, PLANS
+from rampwrap.plan.make import make_plan
+from rampwrap.policy.static import static_table, write_static
 
 ROOT = pathlib.Path(__file__).parent.parent
 ARMS = ("installed", "static", "plugin")

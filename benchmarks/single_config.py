@@ -14,13 +14,14 @@ from collections import defaultdict
 
 import numpy as np
 
-from rampwrap.cost import fit
-from rampwrap.fitting import make_plan
-from rampwrap.joining import join
-from rampwrap.kernel import config_key
-from rampwrap.shortlist import draw, serving
-from rampwrap.static import static_table
-from rampwrap.timings import Timings
+from rampwrap.kernel.protocol import config_key
+from rampwrap.measure.join import join
+from rampwrap.measure.timings import Timings
+from rampwrap.model.cost import fit
+from rampwrap.plan.make import make_plan
+from rampwrap.policy.buckets import draw
+from rampwrap.policy.graph_lists import serving
+from rampwrap.policy.static import static_table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 JOINED = ("olmoe-bf16", "qwen3-30b-bf16", "qwen3-30b-fp8")

@@ -28,16 +28,17 @@ import attrs
 import numpy as np
 import torch
 
-from rampwrap.catalog import make_kernel
-from rampwrap.compare import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
+from rampwrap.compare.evaluate import ORACLE, STATIC_AVERAGED, STATIC_UNIFORM, Comparison, replay
 from rampwrap.errors import ConfigError, InputError, RampwrapError
-from rampwrap.joining import join
-from rampwrap.kernel import MEMBER, SHAPES, Kernel, MoEShape
-from rampwrap.profiler import profile
-from rampwrap.routing import Routing, Workload, workload_grid
-from rampwrap.static import tuned_uniform
-from rampwrap.sweep import sweep
-from rampwrap.timings import Timings
+from rampwrap.kernel.catalog import make_kernel
+from rampwrap.kernel.protocol import MEMBER, Kernel
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.measure.full import profile
+from rampwrap.measure.join import join
+from rampwrap.measure.sweep import sweep
+from rampwrap.measure.timings import Timings
+from rampwrap.policy.static import tuned_uniform
+from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 TRAIN_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRAIN_ROUTINGS = ("uniform", "zipf:1.2", "dirichlet:0.3", "dirichlet:0.1")
@@ -104,7 +105,7 @@ def warm(name: str, kernel: Kernel, shape: MoEShape, processes: int) -> None:
         for failure in (line for part in found for line in part):
             print(f"  not compiled: {failure}", file=sys.stderr)
     elif name == "triton":
-        from rampwrap.kernels.triton.warm import warm as warm_ours
+        from rampwrap.kernels.triton.moe.warm import warm as warm_ours
 
         warm_ours(shape, kernel.configs, processes=processes)
 

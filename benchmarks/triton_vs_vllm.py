@@ -27,11 +27,12 @@ import triton
 
 from rampwrap import schema
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.device import Device
-from rampwrap.kernel import SHAPES, MoEShape, format_config
-from rampwrap.kernels.triton.warm import warm
-from rampwrap.routing import Routing, Workload
-from rampwrap.timer import GraphTimer, Measurement, Timed
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernels.triton.moe.warm import warm
+from rampwrap.measure.timer import GraphTimer, Measurement, Timed
+from rampwrap.routing.workloads import Routing, Workload
 
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 2e-2}
 # Tokens an expert gets on average for which a block of so many rows is worth timing.

@@ -30,18 +30,21 @@ from typing import Any
 import attrs
 import numpy as np
 
-from rampwrap import compare
 from rampwrap.adapters import vllm_fused_moe
-from rampwrap.device import SIMULATED
+from rampwrap.compare import evaluate as compare
+from rampwrap.compare.oracle import Oracle
 from rampwrap.errors import RampwrapError
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape
-from rampwrap.kernels.triton import configs as ours
-from rampwrap.policy import Oracle, Static
-from rampwrap.routing import Routing, expert_counts, workload_grid
-from rampwrap.static import read_measured
-from rampwrap.timings import Timings
-from rampwrap.tuned_file import TunedFile
+from rampwrap.kernel.device import SIMULATED
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.triton.moe import configs as ours
+from rampwrap.measure.timings import Timings
+from rampwrap.policy.policies import Static
+from rampwrap.policy.static import read_measured
+from rampwrap.policy.tuned_file import TunedFile
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
 
 PACKAGES = ("vllm==0.26.0", "vllm==0.33.0", "sglang==0.5.23")
 DTYPES = {"": "bf16", "bf16": "bf16", "fp8_w8a8": "fp8", "float8": "fp8"}

@@ -16,12 +16,15 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates a kernel
 
-from rampwrap import Dispatcher, MoEShape, Timings, Workload, compare, report
+from rampwrap import Dispatcher, MoEShape, Timings, Workload
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.cli import main as rampwrap
-from rampwrap.fitting import make_plan
-from rampwrap.kernel import SHAPES, format_config
-from rampwrap.routing import Routing
+from rampwrap.cli.main import main as rampwrap
+from rampwrap.compare import evaluate as compare
+from rampwrap.compare import report
+from rampwrap.kernel.protocol import format_config
+from rampwrap.kernel.shape import SHAPES
+from rampwrap.plan.make import make_plan
+from rampwrap.routing.workloads import Routing
 
 HERE = pathlib.Path(__file__).parent
 TABLE = HERE / "data" / "h200-triton_fused_moe-olmoe-bf16.npz"

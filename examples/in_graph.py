@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.plan import Plan
-from rampwrap.routing import Routing
-from rampwrap.selector import Selector
+from rampwrap.dispatch.graph import Selector
+from rampwrap.plan.plan import Plan
+from rampwrap.routing.workloads import Routing
 
 if len(sys.argv) < 2 or not torch.cuda.is_available():
     sys.exit(__doc__ if torch.cuda.is_available() else "This example captures a CUDA graph; run it on a GPU.")

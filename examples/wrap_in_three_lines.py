@@ -7,10 +7,10 @@ import pathlib
 import tempfile
 
 from rampwrap import Dispatcher, MoEShape, Routing, Workload
-from rampwrap.fitting import make_plan
-from rampwrap.profiler import profile
-from rampwrap.routing import workload_grid
-from rampwrap.sim import SimKernel
+from rampwrap.measure.full import profile
+from rampwrap.plan.make import make_plan
+from rampwrap.routing.workloads import workload_grid
+from rampwrap.testing.sim import SimKernel
 
 
 def main() -> None:

@@ -10,37 +10,40 @@ from rampwrap._version import __version__
 
 if TYPE_CHECKING:
     from rampwrap import observe
-    from rampwrap.device import Device
-    from rampwrap.dispatch import Dispatcher
+    from rampwrap.compare.oracle import Oracle
+    from rampwrap.dispatch.host import Dispatcher
     from rampwrap.errors import RampwrapError
-    from rampwrap.grid import CtaGrid
-    from rampwrap.kernel import Config, Kernel, MoEShape
-    from rampwrap.observe import stats
-    from rampwrap.plan import Plan
-    from rampwrap.policy import Choice, Oracle, Pinned, Policy, Static, WaveCost
-    from rampwrap.routing import Routing, Workload, expert_counts
-    from rampwrap.timings import Timings
+    from rampwrap.kernel.device import Device
+    from rampwrap.kernel.grid import CtaGrid
+    from rampwrap.kernel.protocol import Config, Kernel
+    from rampwrap.kernel.shape import MoEShape
+    from rampwrap.measure.timings import Timings
+    from rampwrap.observe.registry import stats
+    from rampwrap.plan.plan import Plan
+    from rampwrap.policy.policies import Choice, Pinned, Policy, Static, WaveCost
+    from rampwrap.routing.counts import expert_counts
+    from rampwrap.routing.workloads import Routing, Workload
 
 _HOME = {
-    "Choice": "policy",
-    "Config": "kernel",
-    "CtaGrid": "grid",
-    "Device": "device",
-    "Dispatcher": "dispatch",
-    "Kernel": "kernel",
-    "MoEShape": "kernel",
-    "Oracle": "policy",
-    "Pinned": "policy",
-    "Plan": "plan",
-    "Policy": "policy",
+    "Choice": "policy.policies",
+    "Config": "kernel.protocol",
+    "CtaGrid": "kernel.grid",
+    "Device": "kernel.device",
+    "Dispatcher": "dispatch.host",
+    "Kernel": "kernel.protocol",
+    "MoEShape": "kernel.shape",
+    "Oracle": "compare.oracle",
+    "Pinned": "policy.policies",
+    "Plan": "plan.plan",
+    "Policy": "policy.policies",
     "RampwrapError": "errors",
-    "Routing": "routing",
-    "Static": "policy",
-    "Timings": "timings",
-    "WaveCost": "policy",
-    "Workload": "routing",
-    "expert_counts": "routing",
-    "stats": "observe",
+    "Routing": "routing.workloads",
+    "Static": "policy.policies",
+    "Timings": "measure.timings",
+    "WaveCost": "policy.policies",
+    "Workload": "routing.workloads",
+    "expert_counts": "routing.counts",
+    "stats": "observe.registry",
 }
 "The module of each public name. A type checker reads the imports above; a test compares both."
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from rampwrap.cli import main
+from rampwrap.cli.main import main
 
 sys.exit(main())

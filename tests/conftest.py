@@ -19,16 +19,18 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: kernels are decorated for the interpreter or for a GPU, once.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from rampwrap import catalog
-from rampwrap.catalog import KERNELS
-from rampwrap.cli import main
-from rampwrap.fitting import make_plan
-from rampwrap.grid import CtaGrid
-from rampwrap.kernel import Config, MoEShape
-from rampwrap.plan import Plan
-from rampwrap.routing import Routing, expert_counts, workload_grid
-from rampwrap.sim import SimKernel
-from rampwrap.timings import Timings
+from rampwrap.cli.main import main
+from rampwrap.kernel import catalog
+from rampwrap.kernel.catalog import KERNELS
+from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.measure.timings import Timings
+from rampwrap.plan.make import make_plan
+from rampwrap.plan.plan import Plan
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import Routing, workload_grid
+from rampwrap.testing.sim import SimKernel
 
 SHAPE = MoEShape(64, 8, 2048, 1024)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from rampwrap import Plan
-from rampwrap.cli import main
-from rampwrap.kernel import Config
-from rampwrap.routing import Routing, Workload
-from rampwrap.sim import SimKernel
+from rampwrap.cli.main import main
+from rampwrap.kernel.protocol import Config
+from rampwrap.routing.workloads import Routing, Workload
+from rampwrap.testing.sim import SimKernel
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

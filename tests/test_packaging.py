@@ -44,7 +44,7 @@ def loaded(code: str, names: tuple[str, ...]) -> str:
 
 HEAVY = ("scipy", "torch", "triton", "cutlass", "matplotlib", "tqdm")
 HELP = """
-from rampwrap.cli import main
+from rampwrap.cli.main import main
 try:
     main(["--help"])
 except SystemExit:
@@ -103,7 +103,7 @@ def test_users_code_is_type_checked_wherever_rampwrap_is_installed(tmp_path: pat
     if not installed.is_dir():
         pytest.skip("rampwrap is on the path alone, not installed by make setup or as a wheel")
     (tmp_path / "mine.py").write_text(
-        "import rampwrap\nfrom rampwrap import Plan\nfrom rampwrap.kernel import MoEShape\n"
+        "import rampwrap\nfrom rampwrap import Plan\nfrom rampwrap.kernel.protocol import MoEShape\n"
         "plan: Plan = Plan.load('p.json')\nshape: MoEShape = rampwrap.MoEShape(8, 2, 64, 64)\n"
         "text: str = rampwrap.observe.prometheus()\nwrong: int = shape\n"
     )

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from rampwrap import Plan, Timings, schema
-from rampwrap.cli import main
-from rampwrap.device import SIMULATED, Device
+from rampwrap.cli.main import main
 from rampwrap.errors import InputError, PlanError, TableError
-from rampwrap.kernel import MoEShape
+from rampwrap.kernel.device import SIMULATED, Device
+from rampwrap.kernel.shape import MoEShape
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,1 @@
-"""rampwrap's CuTe DSL fused MoE for sm_90a: two launches (up, down) or one, compiled ahead of time.
-
-Importing this needs neither the CuTe DSL nor a GPU.
-"""
+"""Our CuTe DSL kernels for sm_90a. Imported by their adapter and the command that builds them."""

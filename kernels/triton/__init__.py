@@ -1,1 +1,1 @@
-"""rampwrap's own Triton kernels: token alignment and the fused MoE layer."""
+"""Our Triton kernels. Imported by adapters and by graph dispatch."""

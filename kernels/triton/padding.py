@@ -1,6 +1,6 @@
 """Padding ids for kernels that cannot take them: each padded slot becomes one of weight zero, without the host.
 
-What padding is: `rampwrap.routing`. Our own kernels need none of this, since alignment gives such slots no row.
+What padding is: `rampwrap.routing.workloads`. Our own kernels need none of this, since alignment gives such slots no row.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.

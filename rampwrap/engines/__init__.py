@@ -1,1 +1,1 @@
-"""Hooks by which inference engines run routing-aware configs without a changed line of theirs."""
+"""Hooks for inference engines, and what they need before the first step. Imports everything but `cli`; engines do not know each other."""

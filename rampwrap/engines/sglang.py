@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
-from rampwrap.buckets import capturing
-from rampwrap.device import Device
-from rampwrap.drift import Sums
-from rampwrap.engines.plans import HOOK_KERNELS, OneWarning, Plans, disabled
-from rampwrap.kernel import MoEShape
-from rampwrap.lagged import Lagged
-from rampwrap.observe import watch
-from rampwrap.plan import Plan, shape_arguments
-from rampwrap.policy import WaveCost
-from rampwrap.static import StaticTable
-from rampwrap.telemetry import Telemetry
+from rampwrap.dispatch.lagged import Lagged
+from rampwrap.dispatch.spans import capturing
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.observe.registry import watch
+from rampwrap.observe.tally import Telemetry
+from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans, disabled
+from rampwrap.plan.plan import Plan, shape_arguments
+from rampwrap.policy.policies import WaveCost
+from rampwrap.policy.static import StaticTable
+from rampwrap.routing.drift import Sums
 
 TESTED = ("0.5.23",)
 "Releases of SGLang whose function and registry were read; others are left as they are."

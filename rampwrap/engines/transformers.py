@@ -24,17 +24,17 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.buckets import capturing
-from rampwrap.device import Device
-from rampwrap.dispatch import Dispatcher
-from rampwrap.engines.plans import DISABLE, HOOK_KERNELS, OneWarning, Plans, disabled
+from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.host import Dispatcher
+from rampwrap.dispatch.lane import Layer
+from rampwrap.dispatch.spans import capturing
 from rampwrap.errors import InputError
-from rampwrap.kernel import MoEShape
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.lane import Layer
-from rampwrap.plan import shape_arguments
-from rampwrap.policy import Static
-from rampwrap.selector import Selector
+from rampwrap.plan.folder import DISABLE, HOOK_KERNELS, OneWarning, Plans, disabled
+from rampwrap.plan.plan import shape_arguments
+from rampwrap.policy.policies import Static
 
 TESTED = ("5.17",)
 "Releases of transformers that this module was tested with; layers of others fall back."

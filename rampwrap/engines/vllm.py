@@ -1,7 +1,7 @@
 """vLLM: its Triton fused-MoE layers run the config that is fastest for each step's routing, with no line of it changed.
 
 vLLM finds `register` by the entry point group ``vllm.general_plugins``. It changes one function, the constructor of
-`FusedMoEKernel`: a kernel that is made for a layer with a plan (`rampwrap.engines.plans` says where those lie) gets our
+`FusedMoEKernel`: a kernel that is made for a layer with a plan (`rampwrap.plan.folder` says where those lie) gets our
 launch in place of its own `_fused_experts`; all others stay as they are. A layer is taken where
 
 - vLLM itself runs it with `TritonExperts` (its choice on Hopper; elsewhere start it with ``--moe-backend triton``),
@@ -29,17 +29,17 @@ from typing import Any
 import attrs
 import torch
 
-from rampwrap.buckets import capturing
-from rampwrap.device import Device
-from rampwrap.engines.plans import DISABLE, Fit, OneWarning, Plans, disabled
-from rampwrap.engines.warming import ensure_compiled
+from rampwrap.checkpoint.model import Ranks, read_layers
+from rampwrap.dispatch.graph import Selector, chooses_in_graph
+from rampwrap.dispatch.lane import Layer
+from rampwrap.dispatch.spans import capturing
+from rampwrap.engines.prepare import ensure_compiled
 from rampwrap.errors import CaptureError, InputError, RampwrapError
-from rampwrap.kernel import MoEShape
-from rampwrap.lane import Layer
-from rampwrap.models import Ranks, read_layers
-from rampwrap.observe import start_log
-from rampwrap.plan import shape_arguments
-from rampwrap.selector import Selector, chooses_in_graph
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.observe.registry import start_log
+from rampwrap.plan.folder import DISABLE, Fit, OneWarning, Plans, disabled
+from rampwrap.plan.plan import shape_arguments
 
 TESTED = ("0.26",)
 "Releases (major.minor) whose sources this module was checked against, and which it serves."
@@ -382,7 +382,7 @@ class Experts:
         manager = importlib.import_module("vllm.v1.worker.workspace")
         if not manager.is_workspace_manager_initialized():
             return None
-        from rampwrap.kernels.triton.workspace import Workspace
+        from rampwrap.kernels.triton.moe.workspace import Workspace
 
         names, specs = _layout(self.selector.shape, num_tokens)
         tensors = manager.current_workspace_manager().get_simultaneous(*specs)
@@ -408,7 +408,7 @@ def _layout(
     shape: MoEShape, num_tokens: int
 ) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
     """Names, shapes and types of a `Workspace` of a batch."""
-    from rampwrap.kernels.triton.workspace import workspace
+    from rampwrap.kernels.triton.moe.workspace import workspace
 
     made = workspace(shape, num_tokens, "meta")
     fields = [(field.name, getattr(made, field.name)) for field in attrs.fields(type(made))]

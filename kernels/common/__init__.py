@@ -1,0 +1,1 @@
+"""What our Triton and CuTe kernels share. Imports `rampwrap.kernel`; both families import it."""

@@ -1,0 +1,1 @@
+"""Compiles, inspects, links and loads the kernels."""

@@ -1,0 +1,79 @@
+"""Traces and compiles one variant for sm_90a and writes it as an object file; needs the CuTe DSL, but no GPU."""
+
+# The DSL traces this code: its values are the DSL's own classes, which carry no static types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, attr-defined"
+
+import os
+from pathlib import Path
+from typing import Any
+
+ARCH = "sm_90a"
+# The DSL reads it when it is imported.
+os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
+
+import cutlass.cute as cute  # noqa: E402
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32  # noqa: E402
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream  # noqa: E402
+
+from rampwrap.kernels.cute.configs import SCALE, Variant  # noqa: E402
+from rampwrap.kernels.cute.device.down import DownBf16, DownFp8  # noqa: E402
+from rampwrap.kernels.cute.device.mega import MegaBf16, MegaFp8  # noqa: E402
+from rampwrap.kernels.cute.device.up import UpBf16, UpFp8  # noqa: E402
+
+KERNELS = {("up", "fp8"): UpFp8, ("up", "bf16"): UpBf16, ("down", "fp8"): DownFp8, ("down", "bf16"): DownBf16}
+KERNELS |= {("mega", "fp8"): MegaFp8, ("mega", "bf16"): MegaBf16}
+
+
+def arguments(variant: Variant) -> list[Any]:
+    """Stand-ins of the tensors and numbers of a variant's function, in order; every extent is a run-time value.
+
+    Extents that must be equal are one symbol: the compiled function refuses tensors where they are not.
+    """
+    size = cute.sym_int
+    fp8 = variant.config.dtype == "fp8"
+    dtype = Float8E4M3FN if fp8 else BFloat16
+    multiple = SCALE if fp8 else variant.config.step
+    tokens, slots, experts = size(), size(), size()
+    hidden, columns, both = size(divisibility=multiple), size(divisibility=multiple), size(divisibility=2 * multiple)
+
+    def tensor(of: Any, *shape: Any, align: int = 16) -> Any:
+        order = tuple(reversed(range(len(shape))))
+        return make_fake_compact_tensor(of, shape, stride_order=order, assumed_align=align)
+
+    def scales(*shape: Any) -> list[Any]:
+        return [tensor(Float32, *shape, align=4)] if fp8 else []
+
+    routing = [tensor(Int32, size(), align=4), tensor(Int32, size(), align=4), tensor(Int32, 1, align=4)]
+    x = [tensor(dtype, tokens, hidden), *scales(tokens, size())]
+    w13 = [tensor(dtype, experts, both, hidden), *scales(experts, size(), size())]
+    w2 = [tensor(dtype, experts, hidden, columns), *scales(experts, size(), size())]
+    h = [tensor(dtype, slots, columns), *scales(slots, size())]
+    weights = tensor(Float32, slots, align=4)
+    if variant.role == "up":
+        tensors = [*x, *w13, *routing, *h]
+    elif variant.role == "down":
+        tensors = [*h, *w2, *routing, weights, tensor(BFloat16, slots, hidden)]
+    else:
+        tensors = [*x, *w13, *w2, *routing, weights, tensor(Float32, tokens, hidden)]
+    numbers = [Int32(8), Int32(8), Int32(64), Int32(132)]  # top_k, group_m, num_blocks, max_ctas: types only
+    return [*tensors, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True)]
+
+
+def compile_variant(variant: Variant, folder: Path, options: str = "") -> Path:
+    """Compiles a variant and writes `folder`/<symbol>.o, whose function is named by its symbol.
+
+    Processes may compile side by side; threads may not.
+
+    Args:
+        variant: a legal one (`configs.why_illegal`); what does not fit the machine compiles all the same.
+        folder: exists.
+        options: more of the DSL's compile options, such as --keep-ptx.
+    """
+    kernel = KERNELS[variant.role, variant.config.dtype](variant.config)
+    # Without an engine to run it here: the same object file, a third of the time less.
+    compiled = cute.compile(
+        kernel, *arguments(variant), options=f"--enable-tvm-ffi {options}".strip(), no_jit_engine=True
+    )
+    path = folder / f"{variant.symbol}.o"
+    compiled.export_to_c(str(path), function_name=variant.symbol)
+    return path

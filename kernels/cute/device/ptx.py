@@ -1,0 +1,138 @@
+"""PTX instructions that the DSL has no operation for, or for which an address in a register is simpler than a tensor.
+
+Addresses of global memory are Int64, of shared memory Int32, both in bytes.
+"""
+
+# The DSL traces these functions: their arguments are its own value classes, which carry no static types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, attr-defined"
+
+from cutlass import Float32, Int32, Int64
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _asm(result, operands, text, constraints, loc, ip, *, side_effects=True):
+    return llvm.inline_asm(
+        result,
+        operands,
+        text,
+        constraints,
+        has_side_effects=side_effects,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@dsl_user_op
+def copy_16_bytes(shared, offset, base, row, row_bytes, *, loc=None, ip=None):
+    """Starts a copy of 16 aligned bytes at base + row * row_bytes to shared + offset, past L1; nothing if row < 0.
+
+    One block of PTX, so that each copy is three instructions without a branch; `offset` is a Python number.
+    """
+    _copy(shared, offset, base, row, row_bytes, "cg", 16, loc, ip)
+
+
+@dsl_user_op
+def copy_4_bytes(shared, offset, base, row, row_bytes, *, loc=None, ip=None):
+    """As `copy_16_bytes`, 4 bytes by way of L1."""
+    _copy(shared, offset, base, row, row_bytes, "ca", 4, loc, ip)
+
+
+def _copy(shared, offset, base, row, row_bytes, cache, num_bytes, loc, ip):
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip),
+        Int64(base).ir_value(loc=loc, ip=ip),
+        Int32(row).ir_value(loc=loc, ip=ip),
+        Int32(row_bytes).ir_value(loc=loc, ip=ip),
+    ]
+    text = (
+        "{ .reg .pred some; .reg .s64 from; setp.ge.s32 some, $2, 0; mad.wide.s32 from, $2, $3, $1; "
+        f"@some cp.async.{cache}.shared.global [$0+{offset}], [from], {num_bytes}; }}"
+    )
+    _asm(None, operands, text, "r,l,r,r,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def pack_e4m3(low, high, *, loc=None, ip=None):
+    """Two float32 as saturated e4m3 in the low 16 bits of an Int32."""
+    operands = [Float32(value).ir_value(loc=loc, ip=ip) for value in (low, high)]
+    text = "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, $2, $1; cvt.u32.u16 $0, pair; }"
+    return Int32(_asm(T.i32(), operands, text, "=r,f,f", loc, ip, side_effects=False))
+
+
+@dsl_user_op
+def pack_bf16(low, high, *, loc=None, ip=None):
+    """Two float32 as bf16 in an Int32."""
+    operands = [Float32(value).ir_value(loc=loc, ip=ip) for value in (low, high)]
+    return Int32(_asm(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", loc, ip, side_effects=False))
+
+
+@dsl_user_op
+def store_row(base, row, row_bytes, words, num_bytes, *, loc=None, ip=None):
+    """Stores the low `num_bytes` (1, 2, 4, 8 or 16) of Int32 `words` at base + row * row_bytes; nothing if row < 0.
+
+    One block of PTX without a branch, like `copy_16_bytes`: a branch for each row keeps the loads of the next one behind
+    it, which made the epilogue of 128 rows 6000 clocks.
+    """
+    operands = [
+        Int64(base).ir_value(loc=loc, ip=ip),
+        Int32(row).ir_value(loc=loc, ip=ip),
+        Int32(row_bytes).ir_value(loc=loc, ip=ip),
+        *(Int32(word).ir_value(loc=loc, ip=ip) for word in words),
+    ]
+    half = ""
+    if num_bytes < 4:
+        kind, values = {1: "u8", 2: "u16"}[num_bytes], "half"
+        half = ".reg .b16 half; cvt.u16.u32 half, $3; "
+    else:
+        names = [f"${place + 3}" for place in range(num_bytes // 4)]
+        kind = {4: "b32", 8: "v2.b32", 16: "v4.b32"}[num_bytes]
+        values = names[0] if num_bytes == 4 else "{" + ", ".join(names) + "}"
+    text = (
+        "{ .reg .pred some; .reg .s64 to; " + half + "setp.ge.s32 some, $1, 0; mad.wide.s32 to, $1, $2, $0; "
+        f"@some st.global.{kind} [to], {values}; }}"
+    )
+    _asm(None, operands, text, "l,r,r," + ",".join("r" * len(words)) + ",~{memory}", loc, ip)
+
+
+@dsl_user_op
+def peer_address(shared, rank, *, loc=None, ip=None):
+    """Where a shared address of this CTA lies in CTA `rank` of its cluster."""
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int32(rank).ir_value(loc=loc, ip=ip)]
+    return Int32(_asm(T.i32(), operands, "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", loc, ip, side_effects=False))
+
+
+@dsl_user_op
+def store_peer(address, value, *, loc=None, ip=None):
+    """Stores a float32 in shared memory of any CTA of the cluster."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, "st.shared::cluster.f32 [$0], $1;", "r,f,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def arrive_peer(address, *, loc=None, ip=None):
+    """Arrives at an mbarrier of any CTA of the cluster; what this thread stored before is visible to who waits."""
+    operands = [Int32(address).ir_value(loc=loc, ip=ip)]
+    text = "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];"
+    _asm(None, operands, text, "r,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def store_global_f32(address, value, *, loc=None, ip=None):
+    """Stores a float32 at an aligned address."""
+    operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, "st.global.f32 [$0], $1;", "l,f,~{memory}", loc, ip)
+
+
+def pack_words(values, fp8):
+    """Float32 values as consecutive e4m3 or bf16 in Int32 words; fewer than fill a word leave its upper part zero."""
+    if not fp8:
+        values = [*values, Float32(0.0)] if len(values) % 2 else values
+        return [pack_bf16(low, high) for low, high in zip(values[::2], values[1::2], strict=True)]
+    values = [*values, Float32(0.0)] if len(values) % 2 else values
+    halves = [pack_e4m3(low, high) for low, high in zip(values[::2], values[1::2], strict=True)]
+    if len(halves) == 1:
+        return halves
+    return [low | (high << 16) for low, high in zip(halves[::2], halves[1::2], strict=True)]

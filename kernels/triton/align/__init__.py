@@ -1,0 +1,1 @@
+"""Expert ids into M blocks of one expert each."""

@@ -1,0 +1,1 @@
+"""The fused MoE layer: configs, GEMMs, host side."""

@@ -1,0 +1,286 @@
+"""The fused MoE layer: gate+up GEMM with SwiGLU in the epilogue, down GEMM with routing weights, sum over top-k.
+
+Launches of a layer: alignment, [quantise x], up, [quantise h], down, sum; up to `DIRECT_FACTOR` the alignment
+is left out. Every grid is sized from capacity and CTAs past the last block leave at once, so nothing ever
+waits for the host, and the whole layer can be captured in a CUDA graph. Each launch starts while the one before it
+ends (`pdl`).
+
+`fused_moe_candidates` launches several configs behind one alignment that was made for one of them: the GEMMs of
+the others find no rows and leave, and the sum runs once.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+
+import triton
+from rampwrap.kernel.grid import max_blocks
+from rampwrap.kernels.common.branches import run_beside
+from rampwrap.kernels.triton import pdl
+from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
+from rampwrap.kernels.triton.moe.configs import quantises_h, splits
+from rampwrap.kernels.triton.moe.gemm import down_kernel, sum_kernel, up_kernel
+from rampwrap.kernels.triton.moe.workspace import Workspace, allocate
+from rampwrap.kernels.triton.quantise import quantise_rows
+
+# With this many experts per slot two slots rarely share one: each slot is a block of its own, its expert
+# read from topk_ids. An expert hit twice is read twice, the second time from L2: less than a launch costs.
+DIRECT_FACTOR = 4
+
+
+def is_direct(num_slots: int, num_experts: int) -> bool:
+    """Whether a batch is so small that the layer runs without an alignment."""
+    return num_slots * DIRECT_FACTOR <= num_experts
+
+
+@attrs.frozen(eq=False)
+class _Layer:
+    """The tensors of one call, from which each config's launches are made."""
+
+    x: torch.Tensor
+    x_scale: torch.Tensor | None
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor | None
+    w2_scale: torch.Tensor | None
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor | None
+    out: torch.Tensor
+    workspace: Workspace
+    launch: dict[str, Any]
+    "`pdl.arguments` of all launches."
+
+    @classmethod
+    def make(
+        cls,
+        hidden_states: torch.Tensor,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        w13_scale: torch.Tensor | None,
+        w2_scale: torch.Tensor | None,
+        expert_map: torch.Tensor | None,
+        out: torch.Tensor | None,
+        workspace: Workspace | None,
+        several: bool,
+    ) -> "_Layer":
+        """Allocates what is absent and, for FP8 weights, quantises the hidden states."""
+        launch = pdl.arguments(several)
+        num_tokens, hidden = hidden_states.shape
+        fp8 = w13_scale is not None
+        if out is None:
+            out = torch.empty_like(hidden_states)
+        if workspace is None:
+            workspace = allocate(
+                num_tokens,
+                topk_ids.shape[1],
+                hidden,
+                w2.shape[2],
+                hidden_states.dtype,
+                fp8=fp8,
+                device=hidden_states.device,
+            )
+        x, x_scale = hidden_states, None
+        if fp8 and num_tokens:
+            assert workspace.x_fp8 is not None and workspace.x_scale is not None
+            x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
+            quantise_rows(hidden_states, x, x_scale, launch=launch)
+        scales = (w13_scale, w2_scale)
+        return cls(x, x_scale, w13, w2, *scales, topk_weights, topk_ids, expert_map, out, workspace, launch)
+
+    @property
+    def num_slots(self) -> int:
+        return self.topk_ids.numel()
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        """Ids that the map knows, and experts on this rank."""
+        local = self.w2.shape[0]
+        return local if self.expert_map is None else self.expert_map.numel(), local
+
+    def gemms(self, config: Mapping[str, Any], blocks: TokenBlocks | None, most_ctas: int | None) -> None:
+        """Up and down; without `blocks` every slot is a block of its own. `most_ctas` as in `fused_moe`."""
+        num_slots, workspace = self.num_slots, self.workspace
+        num_experts, local = self.experts
+        _, hidden, intermediate = self.w2.shape
+        block_n, split_k = config["block_n"], splits(config, num_slots)
+        post_padded = None if blocks is None else blocks.num_tokens_post_padded
+        routing = (
+            None if blocks is None else blocks.sorted_token_ids,
+            None if blocks is None else blocks.expert_ids,
+            post_padded,
+            # With blocks of its own a slot needs topk_ids to find its expert; otherwise the blocks say it.
+            self.topk_ids if blocks is None else None,
+            self.expert_map if blocks is None else None,
+            num_slots,
+            num_experts,
+            local,
+        )
+        capacity = num_slots if blocks is None else max_blocks(num_slots, local, config["block_m"])
+        persistent = most_ctas is not None and blocks is not None
+        tuning = {**tuning_arguments(config), "PERSISTENT": persistent, **self.launch}
+
+        def grid(tiles: int) -> tuple[int]:
+            return (min(capacity * tiles, most_ctas) if persistent and most_ctas else capacity * tiles,)
+
+        h, h_scale = workspace.h[:num_slots], None
+        in_epilogue = False
+        if self.x_scale is not None:
+            assert workspace.h_fp8 is not None and workspace.h_scale is not None
+            h_scale, in_epilogue = workspace.h_scale[:num_slots], quantises_h(config)
+            if in_epilogue:
+                h = workspace.h_fp8[:num_slots]
+        up_kernel[grid(triton.cdiv(intermediate, block_n // 2))](
+            h,
+            h_scale if in_epilogue else None,
+            self.x,
+            self.x_scale,
+            self.w13,
+            self.w13_scale,
+            *routing,
+            TOP_K=self.topk_ids.shape[1],
+            HIDDEN=hidden,
+            INTERMEDIATE=intermediate,
+            **tuning,
+        )
+        if h_scale is not None and not in_epilogue:
+            assert workspace.h_fp8 is not None
+            # Rows of slots without a local expert hold whatever was there; nothing reads what becomes of them.
+            quantise_rows(h, workspace.h_fp8[:num_slots], h_scale, unless_zero=post_padded, launch=self.launch)
+            h = workspace.h_fp8[:num_slots]
+        down_kernel[grid(triton.cdiv(hidden, block_n) * split_k)](
+            workspace.y,
+            h,
+            h_scale,
+            self.w2,
+            self.w2_scale,
+            self.topk_weights,
+            *routing,
+            HIDDEN=hidden,
+            INTERMEDIATE=intermediate,
+            SPLIT_K=split_k,
+            **tuning,
+        )
+
+    def sum(self, all_splits: Sequence[int], choice: torch.Tensor | None = None) -> torch.Tensor:
+        """Sums the rows of the config that ran: the only one, or candidate `choice` (int32 [1]) of several."""
+        hidden = self.w2.shape[1]
+        same = len(set(all_splits)) == 1
+        block_h = min(1024, triton.next_power_of_2(hidden))
+        sum_kernel[(self.topk_ids.shape[0], triton.cdiv(hidden, block_h))](
+            self.out,
+            self.workspace.y,
+            self.topk_ids,
+            self.expert_map,
+            None if same else choice,
+            self.num_slots,
+            *self.experts,
+            TOP_K=self.topk_ids.shape[1],
+            HIDDEN=hidden,
+            SPLIT_K=max(all_splits),
+            SPLIT_OF=0 if same else sum(count << 4 * place for place, count in enumerate(all_splits)),
+            BLOCK_H=block_h,
+            **self.launch,
+        )
+        return self.out
+
+
+def fused_moe(
+    config: Mapping[str, Any],
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+    blocks: TokenBlocks | None = None,
+    most_ctas: int | None = None,
+) -> torch.Tensor:
+    """One MoE layer; arguments are taken as they are (the adapter checks them).
+
+    Args:
+        config: block_m, block_n, block_k, group_m, num_warps, num_stages, swap_ab; split_k where it is not 1.
+        hidden_states: bf16 or fp16 [T, H]; quantised here where the weights are FP8.
+        w13: [E, 2I, H], gate rows first.
+        w2: [E, H, I].
+        topk_weights: [T, top_k], any float type.
+        topk_ids: int32 or int64 [T, top_k]; ids out of range contribute zero.
+        w13_scale: float32 [E, 2I/128, H/128] with FP8 weights.
+        w2_scale: float32 [E, H/128, I/128] with FP8 weights.
+        expert_map: int32, local expert of each global one, -1 for experts of other ranks.
+        out: [T, H], written and returned.
+        workspace: from `workspace.allocate`, for a call that allocates nothing but an absent `out`.
+        blocks: an alignment of these topk_ids with the config's block_m; made here where absent.
+        most_ctas: grids of at most so many CTAs, each of which goes on to further tiles; same bits. Not used where
+            the batch is so small that it runs without an alignment.
+    """
+    tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
+    layer = _Layer.make(*tensors, several=blocks is not None)
+    num_tokens, top_k = topk_ids.shape
+    if num_tokens == 0:
+        return layer.out
+    num_experts, local = layer.experts
+    if blocks is None and not is_direct(layer.num_slots, num_experts):
+        memory = layer.workspace.token_blocks(num_tokens, top_k, local, config["block_m"])
+        blocks = align_tokens(topk_ids, config["block_m"], local, expert_map=expert_map, blocks=memory)
+    layer.gemms(config, blocks, most_ctas)
+    return layer.sum([splits(config, layer.num_slots)])
+
+
+def fused_moe_candidates(
+    configs: Sequence[Mapping[str, Any]],
+    blocks: Sequence[TokenBlocks],
+    choice: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+    most_ctas: Sequence[int | None] = (),
+    streams: Sequence[Any] = (),
+) -> torch.Tensor:
+    """One MoE layer by the one of several configs that was chosen on the GPU; arguments not named are `fused_moe`'s.
+
+    Args:
+        blocks: one for each config, made by `select.align_and_select`: without rows for all but the chosen one.
+        choice: int32 [1], place of the chosen config.
+        most_ctas: for each config; absent means grids sized from capacity.
+        streams: CUDA streams for the configs after the first, as in `branches.run_beside`.
+    """
+    tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
+    layer = _Layer.make(*tensors, several=True)
+    if layer.num_slots == 0:
+        return layer.out
+    limits = most_ctas or [None] * len(configs)
+    each = zip(configs, blocks, limits, strict=True)
+    run_beside(streams, [functools.partial(layer.gemms, *its) for its in each])
+    return layer.sum([splits(config, layer.num_slots) for config in configs], choice)
+
+
+def tuning_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as keyword arguments of `up_kernel` and `down_kernel`."""
+    return {
+        "BLOCK_M": config["block_m"],
+        "BLOCK_N": config["block_n"],
+        "BLOCK_K": config["block_k"],
+        "GROUP_M": config["group_m"],
+        "SWAP_AB": config["swap_ab"],
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }

@@ -1,0 +1,109 @@
+"""Memory of one fused MoE layer besides weights, input and output, so that a captured layer allocates nothing."""
+
+import attrs
+import torch
+
+from rampwrap.errors import InputError
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.triton.align.host import TokenBlocks, alignment_ints, blocks_in
+from rampwrap.kernels.triton.moe.configs import partial_rows
+from rampwrap.kernels.triton.quantise import GROUP
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"Type of hidden states and output for each `MoEShape.dtype`; FP8 layers take and return bf16."
+
+LARGEST_BLOCK_M = 144
+"Of all kernels here: the CuTe kernels go to 144, Triton's to 128, and a workspace serves both."
+
+
+@attrs.frozen
+class Workspace:
+    """Scratch tensors for up to `num_slots` slots, any config and any routing.
+
+    One workspace serves any number of layers of a shape that run one after the other.
+    """
+
+    num_slots: int
+    h: torch.Tensor
+    "[num_slots, I], SwiGLU output."
+    y: torch.Tensor
+    """[partial_rows(num_slots), H], weighted rows before the sum over top-k, those of each split together.
+
+    Of the activations' type: unsplit rows are rounded to it anyway, and the parts' own rounding adds no more.
+    """
+    alignment: torch.Tensor | None = None
+    "int32, backs `TokenBlocks`; None lets each call allocate its own."
+    x_fp8: torch.Tensor | None = None
+    x_scale: torch.Tensor | None = None
+    h_fp8: torch.Tensor | None = None
+    h_scale: torch.Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held."""
+        tensors = (self.h, self.y, self.alignment, self.x_fp8, self.x_scale, self.h_fp8, self.h_scale)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    def token_blocks(self, num_tokens: int, top_k: int, num_local_experts: int, block_m: int) -> TokenBlocks | None:
+        """This workspace's alignment memory laid out for a batch and a block size."""
+        if self.alignment is None:
+            return None
+        return blocks_in(self.alignment, num_tokens, top_k, num_local_experts, block_m)
+
+
+def workspace(shape: MoEShape, num_tokens: int, device: torch.device | str = "cuda") -> Workspace:
+    """A workspace for batches of up to `num_tokens` tokens of a layer, with every config.
+
+    Its size is `workspace_bytes(shape, num_tokens)`: per slot 2 (H + I) bytes and the alignment, for FP8 layers
+    the quantised copies on top, and rows of split configs for small batches (`configs.partial_rows`).
+    """
+    if num_tokens < 1:
+        raise InputError(f"num_tokens is {num_tokens}; give the largest batch the workspace must hold, at least 1.")
+    ints = alignment_ints(num_tokens, shape.top_k, shape.num_local_experts, LARGEST_BLOCK_M)
+    return allocate(
+        num_tokens,
+        shape.top_k,
+        shape.hidden_size,
+        shape.intermediate_size,
+        TORCH_DTYPES[shape.dtype],
+        fp8=shape.dtype == "fp8",
+        device=device,
+        alignment=torch.empty(ints, dtype=torch.int32, device=device),
+    )
+
+
+def workspace_bytes(shape: MoEShape, num_tokens: int) -> int:
+    """Bytes that `workspace` holds, without allocating them."""
+    return workspace(shape, num_tokens, "meta").num_bytes
+
+
+def allocate(
+    num_tokens: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    *,
+    fp8: bool,
+    device: torch.device | str,
+    alignment: torch.Tensor | None = None,
+) -> Workspace:
+    """The tensors of a `Workspace` from plain numbers."""
+    num_slots = num_tokens * top_k
+
+    def empty(rows: int, columns: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=of, device=device)
+
+    h, y = empty(num_slots, intermediate), empty(partial_rows(num_slots), hidden)
+    if not fp8:
+        return Workspace(num_slots, h, y, alignment)
+    return Workspace(
+        num_slots,
+        h,
+        y,
+        alignment,
+        x_fp8=empty(num_tokens, hidden, torch.float8_e4m3fn),
+        x_scale=empty(num_tokens, hidden // GROUP, torch.float32),
+        h_fp8=empty(num_slots, intermediate, torch.float8_e4m3fn),
+        h_scale=empty(num_slots, intermediate // GROUP, torch.float32),
+    )

@@ -1,0 +1,1 @@
+"""Alignment that also chooses the config, inside the launch."""

@@ -1,0 +1,411 @@
+"""A model's `config.json` as the shapes of its MoE layers on one rank, read as the engine that serves it reads it."""
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from rampwrap.checkpoint.layers import MOST_LAYERS, sparse_layers
+from rampwrap.checkpoint.quantisation import GROUP, Reader, Stored, first, reader_of, short
+from rampwrap.errors import InputError
+from rampwrap.kernel.shape import MoEShape
+
+# One quantity, the names it has in published configs; the first one present counts. Those of the experts alone come
+# before those that may be of dense layers.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_HIDDEN = ("moe_hidden_size", "moe_latent_size", "routed_expert_hidden_size", "hidden_size", "d_model", "n_embd")
+_INTERMEDIATE = (
+    *("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size"),
+    *("ffn_hidden_size", "intermediate_size"),
+)
+_ACTIVATION = ("ffn_act_fn", "mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
+_SILU = ("silu", "swish", "swiglu", "swish_glu")
+_CLAMPS = (
+    "swiglu_limits",
+    "expert_swiglu_limit_list",
+    "swiglu_limit",
+    "swiglu_clamp_limit",
+    "swiglu_alpha",
+    "swiglu_beta",
+)
+"Bounds and slopes that make SiLU(gate) * up another function; one for all layers or one for each, 0 and null are none."
+_SWITCHES = ("is_moe", "enable_moe_block")
+"False for the dense form of a model that has another with experts."
+_WEIGHTED_INPUT = ("moe_apply_router_weight_on_input", "apply_router_weight_on_input")
+# Where composite configs keep the language model, and DBRX its feed-forward sizes.
+_NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config")
+# float32 checkpoints are served in bf16 by vLLM, where the GPU has it, and in fp16 by SGLang.
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "float32", "float": "float32"}
+_OF_FLOAT32 = {"sglang": "fp16"}
+# Layers whose arithmetic is not SiLU(gate) * up without biases, whatever else the config says: by the beginning of
+# model_type, or of the architecture where that says more.
+_UNSUPPORTED = {
+    "gpt_oss": "its experts have biases and a clamped, interleaved activation",
+    "openai_privacy_filter": "its experts have biases and a clamped activation",
+    "llama4": "it weights the tokens before the experts",
+    "minimax_m3": "its activation is clamped",
+    "deepseek_v4": "its activation is clamped",
+    "muse_spark": "it has a norm after each expert",
+    "kimi_k3": "its activation is SiTU",
+    "Grok1": "its activation is GELU",
+    "doge": "its experts are rows of embeddings",
+    "jetmoe": "its attention has experts too, and no engine runs them as fused layers",
+    "nemotron_h": "its experts have no gate",
+    "nllb-moe": "its experts have no gate",
+    "switch_transformers": "its experts have no gate",
+}
+# What SGLang makes one expert more of, under tensor parallelism alone: by architecture (or the model_type of configs
+# without one), the numbers of routed experts for which it does.
+_FUSED: dict[str, tuple[str, tuple[int, ...]]] = {
+    "DeepseekV3ForCausalLM": ("deepseek_v3", (256,)),
+    "GlmMoeDsaForCausalLM": ("glm_moe_dsa", (256,)),
+    "Glm4MoeForCausalLM": ("glm4_moe", ()),
+    "Glm4MoeLiteForCausalLM": ("glm4_moe_lite", ()),
+    "Qwen3NextForCausalLM": ("qwen3_next", ()),
+}
+MOST = 1 << 24
+"No size of a layer is larger; a config that says so is damaged."
+MOST_LEVELS = 16
+MOST_KINDS = 16
+MOST_BYTES = 16 << 20
+
+
+@attrs.frozen
+class Layers:
+    """The routed layers of a model on one rank.
+
+    Attributes:
+        shapes: each once, in the order of the layers.
+        left: a sentence for each reason why some of its layers stay with the engine.
+    """
+
+    shapes: tuple[MoEShape, ...]
+    left: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Ranks:
+    """How an engine spreads a layer.
+
+    Attributes:
+        tp_size: tensor-parallel ranks; each has a slice of every expert.
+        expert_parallel: the ranks share out whole experts instead; where they do not come out even, the first ranks
+            have one more and there are two shapes.
+        redundant_experts: copies that expert parallelism adds; ids are then those of physical experts.
+    """
+
+    tp_size: int = 1
+    expert_parallel: bool = False
+    redundant_experts: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.tp_size < 1:
+            raise InputError(f"tp_size is {self.tp_size}; give at least 1.")
+        if self.redundant_experts < 0:
+            raise InputError(f"redundant_experts is {self.redundant_experts}; give 0 or more.")
+        if self.redundant_experts and not self.expert_parallel:
+            raise InputError(
+                f"redundant_experts is {self.redundant_experts} without expert parallelism, which alone has them; add --ep."
+            )
+
+
+def read_model(
+    model: str | os.PathLike[str],
+    *,
+    tp_size: int = 1,
+    expert_parallel: bool = False,
+    dtype: str | None = None,
+    engine: str | None = None,
+    redundant_experts: int = 0,
+) -> tuple[MoEShape, ...]:
+    """The shapes of `read_layers`, with the same arguments and errors."""
+    ranks = Ranks(tp_size, expert_parallel, redundant_experts)
+    return read_layers(model, ranks, dtype=dtype, engine=engine).shapes
+
+
+def read_layers(
+    model: str | os.PathLike[str], ranks: Ranks | None = None, *, dtype: str | None = None, engine: str | None = None
+) -> Layers:
+    """The shapes of a model's routed layers on one rank, each once, and what is said of layers that have none here.
+
+    Args:
+        model: the folder with ``config.json``, the file itself, or the name of a model that Hugging Face's cache has.
+        ranks: how the layers are spread; one rank by default.
+        dtype: ``bf16``, ``fp16`` or ``fp8``, in place of what the config says.
+        engine: ``sglang`` fuses the shared expert of some models into the layer, which is then one of an expert more;
+            ``transformers`` and ``vllm`` do not.
+
+    Raises:
+        InputError: no readable config, no routed layer, or none that our kernels compute; with the reason.
+    """
+    where, raw = read_config(model)
+    levels = _levels(raw, where)
+    config = _flat(levels)
+    _check_arithmetic(_names(levels), config, where)
+    columns = [_numbers(config, names, where) for names in (_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE)]
+    sparse = sparse_layers(config, where)
+    rows = _together(where, columns, sparse)
+    plain = dtype or _plain_dtype(config, where, engine)
+    stored: Reader = (lambda layer: Stored(plain)) if dtype else reader_of(config, _beside(where, config), where)
+    clamped = _clamps(config, where)
+    ranks = ranks or Ranks()
+    shapes: dict[MoEShape, None] = {}
+    left: collections.Counter[str] = collections.Counter()
+    for layer, (num_experts, top_k, hidden_size, intermediate_size) in rows:
+        form = stored(layer)
+        if reason := clamped(layer) or _not_ours(form):
+            left[reason] += 1
+            continue
+        whole = MoEShape(num_experts, top_k, hidden_size, intermediate_size, form.dtype or plain)
+        if engine == "sglang" and not ranks.expert_parallel:
+            whole = _with_shared(whole, raw, config)
+        shapes |= dict.fromkeys(_on_a_rank(whole, ranks, where))
+    if not shapes and not left:
+        raise InputError(f"{where} has no layer with more than one expert; is it a mixture of experts?")
+    if not shapes:
+        raise InputError(f"{where} {next(iter(left))}.")
+    said = (
+        f"{count} of {len(rows)} routed layers stay with the engine: {where} {reason}."
+        for reason, count in left.items()
+    )
+    return Layers(tuple(shapes), tuple(said))
+
+
+def _not_ours(form: Stored) -> str:
+    served = f"our kernels run bf16, fp16 and FP8 with {GROUP}x{GROUP} scale blocks"
+    return f"is quantised, {form.why_not}; {served}" if form.why_not else ""
+
+
+def read_config(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """The path and the content of a model's ``config.json``.
+
+    Raises:
+        InputError: it is not there, or is no JSON object.
+    """
+    path = pathlib.Path(model)
+    try:
+        path = path / "config.json" if path.is_dir() else path if path.exists() else _cached(os.fspath(model)) or path
+        raw = _json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is no readable model config ({error}); give the folder of a model with its config.json."
+        ) from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds no JSON object; give the folder of a model with its config.json.")
+    return str(path), raw
+
+
+def _json(path: pathlib.Path) -> Any:
+    """A file's JSON, which is UTF-8 whatever the locale; with a mark at its beginning where an editor put one."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size} bytes, a config {MOST_BYTES} at most")
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def _cached(name: str) -> pathlib.Path | None:
+    """The config of a model by its name, as engines are started with it, in Hugging Face's cache; nothing is fetched."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json")
+    except (ImportError, ValueError):  # not installed, or no name of a model
+        return None
+    return pathlib.Path(found) if isinstance(found, str) else None
+
+
+def _beside(where: str, config: Mapping[str, Any]) -> Any:
+    """The content of ModelOpt's own file beside a config, which engines look at where that says nothing; None without."""
+    path = pathlib.Path(where).with_name("hf_quant_config.json")
+    if config.get("quantization_config") or config.get("compression_config") or not path.is_file():
+        return None
+    try:
+        return _json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no readable JSON ({error}); mend it, or pass --dtype.") from error
+
+
+def _levels(raw: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
+    """A config and those of language models nested in it, the outer ones first."""
+    levels, waiting = [], [raw]
+    while waiting:
+        level = waiting.pop()
+        levels.append(level)
+        waiting += [level[name] for name in reversed(_NESTED) if isinstance(level.get(name), Mapping)]
+        if len(levels) > MOST_LEVELS:
+            raise InputError(
+                f"{where} nests over {MOST_LEVELS} configs in each other; give that of the language model."
+            )
+    return levels
+
+
+def _flat(levels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The language model's own settings over those around them."""
+    out = dict(levels[0])
+    for level in levels[1:]:
+        out |= {key: value for key, value in level.items() if value is not None}
+    return out
+
+
+def _names(levels: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The model types and architectures of configs."""
+    found = [[its.get("model_type"), *_listed(its.get("architectures"))] for its in levels]
+    return [name for names in found for name in names if isinstance(name, str)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _check_arithmetic(kinds: Sequence[str], config: Mapping[str, Any], where: str) -> None:
+    """Refuses models no layer of which is SiLU(gate) * up."""
+    for kind in kinds:
+        reason = next((why for begin, why in _UNSUPPORTED.items() if kind.startswith(begin)), None)
+        if reason is not None:
+            raise InputError(f"model {kind} of {where} cannot be profiled: {reason}; leave it to the engine.")
+    field, activation = first(config, _ACTIVATION)
+    if isinstance(activation, Mapping):  # DBRX: {"name": "silu"}, which is what it has without a name too
+        field, activation = f"{field}.name", activation.get("name")
+    if activation is not None and str(activation).lower() not in _SILU:
+        raise InputError(
+            f"{where} has the activation {field}={short(activation)}; our kernels compute SiLU-gated experts only."
+        )
+    for name in _WEIGHTED_INPUT:
+        if config.get(name):
+            raise InputError(
+                f"{where} has {name}={short(config[name])}: it weights the tokens before the experts; leave it to the engine."
+            )
+    for name in _SWITCHES:
+        if config.get(name) is False:
+            raise InputError(f"{where} has {name}=False and thus no experts; is it a mixture of experts?")
+
+
+def _clamps(config: Mapping[str, Any], where: str) -> Any:
+    """Why a layer's activation is another than ours, by its number; "" where it is not."""
+    found: list[tuple[str, Any]] = [(name, config[name]) for name in _CLAMPS if config.get(name) is not None]
+    for name, value in found:
+        for its in value if isinstance(value, list) else [value]:
+            if its is not None and (isinstance(its, bool) or not isinstance(its, int | float)):
+                raise InputError(f"{where} has {name}={short(value)}; give a number, or one for each layer.")
+
+    def reason(layer: int) -> str:
+        for name, value in found:
+            # A list that is too short is one for some layers that it does not name.
+            bound = (
+                (value[layer] if layer < len(value) else max(filter(None, value), default=0))
+                if isinstance(value, list)
+                else value
+            )
+            if bound:
+                return f"has a clamped or scaled activation, {name}={short(bound)}; our kernels compute SiLU(gate) * up as it is"
+        return ""
+
+    return reason
+
+
+def _numbers(config: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[int, ...]:
+    """One number for all layers, or one for each."""
+    name, found = first(config, names)
+    if found is None:
+        raise InputError(f"{where} names none of {', '.join(names)} as whole numbers; is it a mixture of experts?")
+    values = found if isinstance(found, list) else [found]
+    if not values or not all(type(value) is int and 0 <= value <= MOST for value in values):
+        raise InputError(
+            f"{where} has {name}={short(found)}; give whole numbers from 0 to {MOST}, one for all layers or one for each."
+        )
+    return tuple(values)
+
+
+def _together(
+    where: str, columns: Sequence[tuple[int, ...]], sparse: tuple[int, list[int]] | None
+) -> list[tuple[int, tuple[int, ...]]]:
+    """The number and the sizes of each layer that has experts: a single number stands for every layer.
+
+    Lists shorter than the model's number of layers are of kinds that each layer has, such as Ernie's experts
+    of texts and of pictures.
+    """
+    lengths = sorted({len(column) for column in columns} - {1})
+    if len(lengths) > 1:
+        raise InputError(
+            f"{where} has experts, top_k or sizes for {' and for '.join(map(str, lengths))} layers; they must be as many."
+        )
+    listed = lengths[0] if lengths else 1
+    count, sparse_ones = sparse or (listed, [])
+    if listed > MOST_LAYERS or (listed > MOST_KINDS and not count <= listed <= count + MOST_KINDS):
+        least = min(count, MOST_LAYERS)
+        raise InputError(
+            f"{where} has experts, top_k or sizes for {listed} layers; give them for {least}, or one for all."
+        )
+    kinds = list(zip(*(column * listed if len(column) == 1 else column for column in columns), strict=True))
+    if sparse is None:
+        rows = list(enumerate(kinds)) if lengths else [(1, kinds[0])]  # the first one is often dense
+    elif count <= listed:  # drafts for speculative decoding may follow
+        rows = [(layer, kinds[layer]) for layer in sparse_ones]
+    else:
+        rows = [(layer, kind) for layer in sparse_ones for kind in dict.fromkeys(kinds)]
+    return [(layer, sizes) for layer, sizes in rows if sizes[0] > 1]
+
+
+def _with_shared(whole: MoEShape, raw: Mapping[str, Any], config: Mapping[str, Any]) -> MoEShape:
+    """The layer with its shared experts as routed ones that every token visits, where SGLang makes it so."""
+    architecture = next(iter(_listed(raw.get("architectures"))), config.get("model_type"))
+    for name, (kind, counts) in _FUSED.items():
+        if architecture in (name, kind) and (not counts or whole.num_experts in counts):
+            shared = config.get("n_shared_experts")
+            if name.startswith("Qwen"):
+                shared = int(config.get("shared_expert_intermediate_size") == whole.intermediate_size)
+            if type(shared) is int and 0 < shared < MOST and (shared == 1 or name == "Glm4MoeForCausalLM"):
+                return attrs.evolve(
+                    whole,
+                    num_experts=whole.num_experts + shared,
+                    top_k=whole.top_k + shared,
+                    num_local_experts=whole.num_experts + shared,
+                )
+    return whole
+
+
+def _on_a_rank(whole: MoEShape, ranks: Ranks, where: str) -> list[MoEShape]:
+    size, inter = ranks.tp_size, whole.intermediate_size
+    if ranks.expert_parallel:
+        experts = whole.num_experts + ranks.redundant_experts
+        if size > experts:
+            raise InputError(f"{where} has {experts} experts, fewer than {size} ranks; use fewer ranks.")
+        if ranks.redundant_experts and experts % size:
+            raise InputError(
+                f"{size} ranks do not divide {experts} physical experts of {where} ({ranks.redundant_experts} redundant), "
+                "which engines ask for; use another number."
+            )
+        least, extra = divmod(experts, size)
+        locals_ = ([least + 1] if extra else []) + [least]
+        return [attrs.evolve(whole, num_experts=experts, num_local_experts=local) for local in locals_]
+    if inter % size:
+        raise InputError(f"{size} ranks do not divide intermediate_size={inter} of {where}; use a divisor.")
+    if whole.dtype == "fp8" and inter // size % GROUP:
+        raise InputError(
+            f"a slice for one of {size} ranks has intermediate_size={inter // size} of {where}, no multiple of its "
+            f"{GROUP}-wide scale blocks, which engines refine and our kernels do not; use fewer ranks, or --ep."
+        )
+    return [attrs.evolve(whole, intermediate_size=inter // size)]
+
+
+def _plain_dtype(config: Mapping[str, Any], where: str, engine: str | None) -> str:
+    """What weights that are not quantised are served in.
+
+    Raises:
+        InputError: an unknown type.
+    """
+    field, stored = first(config, ("dtype", "torch_dtype"))
+    name = "bfloat16" if stored is None else str(stored).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InputError(f"{where} has {field}={short(stored)}; use bfloat16, float16 or FP8 weights, or pass --dtype.")
+    if _DTYPES[name] != "float32":
+        return _DTYPES[name]
+    if engine == "transformers":
+        raise InputError(
+            f"{where} has {field}={short(stored)}, in which transformers computes it; load it as bfloat16 and pass --dtype bf16."
+        )
+    return _OF_FLOAT32.get(engine or "", "bf16")

@@ -1,0 +1,127 @@
+"""`Buckets`: what serves each token count inside a CUDA graph, looked up in a microsecond and made once.
+
+Token counts that share the plan's bucket and static config share one shortlist and its tables, so that memory is
+bounded by the plan, however many batch sizes an engine runs.
+"""
+
+import bisect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+from rampwrap.errors import CaptureError
+from rampwrap.kernel.protocol import Config
+from rampwrap.model.packed import pack
+from rampwrap.plan.plan import Plan
+from rampwrap.policy.graph_lists import COSTS, Shortlist, Span, in_graph, token_spans
+from rampwrap.policy.policies import Policy, Static, WaveCost
+from rampwrap.policy.reach import Reach
+from rampwrap.policy.static import StaticTable
+
+
+@attrs.frozen(eq=False)
+class Bucket:
+    """What serves some token counts: the shortlist, and the tables on the GPU."""
+
+    position: int
+    shortlist: Shortlist
+    configs: tuple[Config, ...]
+    candidates: Any
+    "`kernels.triton.select.Candidates`; None where there is nothing to choose."
+
+
+class Buckets:
+    """All buckets of a plan for one kernel.
+
+    Args:
+        plan: whose model and shortlists serve.
+        policy: of the host; anything but `WaveCost` serves static configs alone.
+        chooses: whether the GPU may choose; one config serves each bucket elsewhere.
+        costs: microseconds by number of candidates; None takes the plan's own shortlists where it has them, and
+            `shortlist.COSTS` elsewhere.
+        max_candidates: at most four.
+        device: where the tables go.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        policy: Policy,
+        chooses: bool,
+        costs: Mapping[int, float] | None,
+        max_candidates: int,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._policy, self._device, self._max_candidates = plan, policy, device, max_candidates
+        routed = isinstance(policy, WaveCost)
+        self._costs = (COSTS if costs is None else costs) if routed and chooses else {}
+        lists = plan.in_graph
+        stored = costs is None and max_candidates >= max((len(its.candidates) for its in lists), default=9)
+        self._lists: tuple[Shortlist | Span, ...]
+        if routed and stored and (chooses or all(len(its.candidates) == 1 for its in lists)):
+            self._lists = lists
+        else:
+            # A kernel that cannot choose has one config a bucket too: the best over skews, not the uniform-tuned one.
+            self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if routed else ())
+        if isinstance(policy, WaveCost) and policy.reach is not None:
+            self._lists = _within(self._lists, policy.reach, policy.static)
+        self._firsts = [its.first for its in self._lists]
+        self._made: list[Bucket | None] = [None] * len(self._lists)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __iter__(self) -> Iterator[Bucket]:
+        """Those that were made, by token count."""
+        return (bucket for bucket in self._made if bucket is not None)
+
+    def of(self, num_tokens: int) -> Bucket:
+        """What serves a batch of `num_tokens`, made at the first call for its bucket.
+
+        Raises:
+            CaptureError: it would have to be made under capture.
+        """
+        position = max(0, bisect.bisect_right(self._firsts, num_tokens) - 1)
+        found = self._made[position]
+        if found is None:
+            if capturing():
+                raise CaptureError(
+                    f"nothing is prepared for {num_tokens} tokens; run one eager step of that size, or call "
+                    f"warm([{num_tokens}], ...), before capturing."
+                )
+            found = self._made[position] = self._make(position)
+        return found
+
+    def _make(self, position: int) -> Bucket:
+        its, plan = self._lists[position], self._plan
+        if isinstance(its, Span):
+            its = in_graph(plan.model, plan.shape, its, self._costs, self._max_candidates)
+        configs = tuple(self._policy.configs[index] for index in its.candidates)
+        if len(configs) == 1:
+            return Bucket(position, its, configs, None)
+        from rampwrap.kernels.triton.select.host import Candidates
+
+        packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))
+        return Bucket(position, its, configs, Candidates.on(packed, self._device))
+
+
+def _within(lists: "tuple[Shortlist | Span, ...]", reach: Reach, static: StaticTable) -> "tuple[Shortlist | Span, ...]":
+    """A plan's lists where it speaks for the batch, and what serves elsewhere: one config each."""
+    inside = [its for its in lists if reach.inside(its.first) or (its.first == 0 and reach.low <= 1)]
+    firsts = {static.span(place)[0] for place in range(len(static.token_counts))} | {0, reach.high + 1}
+    far = sorted(first for first in firsts if not reach.inside(first) and (first or reach.low > 1))
+    why, at = reach.beyond(), static.index
+    few = [Shortlist(first, max(first, 1), (at(first),), at(first), None, None, why) for first in far]
+    return tuple(sorted([*inside, *few], key=lambda its: its.first))
+
+
+def _table(policy: Policy, plan: Plan) -> Any:
+    """The static table in the policy's own numbering."""
+    return policy.table if isinstance(policy, Static) else plan.static
+
+
+def capturing() -> bool:
+    """Whether the current stream is under CUDA graph capture."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,117 @@
+"""The command line, from profiling the simulated kernel to replaying its table."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from rampwrap.cli.main import main
+from rampwrap.cli.types import seconds
+from rampwrap.measure.timings import Timings
+
+SIM = ["--kernel", "sim", "--model", "olmoe"]
+SMALL = [
+    "--batch-size",
+    "1",
+    "16",
+    "64",
+    "256",
+    "--eval-batch-size",
+    "24",
+    "96",
+    "--eval-routing",
+    "dirichlet:0.2",
+    "hot:2",
+]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_profile_fit_show_explain_compare_replay(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = run(capsys, "profile", *SIM, *SMALL, "--dry-run")
+    assert not list(tmp_path.iterdir()) and planned["out"] == "sim-E64-k8-H2048-I1024-bf16.npz"
+    made = run(capsys, "profile", *SIM, *SMALL, "--quiet", "--out", "t.npz")
+    assert (made["workloads"], made["configs"]) == (24, 24)
+    fitted = run(capsys, "fit", "t.npz")
+    assert fitted["out"] == "t.plan.json" and fitted["train_workloads"] == 20
+    assert run(capsys, "show", "t.npz")["measured"] == 1.0
+    assert run(capsys, "show", "t.plan.json")["kernel"] == "sim"
+    chosen = run(capsys, "explain", "t.plan.json", "--batch-size", "96", "--routing", "hot:2")
+    assert chosen["config"] and chosen["num_tokens"] == 96
+    counts = ",".join(["0"] * 63 + ["8"])
+    assert run(capsys, "explain", "t.plan.json", "--expert-counts", counts)["num_tokens"] == 1
+    live = run(capsys, "compare", "t.plan.json", "--batch-size", "48", "--quiet", "--csv", "ab.csv", "--plot", "ab.png")
+    assert live["policies"]["static-uniform"]["speedup"] == 1 and "default" in live["policies"]
+    assert {"ab.csv", "ab.png"} <= {path.name for path in tmp_path.iterdir()}
+    replayed = run(capsys, "replay", "t.npz")
+    assert set(replayed["policies"]) == {"static-uniform", "static-averaged", "ramp4", "default", "oracle"}
+    for command in (["show", "t.npz"], ["show", "t.plan.json"], ["replay", "t.npz"], ["fit", "t.npz"]):
+        assert main(command) == 0
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["replay", "none.npz"], "none.npz"),
+        (["show", "none.json"], "none.json"),
+        (["profile", "--kernel", "tritn", "--model", "olmoe"], "tritn"),
+        (["profile", "--kernel", "no.such:thing", "--model", "olmoe"], "no.such"),
+        (["profile", "--kernel", "sim"], "--num-experts, --top-k, --hidden-size, --intermediate-size"),
+        (["profile", "--kernel", "sim", "--model", "olmo"], "olmo"),
+        (["profile", *SIM, "--tp-size", "3"], "--tp-size 3"),
+        (["profile", *SIM, "--routing", "zip:2"], "zip:2"),
+        (["profile", *SIM, "--dtype", "int3"], "int3"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("rampwrap: ") and named in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["profiel"], ["replay"], ["profile", "--batch-size", "0"], ["profile", "--budget", "soon"]]
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: str) -> Timings:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Timings, "load", interrupted)
+    assert main(["replay", "t.npz"]) == 130
+
+
+def test_durations() -> None:
+    assert [seconds(text) for text in ("90", "90s", "3m", "1.5h")] == [90, 90, 180, 5400]
+
+
+def test_python_dash_m_and_a_reader_that_leaves() -> None:
+    command = [sys.executable, "-m", "rampwrap"]
+    assert subprocess.run([*command, "--version"], capture_output=True, check=True).stdout.strip()
+    child = subprocess.Popen([*command, "profile", *SIM, "--dry-run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()
+    assert b"Traceback" not in child.stderr.read()
+    child.wait()

@@ -1,0 +1,864 @@
+"""The vLLM plugin against a stand-in with vLLM's names and signatures, and against vLLM's own classes where they import.
+
+Both run on a CPU: our kernel in Triton's interpreter, vLLM's in a plain loop.
+"""
+
+import ast
+import contextlib
+import enum
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import sys
+import types
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+import attrs
+import numpy as np
+
+from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.engines import vllm as plugin
+from rampwrap.errors import CaptureError
+from rampwrap.kernel.device import SIMULATED, Device
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.measure.timings import Timings
+from rampwrap.plan import folder as places
+from rampwrap.plan.make import make_plan
+from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.workloads import workload_grid
+
+if not INTERPRETED.value:
+    pytest.skip("the stand-in runs on a CPU; tests/gpu has the engine itself", allow_module_level=True)
+
+SHAPE = MoEShape(8, 2, 64, 32)
+PACKAGE = "vllm.model_executor.layers.fused_moe"
+IMPL_PARAMETERS = (
+    *("in_dtype", "a1q", "a1q_scale", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts"),
+    *("local_num_experts", "expert_map", "apply_router_weight_on_input", "expert_tokens_meta", "output_alias"),
+)
+
+
+class Activation(enum.Enum):
+    SILU = "silu"
+    GELU = "gelu"
+
+
+@attrs.define(slots=False)
+class Parallel:
+    """Of vLLM's FusedMoEParallelConfig."""
+
+    tp_size: int = 1
+    ep_size: int = 1
+    dp_size: int = 1
+    tp_rank: int = 0
+    ep_rank: int = 0
+    dp_rank: int = 0
+    use_ep: bool = False
+
+
+@attrs.define(slots=False)
+class Config:
+    """Of vLLM's FusedMoEConfig."""
+
+    num_experts: int = 8
+    experts_per_token: int = 2
+    hidden_dim: int = 64
+    intermediate_size_per_partition: int = 32
+    num_local_experts: int = 8
+    activation: Activation = Activation.SILU
+    in_dtype: torch.dtype = torch.bfloat16
+    max_num_tokens: int = 32
+    has_bias: bool = False
+    is_lora_enabled: bool = False
+    num_logical_experts: int | None = None
+    moe_parallel_config: Parallel = attrs.Factory(Parallel)
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.moe_parallel_config, name)
+
+
+@attrs.define(slots=False)
+class Quant:
+    """Of vLLM's FusedMoEQuantConfig."""
+
+    quant_dtype: torch.dtype | None = None
+    weight_quant_dtype: torch.dtype | None = None
+    block_shape: list | None = None
+    w1_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    w1_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    a1_scale: torch.Tensor | None = None
+    a2_scale: torch.Tensor | None = None
+    gemm1_clamp_limit: float | None = None
+
+
+class MoEPrepareAndFinalizeNoDPEPModular:
+    """Quantises unless it is deferred; copies the result unless it is in place."""
+
+    def prepare(self, a1, defer):
+        return (a1, None) if defer else (a1.to(torch.float8_e4m3fn), torch.ones(1))
+
+
+class NaiveDPEP(MoEPrepareAndFinalizeNoDPEPModular):
+    pass
+
+
+def layer_by_hand(x, w1, w2, weights, ids, expert_map=None):
+    """The layer in float32, token by token."""
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for token in range(len(x)):
+        for k in range(ids.shape[1]):
+            expert = int(ids[token, k])
+            expert = expert if expert_map is None else int(expert_map[expert])
+            if expert >= 0:
+                gate, up = (w1[expert].float() @ x[token].float()).chunk(2)
+                out[token] += weights[token, k] * (w2[expert].float() @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+class StandIn:
+    """vLLM 0.26 as far as the plugin sees it; `calls` records what its own launch served."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        calls = self.calls
+
+        class TritonExperts:
+            _lora_context = None
+            expects_unquantized_inputs = False
+
+            def __init__(self, moe_config, quant_config):
+                self.moe_config, self.quant_config = moe_config, quant_config
+
+        class FlashInferExperts(TritonExperts):
+            pass
+
+        class FusedMoEKernelModularImpl:
+            def __init__(self, prepare_finalize, fused_experts):
+                self.prepare_finalize, self.fused_experts = prepare_finalize, fused_experts
+
+            def _fused_experts(
+                self,
+                in_dtype,
+                a1q,
+                a1q_scale,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                activation,
+                global_num_experts,
+                local_num_experts,
+                expert_map,
+                apply_router_weight_on_input,
+                expert_tokens_meta,
+                output_alias=None,
+            ):
+                calls.append(len(topk_ids))
+                return layer_by_hand(a1q, w1, w2, topk_weights, topk_ids, expert_map).to(in_dtype)
+
+            def apply(self, hidden_states, w1, w2, topk_ids, topk_weights, expert_map=None, weighted=False):
+                output = torch.empty_like(hidden_states)
+                quantised = self.fused_experts.quant_config.quant_dtype is not None
+                defer = self.fused_experts.expects_unquantized_inputs or not quantised
+                a1q, scale = self.prepare_finalize.prepare(hidden_states, defer)
+                found = self._fused_experts(
+                    in_dtype=hidden_states.dtype,
+                    a1q=a1q,
+                    a1q_scale=scale,
+                    w1=w1,
+                    w2=w2,
+                    topk_weights=topk_weights,
+                    topk_ids=topk_ids,
+                    activation=self.fused_experts.moe_config.activation,
+                    global_num_experts=8,
+                    local_num_experts=len(w1),
+                    expert_map=expert_map,
+                    apply_router_weight_on_input=weighted,
+                    expert_tokens_meta=None,
+                    output_alias=output,
+                )
+                self.in_place = found is output
+                return output if found is output else output.copy_(found)
+
+        class FusedMoEKernel:
+            def __init__(self, prepare_finalize, fused_experts):
+                self.impl = FusedMoEKernelModularImpl(prepare_finalize, fused_experts)
+
+        class Manager:
+            asked = ()
+
+            def get_simultaneous(self, *specs):
+                self.asked = specs
+                return [torch.full(shape, 7, dtype=torch.uint8).to(dtype) for shape, dtype in specs]
+
+        self.manager = Manager()
+        self.config = self.new_config()
+        self.envs = self.module(monkeypatch, "vllm.envs", VLLM_BATCH_INVARIANT=False)
+        self.root = self.module(monkeypatch, "vllm", __version__="0.26.0")
+        self.module(monkeypatch, "vllm.config", get_current_vllm_config_or_none=lambda: self.config)
+        for name in ("vllm.model_executor", "vllm.model_executor.layers", PACKAGE, f"{PACKAGE}.experts", "vllm.v1"):
+            self.module(monkeypatch, name)
+        self.module(monkeypatch, "vllm.v1.worker")
+        self.module(
+            monkeypatch,
+            "vllm.v1.worker.workspace",
+            is_workspace_manager_initialized=lambda: True,
+            current_workspace_manager=lambda: self.manager,
+        )
+        self.layers = {}
+        context = types.SimpleNamespace(no_compile_layers=self.layers)
+        self.module(
+            monkeypatch,
+            "vllm.forward_context",
+            is_forward_context_available=lambda: bool(self.layers),
+            get_forward_context=lambda: context,
+        )
+        self.module(monkeypatch, f"{PACKAGE}.experts.triton_moe", TritonExperts=TritonExperts)
+        self.mk = self.module(
+            monkeypatch,
+            f"{PACKAGE}.modular_kernel",
+            FusedMoEKernel=FusedMoEKernel,
+            FusedMoEKernelModularImpl=FusedMoEKernelModularImpl,
+        )
+        self.experts, self.other = TritonExperts, FlashInferExperts
+
+    @staticmethod
+    def module(monkeypatch, name, **content):
+        made = types.ModuleType(name)
+        made.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    @staticmethod
+    def new_config(cudagraphs="FULL_AND_PIECEWISE", dbo=False):
+        class VllmConfig:
+            model_config = types.SimpleNamespace(model="/models/tiny")
+            compilation_config = types.SimpleNamespace(cudagraph_mode=types.SimpleNamespace(name=cudagraphs))
+            parallel_config = types.SimpleNamespace(enable_dbo=dbo, use_ubatching=dbo)
+
+        return VllmConfig()
+
+    def kernel(self, config=None, quant=None, experts=None, prepare=MoEPrepareAndFinalizeNoDPEPModular, name=None):
+        """A layer's kernel, as loading its weights makes it."""
+        made = self.mk.FusedMoEKernel(prepare(), (experts or self.experts)(config or Config(), quant or Quant()))
+        if name:
+            method = types.SimpleNamespace(moe_kernel=made)
+            self.layers[name] = types.SimpleNamespace(routed_experts=types.SimpleNamespace(quant_method=method))
+        return made
+
+
+def timings_of(shape, kernel_name="triton_fused_moe", device=SIMULATED):
+    """A table by which few active experts favour another config than many do."""
+    kernel = TritonFusedMoE(shape)
+    configs = tuple(c for c in kernel.configs if c["block_m"] == 16 and not c.get("swap_ab"))[:2]
+    tokens = [1, 4, 8, 16, 32]
+    rows = workload_grid(tokens, [plugin_routing(n) for n in ("uniform", "dirichlet:0.3", "dirichlet:0.1", "hot:1")])
+    counts = np.stack([expert_counts(row.topk_ids(shape.num_experts, shape.top_k), shape.num_experts) for row in rows])
+    counts = counts[:, : shape.num_local_experts]
+    active = (counts > 0).sum(axis=1).astype(float)
+    us = np.stack([460 + 0.5 * active, 60 + 60 * active], axis=1)
+    return Timings(
+        us=us,
+        counts=counts,
+        split=("train",) * len(rows),
+        label=tuple(row.label for row in rows),
+        kernel=kernel_name,
+        kernel_version=kernel.version,
+        device=device,
+        shape=shape,
+        configs=configs,
+        grids=tuple(kernel.grid(config, shape) for config in configs),
+    )
+
+
+def plugin_routing(name):
+    from rampwrap.routing.workloads import Routing
+
+    return Routing.parse(name)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(timings_of(SHAPE))
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path, plan):
+    """The stand-in, a folder with one plan, and a plugin that knows of nothing yet."""
+    monkeypatch.delenv(places.DISABLE, raising=False)
+    monkeypatch.delenv(plugin.REFUSED, raising=False)
+    monkeypatch.setenv(places.PLANS, str(tmp_path / "plans"))
+    monkeypatch.setattr(plugin, "_engines", {})
+    monkeypatch.setattr(plugin, "_warn", places.OneWarning(plugin.logger))
+    monkeypatch.setattr(plugin.logger, "propagate", True)
+    (tmp_path / "plans").mkdir()
+    plan.save(tmp_path / "plans" / "tiny.plan.json")
+    stand_in = StandIn(monkeypatch)
+    stand_in.folder = tmp_path / "plans"
+    return stand_in
+
+
+def inputs(num_tokens=12, shape=SHAPE, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((num_tokens, shape.num_experts)), axis=1)[:, : shape.top_k]
+    random = {"generator": generator, "dtype": torch.float32}
+    local, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+    return {
+        "hidden_states": torch.randn(num_tokens, hidden, **random).bfloat16(),
+        "w1": (torch.randn(local, 2 * inter, hidden, **random) / 8).bfloat16(),
+        "w2": (torch.randn(local, hidden, inter, **random) / 6).bfloat16(),
+        "topk_weights": torch.rand(num_tokens, shape.top_k, **random),
+        "topk_ids": torch.from_numpy(ids).int(),
+    }
+
+
+def near(out, its, **more):
+    want = layer_by_hand(*(its[n] for n in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")), **more)
+    return float((out.float() - want).norm() / want.norm()) < 1e-2
+
+
+def messages(caplog, level=logging.WARNING):
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+def test_a_layer_with_a_plan_runs_our_kernel(world):
+    """Into the caller's own output, in vLLM's memory, under the layer's name, and counted."""
+    plugin.register()
+    kernel = world.kernel(name="model.layers.3.mlp.experts")
+    its = inputs()
+    assert near(kernel.impl.apply(**its), its)
+    assert kernel.impl.in_place and world.calls == []
+    assert world.manager.asked[0][0] == (12 * SHAPE.top_k, SHAPE.intermediate_size)
+    selector = kernel.impl._fused_experts.selector
+    assert {row.layer for row in selector.telemetry()} == {"model.layers.3.mlp.experts"}
+    (engine,) = plugin.engines()
+    assert engine["layers"] == 1 and engine["plans"] == [str(world.folder / "tiny.plan.json")]
+
+
+def test_the_choice_follows_the_routing_and_is_made_on_the_device(world, plan):
+    """One kernel, two routings, two configs, each with the bits of the config launched alone."""
+    plugin.register()
+    kernel = world.kernel(name="layer")
+    seen = {}
+    for ids in ([[0, 1]] * 8, [[i, (i + 1) % 8] for i in range(8)]):
+        its = inputs(8) | {"topk_ids": torch.tensor(ids, dtype=torch.int32)}
+        out = kernel.impl.apply(**its)
+        chosen = plan.policy().index(expert_counts(its["topk_ids"], 8), 8)
+        renamed = {"w13" if k == "w1" else k: v for k, v in its.items()}
+        assert torch.equal(out, TritonFusedMoE(SHAPE).launch(plan.configs[chosen], **renamed))
+        seen[chosen] = out
+    assert len(seen) == 2
+    (row,) = kernel.impl._fused_experts.selector.telemetry()
+    assert row.on_device and sorted(row.counts.values()) == [1, 1]
+
+
+def test_all_layers_of_an_engine_share_a_selector(world):
+    plugin.register()
+    layers = [world.kernel(name=f"layer {i}") for i in range(3)]
+    for layer in layers:
+        layer.impl.apply(**inputs())
+    assert len({id(layer.impl._fused_experts.selector) for layer in layers}) == 1
+    assert len(layers[0].impl._fused_experts.selector.telemetry()) == 3
+
+
+def test_two_engines_and_a_restarted_worker(world):
+    """Each engine has plans and memory of its own; the plans are those of its start; a dead engine leaves nothing."""
+    plugin.register()
+    first = world.kernel()
+    (world.folder / "tiny.plan.json").unlink()
+    assert hasattr(world.kernel().impl._fused_experts, "selector"), "a plan is read at the engine's start only"
+    config, world.config = world.config, world.new_config()
+    assert not hasattr(world.kernel().impl._fused_experts, "selector"), "the second engine finds no plan"
+    assert first.impl._fused_experts.selector is not None and len(plugin.engines()) == 2
+    del config
+    import gc
+
+    gc.collect()
+    assert len(plugin.engines()) == 1
+    plugin.register()
+    its = inputs()
+    assert near(first.impl.apply(**its), its) and world.calls == []
+
+
+def test_plans_of_several_gpus_in_one_folder(world, plan, caplog):
+    """Each GPU finds its own by what the file says, whatever it is called; the others are worth no word."""
+    (world.folder / "tiny.plan.json").rename(world.folder / "zzz.plan.json")
+    for name, sms in (("NVIDIA H100", 132), ("NVIDIA B200", 148), (SIMULATED.name, 66)):
+        device = attrs.evolve(SIMULATED, name=name, num_sms=sms)
+        attrs.evolve(plan, device=device).save(world.folder / f"{name} {sms}.plan.json")
+    plugin.register()
+    its = inputs()
+    kernel = world.kernel()
+    assert near(kernel.impl.apply(**its), its) and world.calls == []
+    (engine,) = plugin.engines()
+    assert [pathlib.Path(path).name for path in engine["plans"]] == ["zzz.plan.json"]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_installed_once(world):
+    plugin.register()
+    made = world.mk.FusedMoEKernel.__init__
+    plugin.register()
+    assert world.mk.FusedMoEKernel.__init__ is made
+    kernel = world.kernel()
+    assert isinstance(kernel.impl._fused_experts, plugin.Experts)
+    assert not isinstance(kernel.impl._fused_experts._own, plugin.Experts)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "yes"])
+def test_kill_switch(world, monkeypatch, value):
+    """Before the start nothing is touched, and a later engine in the same process is left alone."""
+    made = world.mk.FusedMoEKernel.__init__
+    with monkeypatch.context() as off:
+        off.setenv(places.DISABLE, value)
+        plugin.register()
+        assert world.mk.FusedMoEKernel.__init__ is made
+    plugin.register()
+    monkeypatch.setenv(places.DISABLE, value)
+    assert "_fused_experts" not in vars(world.kernel().impl)
+    monkeypatch.setenv(places.DISABLE, "0")
+    assert "_fused_experts" in vars(world.kernel().impl)
+
+
+def test_batch_invariance_is_honoured(world):
+    plugin.register()
+    world.envs.VLLM_BATCH_INVARIANT = True
+    assert "_fused_experts" not in vars(world.kernel().impl)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"device": attrs.evolve(SIMULATED, name="NVIDIA H100")}, "GPU NVIDIA H100"),
+        ({"shape": attrs.evolve(SHAPE, top_k=4)}, "shape E=8 top_k=4"),
+        ({"shape": attrs.evolve(SHAPE, dtype="fp16")}, "dtype fp16"),
+        ({"kernel_version": "0"}, "kernel version 0"),
+        ({"kernel": "alpha_moe"}, "kernel alpha_moe"),
+        (None, "no plan in"),
+        ("{", "not a readable plan"),
+    ],
+)
+def test_a_missing_or_foreign_plan(world, caplog, plan, change, says):
+    """vLLM stays as it is, with one warning for all layers, which holds the reason and the command."""
+    path = world.folder / "tiny.plan.json"
+    path.unlink()
+    if isinstance(change, dict):
+        attrs.evolve(plan, **change).save(path)
+    elif change is not None:
+        path.write_text(change)
+    plugin.register()
+    for rank in (0, 1):
+        parallel = Parallel(tp_size=2, tp_rank=rank)
+        for _ in range(3):
+            kernel = world.kernel(Config(moe_parallel_config=parallel))
+            assert "_fused_experts" not in vars(kernel.impl)
+            kernel.impl.apply(**inputs())
+    said = [text for text in messages(caplog) if "make a plan" in text]
+    assert len(said) == 1 and len(world.calls) == 6
+    assert says in said[0]
+    # /models/tiny is not here: the command names the layer itself.
+    sizes = "--num-experts 8 --top-k 2 --hidden-size 64 --intermediate-size 32 --dtype bf16"
+    assert f"'rampwrap profile --engine vllm {sizes} --out {world.folder}'" in said[0]
+
+
+TINY = {"hidden_act": "silu", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "dtype": "bfloat16"}
+TINY |= {"num_experts_per_tok": 2}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@attrs.define
+class Served:
+    """How vLLM serves the tiny model: its layers' configs, and what the command must name."""
+
+    layers: list
+    names: str
+    model: dict = attrs.Factory(dict)
+    quant: object = None
+
+
+def ep(ranks, **sizes):
+    return Config(moe_parallel_config=Parallel(ep_size=ranks, use_ep=True), **sizes)
+
+
+SERVED = {
+    "as it is": Served([Config()], "--model"),
+    "slices": Served(
+        [Config(intermediate_size_per_partition=16, moe_parallel_config=Parallel(tp_size=2))], "--tp-size 2"
+    ),
+    "whole experts": Served([ep(2, num_local_experts=4)], "--tp-size 2 --ep"),
+    "uneven experts": Served([ep(3, num_local_experts=n) for n in (3, 2)], "--tp-size 3 --ep"),
+    "redundant experts": Served(
+        [ep(4, num_experts=12, num_local_experts=3, num_logical_experts=8)], "--ep --num-redundant-experts 4"
+    ),
+    "another dtype than its own": Served([Config(in_dtype=torch.float16)], "--dtype fp16"),
+    "in FP8": Served(
+        [Config(hidden_dim=128, intermediate_size_per_partition=128)],
+        "--model",
+        {"hidden_size": 128, "moe_intermediate_size": 128, "quantization_config": BLOCKS},
+        {"block_shape": [128, 128]},
+    ),
+    "in FP8, by experts": Served(
+        [ep(2, hidden_dim=128, intermediate_size_per_partition=128, num_local_experts=4)],
+        "--ep",
+        {"hidden_size": 128, "moe_intermediate_size": 128, "quantization_config": BLOCKS},
+        {"block_shape": [128, 128]},
+    ),
+    "with experts that its config has not": Served([Config(num_experts=6, num_local_experts=6)], "--num-experts 6"),
+    "by a name that is nowhere here": Served([Config()], "--num-experts 8", {"gone": True}),
+    "of two sizes": Served(
+        [Config(), Config(intermediate_size_per_partition=64)], "--model", {"moe_intermediate_size": [32, 64]}
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SERVED)
+def test_the_command_makes_plans_that_the_hook_takes(world, caplog, obey, monkeypatch, tmp_path, how):
+    """The warning's own command, run on simulated kernels; a restarted engine then serves every layer of the model."""
+    served, folder = SERVED[how], tmp_path / "a model"
+    folder.mkdir()
+    if "gone" not in served.model:
+        (folder / "config.json").write_text(json.dumps(TINY | served.model))
+    (world.folder / "tiny.plan.json").unlink()
+    monkeypatch.setattr(type(world.config), "model_config", types.SimpleNamespace(model=str(folder)))
+    plugin.register()
+
+    def attached():
+        world.config = world.new_config()
+        world.config.__class__.model_config = types.SimpleNamespace(model=str(folder))
+        quant = Quant(**FP8, **served.quant) if served.quant else None
+        kernels = [world.kernel(layer, quant, prepare=MoEPrepareAndFinalizeNoDPEPModular) for layer in served.layers]
+        return ["_fused_experts" in vars(kernel.impl) for kernel in kernels]
+
+    assert not any(attached())
+    (said,) = messages(caplog)
+    assert served.names in said
+    assert obey(said) == 0
+    assert all(attached()), said
+
+
+def test_the_command_where_the_place_of_plans_is_one_file(world, caplog, obey, monkeypatch):
+    """One file cannot hold the plans of a model: the message says what to set besides."""
+    path = world.folder / "tiny.plan.json"
+    path.write_text("{")
+    monkeypatch.setenv(places.PLANS, str(path))
+    plugin.register()
+    world.kernel()
+    said = messages(caplog)[-1]
+    assert f"--out {world.folder}' and let $RAMPWRAP_PLANS name that folder" in said
+    assert obey(said) == 0
+    monkeypatch.setenv(places.PLANS, str(world.folder))
+    world.config = world.new_config()
+    assert hasattr(world.kernel().impl._fused_experts, "selector")
+
+
+def test_plans_of_several_gpus_and_shapes_in_one_folder(world, plan):
+    """The file's content decides; of two that fit, the newer."""
+    attrs.evolve(plan, device=attrs.evolve(SIMULATED, name="NVIDIA B200")).save(world.folder / "a.plan.json")
+    attrs.evolve(plan, shape=attrs.evolve(SHAPE, num_experts=16)).save(world.folder / "b.plan.json")
+    newer = attrs.evolve(plan, provenance={**plan.provenance, "made": "2999-01-01"})
+    newer.save(world.folder / "c.plan.json")
+    (world.folder / "notes.json").write_text("not a plan")
+    plugin.register()
+    world.kernel()
+    assert plugin.engines()[0]["plans"] == [str(world.folder / "c.plan.json")]
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.27.0", "0.33.0", "1.0.0"])
+def test_other_versions_are_refused_by_name(world, caplog, version):
+    """Once, also for child processes, with the versions that were tested."""
+    world.root.__version__ = version
+    made = world.mk.FusedMoEKernel.__init__
+    plugin.register()
+    plugin._warn = places.OneWarning(plugin.logger)  # as a child process starts
+    plugin.register()
+    assert world.mk.FusedMoEKernel.__init__ is made
+    (said,) = messages(caplog)
+    assert version in said and all(f"{tested}.x" in said for tested in plugin.TESTED)
+
+
+def test_another_contract_is_refused(world, caplog):
+    """Same version number, other parameters."""
+    world.mk.FusedMoEKernelModularImpl._fused_experts = lambda self, hidden_states, w1, w2: None
+    made = world.mk.FusedMoEKernel.__init__
+    plugin.register()
+    assert world.mk.FusedMoEKernel.__init__ is made
+    (said,) = messages(caplog)
+    assert "a1q" in said and "topk_ids" in said
+
+
+def broken(**changes):
+    return {"config": Config(**changes)}
+
+
+FP8 = {"quant_dtype": torch.float8_e4m3fn, "weight_quant_dtype": torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        (broken(activation=Activation.GELU), "activation is gelu"),
+        (broken(has_bias=True), "biases"),
+        (broken(is_lora_enabled=True), "LoRA"),
+        (broken(in_dtype=torch.float32), "torch.float32"),
+        ({"quant": Quant(gemm1_clamp_limit=7.0)}, "clamped"),
+        ({"quant": Quant(weight_quant_dtype="int4")}, "int4"),
+        ({"quant": Quant(**FP8, block_shape=None)}, "float8"),
+        ({"quant": Quant(**FP8, block_shape=[1, 32])}, "float8"),
+        ({"quant": Quant(**FP8, block_shape=[128, 128], a1_scale=torch.ones(1))}, "static scales"),
+    ],
+)
+def test_layers_that_we_do_not_compute_stay_with_vllm(world, caplog, what, says):
+    """Said to those who debug, once for all layers."""
+    caplog.set_level(logging.DEBUG, plugin.logger.name)
+    plugin.register()
+    for _ in range(3):
+        assert "_fused_experts" not in vars(world.kernel(**what).impl)
+    said = [text for text in messages(caplog, logging.DEBUG) if "rampwrap leaves a layer" in text]
+    assert len(said) == 1 and says in said[0] and not messages(caplog)
+
+
+@pytest.mark.parametrize("case", ["backend", "micro-batches"])
+def test_a_plan_that_cannot_be_used_says_why(world, caplog, case):
+    plugin.register()
+    world.config = world.new_config(dbo=case == "micro-batches")
+    kernel = world.kernel(experts=world.other if case == "backend" else None)
+    assert "_fused_experts" not in vars(kernel.impl)
+    (said,) = messages(caplog)
+    assert ("--moe-backend triton" if case == "backend" else "DBO") in said
+
+
+def test_expert_parallel_layers_count_local_experts(world):
+    """A rank with 4 of 8 experts: a plan of its own, the histogram of its experts, zeros for the others' slots."""
+    local = attrs.evolve(SHAPE, num_local_experts=4)
+    make_plan(timings_of(local)).save(world.folder / "ep.plan.json")
+    plugin.register()
+    parallel = Parallel(tp_size=1, ep_size=2, use_ep=True)
+    kernel = world.kernel(Config(num_local_experts=4, moe_parallel_config=parallel), prepare=NaiveDPEP)
+    expert_map = torch.tensor([-1, 0, -1, 1, 2, -1, 3, -1], dtype=torch.int32)
+    its = inputs(shape=local)
+    out = kernel.impl.apply(**its, expert_map=expert_map)
+    assert near(out, its, expert_map=expert_map) and world.calls == []
+    assert kernel.impl._fused_experts.selector.shape.num_local_experts == 4
+    # Without a map nobody can say which experts these are.
+    with contextlib.suppress(IndexError):
+        kernel.impl.apply(**its)
+    assert world.calls == [12]
+
+
+def test_fp8_layers_quantise_their_own_activations(world):
+    """vLLM hands the activations over as they are, and its own launch would still be right."""
+    shape = MoEShape(8, 2, 128, 128, "fp8")
+    plan = make_plan(timings_of(shape))
+    plan.save(world.folder / "fp8.plan.json")
+    kernel = TritonFusedMoE(shape)
+    its = kernel.inputs(shape, inputs()["topk_ids"])
+    quant = Quant(**FP8, block_shape=[128, 128], w1_scale=its["w13_scale"], w2_scale=its["w2_scale"])
+    plugin.register()
+    layer = world.kernel(Config(hidden_dim=128, intermediate_size_per_partition=128), quant)
+    assert layer.impl.fused_experts.expects_unquantized_inputs
+    assert isinstance(layer.impl.fused_experts, world.experts) and not world.experts.expects_unquantized_inputs
+    names = ("hidden_states", "w2", "topk_weights", "topk_ids")
+    out = layer.impl.apply(w1=its["w13"], **{name: its[name] for name in names})
+    want = kernel.reference(shape, its)
+    assert world.calls == [] and float((out.double() - want).norm() / want.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("what", ["too many tokens", "no tokens", "weighted input", "strided", "other weights", "lora"])
+def test_single_steps_that_go_to_vllm(world, what):
+    plugin.register()
+    kernel = world.kernel()
+    its, more = inputs(40 if what == "too many tokens" else 0 if what == "no tokens" else 12), {}
+    if what == "weighted input":
+        more["weighted"] = True
+    elif what == "strided":
+        its["hidden_states"] = torch.cat([its["hidden_states"]] * 2, dim=1)[:, :64]
+    elif what == "other weights":
+        its["w1"] = torch.cat([its["w1"]] * 2, dim=1)[:, ::2]
+    elif what == "lora":
+        kernel.impl.fused_experts._lora_context = object()
+    kernel.impl.apply(**its, **more)
+    assert world.calls == [len(its["topk_ids"])]
+
+
+def test_a_layer_that_our_kernel_refuses_is_given_up(world, caplog):
+    """vLLM serves this step and all later ones, with one warning."""
+    plugin.register()
+    kernel = world.kernel()
+    its = inputs()
+    bad = its | {"topk_weights": its["topk_weights"].double()}
+    assert near(kernel.impl.apply(**bad), its)
+    kernel.impl.apply(**its)
+    assert world.calls == [12, 12]
+    (said,) = messages(caplog)
+    assert "topk_weights" in said
+
+
+def test_a_size_that_was_captured_unprepared_is_vllms(world, caplog, monkeypatch):
+    """The engine goes on; the layer serves other sizes as before."""
+    plugin.register()
+    kernel = world.kernel(name="layer")
+    its = inputs()
+    kernel.impl.apply(**its)
+    layer = kernel.impl._fused_experts
+    inner = layer._layer
+
+    def refuse(**kwargs):
+        raise CaptureError("the kernels for 12 tokens were not compiled before this capture")
+
+    layer._layer = refuse
+    assert near(kernel.impl.apply(**its), its) and world.calls == [12]
+    layer._layer = inner
+    kernel.impl.apply(**its)
+    assert world.calls == [12]
+    (said,) = messages(caplog)
+    assert "not compiled" in said
+
+
+def test_an_error_of_ours_lets_the_engine_start(world, caplog, monkeypatch):
+    plugin.register()
+    monkeypatch.setattr(plugin, "layer_shape", lambda config, quant: 1 / 0)
+    kernel = world.kernel()
+    kernel.impl.apply(**inputs())
+    assert world.calls == [12] and "error of its own" in messages(caplog)[0]
+
+
+def test_buffers_of_captured_graphs_are_kept(world, monkeypatch):
+    """A second engine in the process replaces vLLM's workspace; the first one's graphs still point into the old."""
+    plugin.register()
+    kernel = world.kernel()
+    kernel.impl.apply(**inputs())
+    (_, engine) = next(iter(plugin._engines.values()))
+    assert not engine.kept
+    monkeypatch.setattr(plugin, "capturing", lambda: True)
+    kernel.impl.apply(**inputs())
+    assert len(engine.kept) == 1
+
+
+def test_plans_place(monkeypatch, tmp_path, plan):
+    """A folder, a file, the default folder; what is not there is empty."""
+    monkeypatch.delenv(places.PLANS, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert places.plans_path() == tmp_path / "rampwrap" / "plans"
+    assert places.Plans.read().found == ()
+    places.default_folder().mkdir(parents=True)
+    plan.save(places.default_folder() / "x.plan.json")
+    fit = places.Plans.read().find(SHAPE, SIMULATED, plugin.KERNELS)
+    assert fit is not None and fit.kernel.name == "triton_fused_moe"
+    plan.save(tmp_path / "any-name.json")
+    assert places.Plans.read(tmp_path / "any-name.json").find(SHAPE, SIMULATED, plugin.KERNELS) is not None
+    assert places.Plans.read(tmp_path / "any-name.json").find(SHAPE, Device("NVIDIA H200", 132), plugin.KERNELS) is None
+
+
+def vllm_source(*parts):
+    """A file of an installed vLLM, without importing it."""
+    spec = importlib.util.find_spec("vllm")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        path = pathlib.Path(place, *parts)
+        if path.is_file():
+            return path
+    return None
+
+
+SOURCE = vllm_source("model_executor", "layers", "fused_moe", "modular_kernel.py")
+
+
+@pytest.mark.skipif(SOURCE is None, reason="vLLM is not installed")
+def test_the_stand_in_has_the_signatures_of_vllm():
+    """Read off its sources, so that it needs none of its dependencies."""
+    tree = ast.parse(SOURCE.read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def parameters(owner, name):
+        (found,) = [n for n in classes[owner].body if isinstance(n, ast.FunctionDef) and n.name == name]
+        return tuple(arg.arg for arg in found.args.args[1:])
+
+    assert parameters("FusedMoEKernelModularImpl", "_fused_experts") == IMPL_PARAMETERS
+    assert parameters("FusedMoEKernel", "__init__") == ("prepare_finalize", "fused_experts")
+    called = [
+        node
+        for node in ast.walk(classes["FusedMoEKernelModularImpl"])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_fused_experts"
+    ]
+    assert called and all(not call.args for call in called), "arguments arrive by name"
+
+
+REAL = """
+import logging, os, sys, types
+import torch
+import rampwrap.engines.vllm as plugin
+import vllm, vllm.config
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig, RoutingMethodType, fp8_w8a8_moe_quant_config)
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
+sys.path.insert(0, sys.argv[1])
+import test_engine_vllm as tests
+
+plugin.register()
+plugin.register()
+
+def kernel(quant, **sizes):
+    sizes = dict(num_experts=8, experts_per_token=2, hidden_dim=64, intermediate_size=32, num_local_experts=8,
+                 num_logical_experts=8, max_num_tokens=32) | sizes
+    config = FusedMoEConfig(**sizes, activation=MoEActivation.SILU, device="cpu",
+                            routing_method=RoutingMethodType.Default, in_dtype=torch.bfloat16,
+                            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel())
+    return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), TritonExperts(config, quant))
+
+def apply(layer, its, experts=8):
+    return layer.apply(its["hidden_states"], its["w1"], its["w2"], its["topk_weights"], its["topk_ids"],
+                       activation=MoEActivation.SILU, global_num_experts=experts, expert_map=None,
+                       apply_router_weight_on_input=False)
+
+layer = kernel(FusedMoEQuantConfig.make())
+its = tests.inputs()
+assert tests.near(apply(layer, its), its)
+assert isinstance(layer.impl._fused_experts, plugin.Experts)
+shape = tests.MoEShape(8, 2, 128, 128, "fp8")
+ours = tests.TritonFusedMoE(shape)
+its = ours.inputs(shape, its["topk_ids"])
+quant = fp8_w8a8_moe_quant_config(w1_scale=its["w13_scale"], w2_scale=its["w2_scale"], block_shape=[128, 128])
+layer = kernel(quant, hidden_dim=128, intermediate_size=128)
+out = apply(layer, its | {"w1": its["w13"]})
+want = ours.reference(shape, its)
+assert float((out.double() - want).norm() / want.norm()) < 2e-2
+assert isinstance(layer.impl._fused_experts, plugin.Experts) and layer.impl.fused_experts.expects_unquantized_inputs
+os.environ["RAMPWRAP_DISABLE"] = "1"
+assert "_fused_experts" not in vars(kernel(FusedMoEQuantConfig.make()).impl)
+print("ran in vLLM", vllm.__version__)
+"""
+
+
+@pytest.mark.skipif(SOURCE is None, reason="vLLM is not installed")
+def test_with_the_classes_of_vllm(tmp_path, plan):
+    """vLLM's own kernel, prepare, experts and configs around our launch, bf16 and FP8, in a process of its own."""
+    import subprocess
+
+    probe = "import vllm.model_executor.layers.fused_moe.experts.triton_moe"
+    environment = os.environ | {places.PLANS: str(tmp_path), "TRITON_INTERPRET": "1"}
+    root = str(pathlib.Path(plugin.__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    run = {"capture_output": True, "text": True, "check": False, "env": environment}
+    if (failed := subprocess.run([sys.executable, "-c", probe], **run)).returncode:
+        pytest.skip(f"vLLM does not import here: {failed.stderr.strip().splitlines()[-1]}")
+    plan.save(tmp_path / "tiny.plan.json")
+    make_plan(timings_of(MoEShape(8, 2, 128, 128, "fp8"))).save(tmp_path / "fp8.plan.json")
+    done = subprocess.run([sys.executable, "-c", REAL, str(pathlib.Path(__file__).parent)], **run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ran in vLLM" in done.stdout

@@ -1,0 +1,191 @@
+"""The serving benchmark's own arithmetic: whose kernels are whose, what the plugin costs, what its models start from."""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from rampwrap.adapters.cute_moe import CuteFusedMoE
+from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.checkpoint.model import read_model
+from rampwrap.engines import vllm
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.measure.join import join
+from rampwrap.measure.timings import Timings
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+if not (FOLDER / "serve_vllm.py").exists():
+    pytest.skip("the wheel is tested without benchmarks", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The three modules by name, as they find each other when one of them is run."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield {name: importlib.import_module(name) for name in ("serve_vllm", "serve_vllm_arm", "serve_vllm_setup")}
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+# One layer of an FP8 model in the installed arm, and with the plugin; names as the profiler gives them.
+QUANTISE = "void per_token_group_quant_8bit_kernel<c10::BFloat16, c10::Float8_e4m3fn, true, false, float>(void const*)"
+CUTLASS = "void cutlass::device_kernel<vllm::cutlass_3x_gemm_fp8_blockwise<cutlass::bfloat16_t, 1, 128, 128>>"
+DENSE = [(QUANTISE, False), (CUTLASS, False), ("void vllm::rms_norm_kernel<c10::BFloat16>", False)]
+INSTALLED = [
+    *DENSE,
+    ("nvjet_sm90_tst_64x8", False),
+    (QUANTISE, True),
+    ("void vllm::moe::moe_align_block_size_kernel<int>", True),
+    ("void vllm::moe::count_and_sort_expert_tokens_kernel<int>", True),
+    ("fused_moe_kernel", True),
+    ("void vllm::silu_and_mul_per_block_quant_kernel<c10::BFloat16>", True),
+    ("fused_moe_kernel", True),
+    ("void vllm::moe::moe_sum_vec_kernel<c10::BFloat16, int, 8, false>", True),
+    *DENSE,
+]
+NAME = "kernel_cutlass_kernel_rampwrapkernelscute"
+PLUGIN = [
+    *DENSE,
+    ("prepare_kernel", True),
+    (f"{NAME}upUpFp8_object_at__TiledMMA_ThrLayoutVMNK", True),
+    (f"{NAME}downDownFp8_object_at__TiledMMA", True),
+    ("sum_after_kernel", True),
+    *DENSE,
+    ("kernel_cutlass_kernel_flash_attncuteflash_fwd", False),
+]
+
+
+@pytest.mark.parametrize("launches", [INSTALLED, PLUGIN], ids=["installed", "plugin"])
+def test_whose_kernel_is_whose(scripts, launches):
+    """Quantisation of the experts' input is theirs, that of dense layers is not; no CUTLASS but ours is."""
+    names = [name for name, _ in launches]
+    assert scripts["serve_vllm_arm"].of_experts(names) == [own for _, own in launches]
+
+
+def test_small_batches_of_vllm(scripts):
+    """The fill in place of the alignment is the experts' where their kernel follows, and so is what comes before it."""
+    fill = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>>"
+    names = [fill, CUTLASS, QUANTISE, fill, "fused_moe_kernel"]
+    assert scripts["serve_vllm_arm"].of_experts(names) == [False, False, True, True, True]
+
+
+class Event:
+    def __init__(self, name, start, us):
+        self.name, self.device_type = name, torch.autograd.DeviceType.CUDA
+        self.time_range = type("Range", (), {"start": start, "end": start + us})()
+
+
+def test_shares_by_start(scripts):
+    """Sorted by start, the router's stand-in left out, whatever order the profiler reports."""
+    events = [Event("fused_moe_kernel", 30, 6.0), Event(QUANTISE, 10, 1.0), Event(CUTLASS, 40, 3.0)]
+    events.append(Event("take_choices", 20, 99.0))
+    kernels = type("Profile", (), {"events": lambda self: events})()
+    found = scripts["serve_vllm_arm"].shares(kernels, 2)
+    assert found["gpu_us"] == 5.0 and found["moe_us"] == 3.5 and found["moe_share"] == 0.7
+    assert set(found["moe_kernels"]) == {"fused_moe_kernel", QUANTISE[:80]}
+
+
+def test_shares_count_overlapping_kernels_once(scripts):
+    """A kernel that was launched early counts from the end of the one that it waited for."""
+    events = [
+        Event("up_kernel", 10, 6.0),
+        Event("down_kernel", 11, 9.0),
+        Event("sum_kernel", 12, 3.0),
+        Event(CUTLASS, 21, 1.0),
+    ]
+    kernels = type("Profile", (), {"events": lambda self: events})()
+    found = scripts["serve_vllm_arm"].shares(kernels, 1)
+    assert found["gpu_us"] == 11.0 and found["moe_us"] == 10.0
+
+
+def test_costs_of_the_plugin(scripts):
+    """Differences to the installed engine; medians over restarts; nothing where an arm is missing."""
+
+    def memory(reserved):
+        return {"reserved_gb": reserved, "allocated_gb": reserved - 1, "peak_gb": reserved, "card_gb": 150.0}
+
+    def started(wall, device, own=0.0):
+        return memory(20.0) | {"wall_s": wall, "engine_s": wall - 10, "device_gb": device, "plugin_s": own}
+
+    result = {
+        "memory": {"installed": memory(30.0), "plugin": memory(31.5)},
+        "starts": {
+            "plugin": started(99, 0),
+            "installed again": started(50, 33.0),
+            "plugin again": started(53, 33.3, 0.4),
+            "installed again1": started(52, 33.0),
+            "plugin again1": started(54, 33.3, 0.6),
+        },
+    }
+    found = scripts["serve_vllm"].costs(result)
+    assert found["reserved_gb"] == 1.5 and found["reserved_share"] == pytest.approx(0.01)
+    assert found["wall_s"] == found["engine_s"] == 2.5 and found["plugin_s"] == 0.5
+    assert found["device_gb"] == pytest.approx(0.3) and found["device_share"] == pytest.approx(0.002)
+    assert scripts["serve_vllm"].costs({"memory": {"plugin": memory(1.0)}, "starts": {"plugin": started(9, 0)}}) == {}
+
+
+def test_the_fp8_model(scripts, tmp_path, monkeypatch):
+    """Its config is one that the plugin serves, its tables are of its shape, and vLLM finds the static table."""
+    setup = scripts["serve_vllm_setup"]
+    model = setup.MODELS["qwen3-30b-fp8"]
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    (shape,) = read_model(tmp_path)
+    assert shape == MoEShape(128, 8, 2048, 768, "fp8")
+    for table, kernel in ((model.timings[0], "cute_moe"), (model.static, "vllm_fused_moe")):
+        timings = Timings.load(setup.ROOT / table)
+        assert (timings.shape, timings.kernel) == (shape, kernel)
+    static = json.loads(setup.static_file(setup.ROOT / model.static, "qwen3-30b-fp8"))
+    assert static["64"]["BLOCK_SIZE_K"] == 128
+    assert setup.config_file_name(shape, "NVIDIA H200").endswith("dtype=fp8_w8a8,block_shape=[128,128].json")
+    monkeypatch.delenv("VLLM_USE_DEEP_GEMM", raising=False)
+    arms = [setup.environment_of(arm, tmp_path, "0") for arm in setup.ARMS]
+    assert {its["VLLM_USE_DEEP_GEMM"] for its in arms} == {"0"}
+    arguments = argparse.Namespace(mode="default", capture_sizes=None, batch_size=[8], layers=None)
+    made = {"config": model.config, "shape": shape}
+    assert setup.settings_of("qwen3-30b-fp8", made, tmp_path, arguments)["fp8"]
+    # Routers stay in bf16, as in the published checkpoint.
+    left = model.config["quantization_config"]["modules_to_not_convert"]
+    assert len([name for name in left if name.endswith("mlp.gate")]) == model.config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen3-30b"])
+def test_the_bf16_models_cross_kernels(scripts, name):
+    """Tables of both kernels, of this version, over the same workloads."""
+    setup = scripts["serve_vllm_setup"]
+    timings = join([Timings.load(setup.ROOT / table) for table in setup.MODELS[name].timings])
+    assert timings.kernel == vllm.BOTH and len(timings.us) == 130 and not np.isnan(timings.us).any()
+    current = "+".join((TritonFusedMoE.version, CuteFusedMoE.version))
+    assert timings.kernel_version == current
+
+
+def test_a_quiet_cpu_is_found_and_left_again(scripts):
+    """One of those asked for; the thread that looks stays where it was."""
+    serve = scripts["serve_vllm"]
+    before = os.sched_getaffinity(0)
+    assert serve.quietest(sorted(before)) in before and os.sched_getaffinity(0) == before
+    asked = []
+    serve.settle({name: lambda do, **more: asked.append((do, more)) for name in "ab"}, sorted(before)[:1])
+    serve.settle({"c": None}, [])
+    assert asked == [("pin", {"cpus": sorted(before)[:1]})] * 2
+
+
+def test_dummy_weights_of_fp8_layers(scripts, monkeypatch):
+    """Finite, hardly a zero, and only FP8 tensors."""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros(3, 64, 128).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.scale = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device: randn(1 << 12))
+    assert scripts["serve_vllm_arm"].fill_fp8(layer) == 1
+    filled = layer.weight.float()
+    assert filled.isfinite().all() and (filled != 0).float().mean() > 0.99 and not layer.scale.any()
+    assert float(filled.std()) == pytest.approx(64, rel=0.05)

@@ -1,0 +1,152 @@
+"""The CuTe configs: how many there are, what is refused and why, and what each occupies."""
+
+import re
+from collections import Counter
+
+import attrs
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernels.cute.configs import (
+    BLOCK_MS,
+    DTYPES,
+    FORMS,
+    GROUP_MS,
+    KEYS,
+    MAX_BLOCK_M,
+    MAX_SHARED,
+    TILES,
+    CuteConfig,
+    all_configs,
+    all_variants,
+    from_keys,
+    why_illegal,
+)
+
+ONE = CuteConfig("one", "fp8", 16, 64, 4, 4)
+
+
+def test_there_are_as_many_as_the_paper_has():
+    """134 single-launch FP8 configs, twice that with group_m, and similar numbers of the others."""
+    counts = {(form, dtype): len(all_configs(form, dtype)) for form in FORMS for dtype in DTYPES}
+    assert counts["one", "fp8"] >= 134 and counts["one", "fp8"] * len(GROUP_MS) >= 268
+    assert min(counts.values()) >= 134, counts
+    assert {config.block_m for config in all_configs("one", "fp8")} == set(range(8, 105, 8)) == set(BLOCK_MS)
+
+
+def test_every_listed_config_is_legal_and_fits():
+    for form in FORMS:
+        for dtype in DTYPES:
+            for config in all_configs(form, dtype):
+                assert why_illegal(config) is None
+                assert config.shared_bytes <= MAX_SHARED
+                registers = 128 * 40 + 32 * config.warp_n * config.consumer_registers
+                assert registers <= 65_536 and config.consumer_registers % 8 == 0
+
+
+def test_symbols_are_distinct_c_names():
+    variants = all_variants()
+    symbols = [variant.symbol for variant in variants]
+    assert len(set(symbols)) == len(symbols)
+    assert all(re.fullmatch(r"(up|down|mega)_[a-z0-9_]+", symbol) for symbol in symbols)
+    assert all(why_illegal(variant.config) is None for variant in variants)
+
+
+def test_configs_of_one_tile_share_their_down_kernel():
+    used = Counter(c.variants[1].symbol for c in all_configs("two", "fp8"))
+    assert len(used) < len(all_configs("two", "fp8")) / 2
+    deep, shallow = (CuteConfig("two", "fp8", 16, 16, 8, stages) for stages in (8, 4))
+    assert deep.variants[1] == shallow.variants[1] and deep.variants[0] != shallow.variants[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"form": "three"}, "form='three' is unknown"),
+        ({"dtype": "fp16"}, "dtype fp16 is not compiled"),
+        ({"block_m": 12}, "multiple of 8"),
+        ({"block_m": MAX_BLOCK_M + 8}, "multiple of 8"),
+        ({"block_m": 0}, "multiple of 8"),
+        ({"warp_n": 12}, "use 4 or 8"),
+        ({"block_n": 8}, "use 16, 32 or 64"),
+        ({"block_n": 64, "warp_n": 8}, "512 rows"),
+        ({"stages": 1}, "use 2 to"),
+        ({"stages": 8}, "bytes of shared memory"),
+        ({"block_m": 104, "stages": 2}, "would spill"),
+    ],
+)
+def test_refusals_name_the_value_and_the_fix(change, reason):
+    found = why_illegal(attrs.evolve(ONE, **change))
+    assert reason in found and found.endswith(".") and ";" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "bf16"}, "dtype bf16 is not that of the config, fp8"),
+        ({"hidden_size": 1000}, "hidden_size=1000 is no multiple of the 128-wide groups"),
+        ({"intermediate_size": 192}, "intermediate_size=192 is no multiple"),
+        (
+            {"hidden_size": 384},
+            "hidden_size=384 is no multiple of the 256 output columns of a tile; use the two-launch",
+        ),
+    ],
+)
+def test_shapes_that_do_not_divide_are_refused(change, reason):
+    shape = attrs.evolve(MoEShape(8, 2, 1024, 512, "fp8"), **change)
+    assert reason in why_illegal(ONE, shape)
+
+
+def test_published_layers_have_configs():
+    """Every FP8 layer in the list that 128-blocks divide runs, and narrow tiles run what wide ones do not."""
+    for name, shape in SHAPES.items():
+        for dtype in DTYPES:
+            legal = [c for c in all_configs("two", dtype) if why_illegal(c, attrs.evolve(shape, dtype=dtype)) is None]
+            blocks = shape.hidden_size % 128 == shape.intermediate_size % 128 == 0
+            assert bool(legal) == (dtype == "bf16" or blocks), (name, dtype)
+    odd = MoEShape(8, 2, 2880, 2880)
+    assert {c.rows for c in all_configs("two", "bf16") if why_illegal(c, odd) is None} == {64}
+
+
+@given(
+    st.sampled_from(FORMS),
+    st.sampled_from(DTYPES),
+    st.sampled_from(BLOCK_MS),
+    st.sampled_from([16, 32, 64]),
+    st.sampled_from([4, 8]),
+    st.integers(2, 12),
+)
+def test_what_is_legal_stays_legal_when_it_shrinks(form, dtype, block_m, block_n, warp_n, stages):
+    """Fewer tokens or stages need less of everything."""
+    config = CuteConfig(form, dtype, block_m, block_n, warp_n, stages)
+    if why_illegal(config) is None:
+        if block_m > 8:
+            assert why_illegal(attrs.evolve(config, block_m=block_m - 8)) is None
+        if stages > 2:
+            assert why_illegal(attrs.evolve(config, stages=stages - 1)) is None
+
+
+# The first draw of text loads Unicode's tables, 1.5 s on a busy machine.
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([*KEYS, "other"]), st.one_of(st.integers(), st.booleans(), st.text(), st.none()))
+)
+def test_any_keys_give_a_config_or_a_sentence(keys):
+    found = from_keys(keys, "fp8")
+    if isinstance(found, CuteConfig):
+        assert why_illegal(found) is None or why_illegal(found).endswith(".")
+    else:
+        assert found.endswith(".") and len(found) > 10
+
+
+def test_keys_round_trip():
+    for config in all_configs("one", "bf16"):
+        assert from_keys(config.keys(8), "bf16") == config
+    assert tuple(ONE.keys(1)) == KEYS
+    assert "group_m=0" in from_keys(ONE.keys(0), "fp8")
+
+
+def test_tiles_of_the_list_are_within_one_tma_box():
+    assert all(block_n * warp_n <= 256 for block_n, warp_n in TILES)

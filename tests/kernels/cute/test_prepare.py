@@ -1,0 +1,132 @@
+"""What runs around the CuTe kernels: one launch gives the bits of alignment, quantisation and zeroing apart."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from rampwrap.kernels.cute.host import prepare as preparing
+from rampwrap.kernels.cute.host.prepare import narrow_rows, prepare, sum_rows
+from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
+from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.quantise import quantise_rows
+
+needs_kernels = pytest.mark.skipif(not INTERPRETED.value, reason="needs Triton's interpreter")
+
+
+def memory(ids, block_m, experts):
+    """Blocks full of what nobody wrote."""
+    blocks = allocate_blocks(*ids.shape, experts, block_m, "cpu")
+    for tensor in (blocks.sorted_token_ids, blocks.expert_ids, blocks.num_tokens_post_padded):
+        tensor.fill_(-77)
+    return blocks
+
+
+@needs_kernels
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("hidden", [128, 1280])
+@pytest.mark.parametrize("quantises", [True, False])
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_one_launch_is_what_three_are(small, hidden, quantises, zeroes, monkeypatch):
+    if not small:
+        monkeypatch.setattr(preparing, "fits_one_launch", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(5, 6, generator=generator).topk(3).indices.int()
+    ids[2, 1] = -1
+    expert_map = torch.tensor([0, -1, 1, 2, -1, 3], dtype=torch.int32)
+    x = torch.randn(5, hidden, generator=generator).bfloat16()
+    expected = align_tokens(ids, 8, 4, expert_map=expert_map, blocks=memory(ids, 8, 4))
+    found = memory(ids, 8, 4)
+    q, q_expected = (torch.full((5, hidden), 7.0).to(torch.float8_e4m3fn) for _ in range(2))
+    scale, scale_expected = torch.full((5, hidden // 128), 7.0), torch.empty(5, hidden // 128)
+    quantise_rows(x, q_expected, scale_expected)
+    out = torch.full_like(x, torch.nan, dtype=torch.float32)
+    prepare(
+        x, (q, scale) if quantises else None, out if zeroes else None, ids, 8, 4, expert_map=expert_map, memory=found
+    )
+    rows = int(expected.num_tokens_post_padded)
+    assert int(found.num_tokens_post_padded) == rows and rows > 0
+    assert torch.equal(found.sorted_token_ids, expected.sorted_token_ids)
+    assert torch.equal(found.expert_ids[: rows // 8], expected.expert_ids[: rows // 8])
+    if quantises:
+        assert torch.equal(q.view(torch.uint8), q_expected.view(torch.uint8)) and torch.equal(scale, scale_expected)
+    else:
+        assert (scale == 7).all()
+    assert not out.any() if zeroes else out.isnan().all()
+
+
+@needs_kernels
+def test_a_given_alignment_is_left_alone():
+    ids = torch.tensor([[0, 1]], dtype=torch.int32)
+    blocks, out = memory(ids, 8, 2), torch.full((1, 128), torch.nan).bfloat16()
+    prepare(out.clone(), None, out, ids, 8, 2, expert_map=None, memory=blocks, aligned=True)
+    assert (blocks.sorted_token_ids == -77).all() and not out.any()
+
+
+@needs_kernels
+def test_rows_without_an_expert_here_are_not_read():
+    ids = torch.tensor([[0, 5], [-1, 9], [1, 0]])
+    rows = torch.randn(6, 192).bfloat16()
+    rows[1:4] = torch.nan
+    out = torch.full((3, 192), torch.nan).bfloat16()
+    sum_rows(out, rows, ids, 2, expert_map=None)
+    assert torch.equal(out[0], rows[0]) and not out[1].any()
+    assert torch.equal(out[2], (rows[4].float() + rows[5].float()).bfloat16())
+
+
+@needs_kernels
+def test_sums_are_rounded_to_nearest():
+    sums, out = torch.randn(3, 320), torch.full((3, 320), torch.nan).bfloat16()
+    narrow_rows(out, sums)
+    assert torch.equal(out, sums.bfloat16())
+
+
+COMPILE = r"""
+import itertools, json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rampwrap.kernels.cute import prepare
+from rampwrap.kernels.triton import gemm
+
+INTS = {"num_slots", "num_experts", "num_local_experts", "block_m", "capacity", "num_groups"}
+
+def build(kernel, pointers, constants, **options):
+    signature, constexprs = {}, {}
+    for name in kernel.arg_names:
+        signature[name] = "*" + pointers[name] if name in pointers else "i32" if name in INTS else "constexpr"
+        if signature[name] == "constexpr":
+            constexprs[name] = constants.get(name)
+    constexprs["PDL"] = True
+    options["launch_pdl"] = True
+    built = triton.compile(ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"]
+    print(json.dumps({"waits": ptx.count("griddepcontrol.wait"), "starts": ptx.count("griddepcontrol.launch_dependents"),
+                      "local": ptx.count("ld.local") + ptx.count("st.local")}))
+
+ids = dict.fromkeys(("topk_ids_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr", "expert_counts_ptr"), "i32")
+for quantises, zeroes, chunk in itertools.product((0, 1), (0, 1), (256, 4096)):
+    pointers = ids | {"x_ptr": "bf16"} | ({"q_ptr": "fp8e4nv", "scale_ptr": "fp32"} if quantises else {}) | ({"zero_ptr": "fp32"} if zeroes else {})
+    constants = {"GROUPS": prepare.GROUPS, "CHUNK": chunk, "BINS": 512}
+    build(prepare.prepare_kernel, pointers, constants, num_warps=8 if chunk > 1024 else 4)
+pointers = {"out_ptr": "bf16", "y_ptr": "bf16", "topk_ids_ptr": "i32"}
+build(gemm.sum_kernel, pointers, {"TOP_K": 8, "HIDDEN": 2048, "SPLIT_K": 1, "SPLIT_OF": 0, "BLOCK_H": 1024})
+build(prepare.narrow_after_kernel, {"out_ptr": "bf16", "sums_ptr": "fp32"}, {"COLUMNS": 2048, "BLOCK": 1024})
+"""
+
+
+def test_compiles_for_hopper(tmp_path):
+    """Compiled, each waits for the launch before it and lets the next one begin."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 10 and all(row == {"waits": 1, "starts": 1, "local": 0} for row in found), found
