@@ -42,7 +42,7 @@ class CuteFusedMoE:
 
     Args:
         shape: the layer, bf16 or fp8.
-        form: "two" launches, "one", or "both" for the configs of either.
+        form: "two" launches, "one", "prefill" (two launches for thousands of tokens), or "both" for the configs of all.
         library: compiled kernels: a path, a `Library`, or None for the default one (see `library.find`).
         waves: CTAs launched for each that an SM holds; each goes on to further tiles and loads them while it stores
             the last. 0 launches a CTA for every tile. Same bits.

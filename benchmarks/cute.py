@@ -216,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=sorted(SHAPES))
     parser.add_argument("--dtype", nargs="+", default=["fp8"], choices=["bf16", "fp8"])
-    parser.add_argument("--form", default="both", choices=["two", "one", "both"])
+    parser.add_argument("--form", default="both", choices=["two", "one", "prefill", "both"])
     parser.add_argument("--rivals", nargs="*", default=["triton", "vllm", "alpha"], choices=["triton", "vllm", "alpha"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))

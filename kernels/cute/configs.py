@@ -2,10 +2,10 @@
 
 A config is
 
-    form        "two" launches (gate/up, then down) or "one" for the whole layer
+    form        "two" launches (gate/up, then down), "one" for the whole layer, or "prefill": two with tokens as M of wgmma
     dtype       "fp8" (128-block scales) or "bf16"
-    block_m     tokens of a CTA: the N of wgmma, so any multiple of 8
-    block_n     weight rows of a consumer warp, a multiple of 16
+    block_m     tokens of a CTA: the N of wgmma, so any multiple of 8; 128 of the prefill form, 64 a warpgroup
+    block_n     weight rows of a consumer warp, a multiple of 16; of the prefill form all 256 of the tile
     warp_n      consumer warps of a CTA, in warpgroups of 4
     stages      depth of the pipeline: `rows` x 128 bytes of weights and block_m x 128 bytes of tokens each
 
@@ -19,7 +19,7 @@ import attrs
 
 from rampwrap.kernel.shape import MoEShape
 
-FORMS = ("two", "one")
+FORMS = ("two", "one", "prefill")
 DTYPES = ("fp8", "bf16")
 KEYS = ("form", "block_m", "block_n", "warp_n", "stages", "group_m")
 "Of a config of the adapter, in this order."
@@ -49,6 +49,9 @@ PREFILL_BLOCK_MS = {"fp8": (112, 128), "bf16": (112, 128, 144)}
 """Larger ones of the two-launch form, for thousands of tokens: more work for each byte that a CTA reads. Beyond them FP8
 runs out of accumulators, bf16 out of producer registers, and the last M block of an expert is mostly empty."""
 PREFILL_TILE, PREFILL_STAGES = (32, 8), 4
+TOKENS_AS_M = (128, 256, 8)
+"block_m, block_n and warp_n of the prefill form."
+TOKENS_AS_M_STAGES = (4,)
 TILES: dict[tuple[int, int], tuple[int, ...]] = {
     (16, 4): (6, 10),
     (32, 4): (4, 6),
@@ -77,7 +80,7 @@ class CuteConfig:
     @property
     def rows(self) -> int:
         """Weight rows of a CTA's tile; half gate and half up in the up-projection."""
-        return self.block_n * self.warp_n
+        return self.block_n if self.form == "prefill" else self.block_n * self.warp_n
 
     @property
     def warpgroups(self) -> int:
@@ -113,7 +116,7 @@ class CuteConfig:
     @property
     def other_registers(self) -> int:
         """Registers of a consumer thread besides accumulators, without which it spills."""
-        if self.form == "one" or self.block_n < 64:
+        if self.form != "two" or self.block_n < 64:
             return OTHER_REGISTERS
         # Four tiles of a thread are stored, and in bf16 activated, at once: 88x64 and 80x64 spill.
         return OTHER_REGISTERS + (16 if self.dtype == "fp8" else 48)
@@ -130,8 +133,17 @@ class CuteConfig:
     @property
     def accumulators(self) -> int:
         """float32 accumulators of a consumer thread: FP8 keeps scaled sums beside the products of a step."""
+        if self.form == "prefill":  # a quarter of the rows of two tokens; FP8 products are of 128 rows
+            return self.rows // 2 + (SCALE // 2 if self.dtype == "fp8" else 0)
         sets = self.product_sets if self.dtype == "fp8" else 0
         return (self.block_n // 16 + sets) * self.block_m // 2
+
+    @property
+    def product_columns(self) -> int:
+        """The N of its wgmma: tokens, or in the prefill form the weight rows of a product."""
+        if self.form != "prefill":
+            return self.block_m
+        return SCALE if self.dtype == "fp8" else self.rows
 
     @property
     def shared_bytes(self) -> int:
@@ -141,7 +153,7 @@ class CuteConfig:
     @property
     def ctas_per_sm(self) -> int:
         """CTAs on an SM: two of the one-launch form where shared memory and registers are enough for both."""
-        if self.form == "two":
+        if self.form != "one":
             return 1
         at_launch = SM_REGISTERS // (2 * self.threads) // 8 * 8
         left = at_launch * self.threads - PRODUCER_THREADS * PRODUCER_REGISTERS
@@ -154,6 +166,8 @@ class CuteConfig:
         """The kernels that are compiled for it, in the order of their launches; configs share their down kernels."""
         if self.form == "one":
             return (Variant("mega", self),)
+        if self.form == "prefill":
+            return Variant("prefill_up", self), Variant("prefill_down", self)
         depth = min(self.stages, DOWN_STAGES.get((self.block_n, self.warp_n), self.stages))
         return Variant("up", self), Variant("down", attrs.evolve(self, stages=depth))
 
@@ -176,7 +190,7 @@ class CuteConfig:
 
 @attrs.frozen(order=True)
 class Variant:
-    """One compiled kernel: the "up" or "down" of two-launch configs, or the "mega" of a one-launch config."""
+    """One compiled kernel: the "up" or "down" of two-launch configs, "prefill_up" or "prefill_down", or the one launch's "mega"."""
 
     role: str
     config: CuteConfig
@@ -192,6 +206,9 @@ class Variant:
         config = self.config
         block_m, stages, cluster = config.block_m, config.stages, config.cluster
         fp8 = config.dtype == "fp8"
+        if config.form == "prefill":
+            size = stages * ((config.rows + block_m) * STEP_BYTES + 16) + 1024
+            return size + (stages * 4 * (block_m + 2) if fp8 else 0)  # scales of tokens and of both boxes of weights
         size = stages * (config.rows + block_m) * STEP_BYTES + 16 * stages + 1024
         size += 4 * block_m * stages if fp8 else 0
         if self.role == "down":
@@ -229,6 +246,8 @@ def _why_not_compiled(config: CuteConfig) -> str | None:
         return f"form={config.form!r} is unknown; use one of {', '.join(FORMS)}."
     if config.dtype not in DTYPES:
         return f"dtype {config.dtype} is not compiled; use one of {', '.join(DTYPES)}."
+    if config.form == "prefill":
+        return _why_not_prefill(config)
     prefill = config.form == "two" and config.block_m in PREFILL_BLOCK_MS[config.dtype]
     if config.block_m not in BLOCK_MS and not (prefill and (config.block_n, config.warp_n) == PREFILL_TILE):
         return f"block_m={config.block_m} is not compiled; use a multiple of 8 from 8 to {MAX_BLOCK_M}."
@@ -259,11 +278,22 @@ def _why_not_compiled(config: CuteConfig) -> str | None:
     return None
 
 
+def _why_not_prefill(config: CuteConfig) -> str | None:
+    tile = config.block_m, config.block_n, config.warp_n
+    if tile != TOKENS_AS_M or config.stages not in TOKENS_AS_M_STAGES:
+        return (
+            f"block_m, block_n and warp_n of {tile} with stages={config.stages} are not compiled for form='prefill'; "
+            f"use {TOKENS_AS_M} with stages={TOKENS_AS_M_STAGES[0]}."
+        )
+    return None
+
+
 def _why_not_shape(config: CuteConfig, shape: MoEShape) -> str | None:
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     if config.dtype != shape.dtype:
         return f"dtype {shape.dtype} is not that of the config, {config.dtype}; use configs of {shape.dtype}."
     grouped = config.dtype == "fp8" or config.form == "one"
+    grouped = grouped or config.form == "prefill"
     multiple = SCALE if grouped else config.step
     what = "128-wide groups of h and scales" if grouped else f"{multiple} columns of a step"
     for name, size in (("hidden_size", hidden), ("intermediate_size", intermediate)):
@@ -276,13 +306,15 @@ def _why_not_shape(config: CuteConfig, shape: MoEShape) -> str | None:
         )
     width = config.rows * (config.cluster if config.form == "one" else 1)
     if hidden % width:
-        remedy = "use the two-launch form" if config.form == "one" else "use a smaller block_n or warp_n"
+        remedy = "use the two-launch form" if config.form != "two" else "use a smaller block_n or warp_n"
         return f"hidden_size={hidden} is no multiple of the {width} output columns of a tile; {remedy}."
     return None
 
 
 def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
     """Every config of a form and a dtype that is compiled, by tile, depth and block_m."""
+    if form == "prefill":
+        return tuple(CuteConfig(form, dtype, *TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES if dtype in DTYPES)
     every = (
         CuteConfig(form, dtype, block_m, block_n, warp_n, stages)
         for (block_n, warp_n), depths in TILES.items()

@@ -95,7 +95,36 @@ def stand_in(variant, calls):
             h = dequantise(*quantise(h)) if fp8 else h
             out.index_add_(0, slots // top_k, ((h @ w2[expert].T) * weights[slots, None]).float())
 
-    run = {"up": up, "down": down, "mega": mega}[variant.role]
+    def ordered(h):
+        """Every row of every block from here on is garbage unless written: h in the order of blocks."""
+        assert h[0].shape[0] % 128 == 0
+        return h
+
+    def prefill_up(*arguments):
+        tensors, (top_k, _, num_blocks, _) = pairs(variant, arguments)
+        x, w13 = take(tensors), take(tensors, weights=True)
+        *routing, h = tensors[:3], ordered(tensors[3:])
+        assert len(h[0]) >= num_blocks * 128
+        for row, (expert, slots) in enumerate(blocks_of(variant, *routing[0], len(x) * top_k, num_blocks)):
+            rows = slice(row * 128, row * 128 + len(slots))
+            values = activate(x[slots // top_k], w13[expert])
+            if fp8:
+                h[0][rows], scale = quantise(values)
+                h[1][:, rows] = scale.T
+            else:
+                h[0][rows] = values.to(torch.bfloat16)
+
+    def prefill_down(*arguments):
+        tensors, (_, _, num_blocks, _) = pairs(variant, arguments)
+        h, scale = tensors.pop(0), tensors.pop(0).T.contiguous() if fp8 else None
+        w2 = take(tensors, weights=True)
+        *routing, weights, rows = tensors
+        for block, (expert, slots) in enumerate(blocks_of(variant, *routing, len(rows), num_blocks)):
+            part = slice(block * 128, block * 128 + len(slots))
+            values = dequantise(h[part], scale[part]) if fp8 else h[part].double()
+            rows[slots] = ((values @ w2[expert].T) * weights[slots, None].double()).to(torch.bfloat16)
+
+    run = {"up": up, "down": down, "mega": mega, "prefill_up": prefill_up, "prefill_down": prefill_down}[variant.role]
 
     def function(*arguments):
         calls.append((variant.symbol, arguments))
@@ -135,7 +164,7 @@ def error(out, reference):
 
 @needs_kernels
 @pytest.mark.parametrize("shape", [FP8, BF16], ids=["fp8", "bf16"])
-@pytest.mark.parametrize("form", ["two", "one"])
+@pytest.mark.parametrize("form", ["two", "one", "prefill"])
 def test_conformance(shape, form):
     """The suite, on the stand-ins: what is passed to them, and what is done around them."""
     kernel = kernel_of(shape, form)
@@ -147,8 +176,8 @@ def test_conformance(shape, form):
 
 def test_the_list_holds_every_form_once():
     kernel = CuteFusedMoE(FP8, library=StandIns())
-    forms = {form: [c for c in kernel.configs if c["form"] == form] for form in ("two", "one")}
-    assert len(forms["one"]) >= 268 and len(forms["two"]) >= 268
+    forms = {form: [c for c in kernel.configs if c["form"] == form] for form in ("two", "one", "prefill")}
+    assert len(forms["one"]) >= 268 and len(forms["two"]) >= 268 and len(forms["prefill"]) == 2
     assert {c["group_m"] for c in kernel.configs} == {1, 8}
     assert all(kernel.supports(config, FP8) is None for config in kernel.configs)
     assert kernel.nondeterministic and not hasattr(kernel_of(FP8), "nondeterministic")
@@ -198,7 +227,7 @@ def test_arguments_are_those_of_the_contract():
 
 
 @needs_kernels
-@pytest.mark.parametrize("form", ["two", "one"])
+@pytest.mark.parametrize("form", ["two", "one", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ids_out_of_range_and_remote_experts_contribute_nothing(form, dtype):
     shape = attrs.evolve(BF16, num_local_experts=4)

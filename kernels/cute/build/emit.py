@@ -18,10 +18,14 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream  # n
 from rampwrap.kernels.cute.configs import SCALE, Variant  # noqa: E402
 from rampwrap.kernels.cute.device.down import DownBf16, DownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.mega import MegaBf16, MegaFp8  # noqa: E402
+from rampwrap.kernels.cute.device.prefill_down import PrefillDownBf16, PrefillDownFp8  # noqa: E402
+from rampwrap.kernels.cute.device.prefill_up import PrefillUpBf16, PrefillUpFp8  # noqa: E402
 from rampwrap.kernels.cute.device.up import UpBf16, UpFp8  # noqa: E402
 
 KERNELS = {("up", "fp8"): UpFp8, ("up", "bf16"): UpBf16, ("down", "fp8"): DownFp8, ("down", "bf16"): DownBf16}
 KERNELS |= {("mega", "fp8"): MegaFp8, ("mega", "bf16"): MegaBf16}
+KERNELS |= {("prefill_up", "fp8"): PrefillUpFp8, ("prefill_up", "bf16"): PrefillUpBf16}
+KERNELS |= {("prefill_down", "fp8"): PrefillDownFp8, ("prefill_down", "bf16"): PrefillDownBf16}
 
 
 def arguments(variant: Variant) -> list[Any]:
@@ -49,7 +53,14 @@ def arguments(variant: Variant) -> list[Any]:
     w2 = [tensor(dtype, experts, hidden, columns), *scales(experts, size(), size())]
     h = [tensor(dtype, slots, columns), *scales(slots, size())]
     weights = tensor(Float32, slots, align=4)
-    if variant.role == "up":
+    # The prefill form keeps h in the order of the blocks, and scales of 128 columns of all rows together.
+    rows = size(divisibility=SCALE)
+    ordered = [tensor(dtype, rows, columns), *([tensor(Float32, size(), rows)] if fp8 else [])]
+    if variant.role == "prefill_up":
+        tensors = [*x, *w13, *routing, *ordered]
+    elif variant.role == "prefill_down":
+        tensors = [*ordered, *w2, *routing, weights, tensor(BFloat16, slots, hidden)]
+    elif variant.role == "up":
         tensors = [*x, *w13, *routing, *h]
     elif variant.role == "down":
         tensors = [*h, *w2, *routing, weights, tensor(BFloat16, slots, hidden)]

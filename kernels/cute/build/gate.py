@@ -139,7 +139,7 @@ def why_unfit(found: Inspection, variant: Variant) -> str | None:
     if counts.pop("USETMAXREG", 0) != 2:
         return "It does not hand registers from producers to consumers (two USETMAXREG); set min_blocks_per_mp."
     name = "QGMMA" if config.dtype == "fp8" else "HGMMA"
-    wanted = f"{name}.64x{config.block_m}x{GMMA_K[name]}"
+    wanted = f"{name}.64x{config.product_columns}x{GMMA_K[name]}"
     others = sorted(set(counts) - {wanted})
     if wanted not in counts or others:
         return f"It multiplies with {', '.join(others) or 'no tensor core'} where {wanted} alone is expected; correct the kernel."

@@ -55,6 +55,60 @@ def _copy(shared, offset, base, row, row_bytes, cache, num_bytes, loc, ip):
 
 
 @dsl_user_op
+def copy_16(shared, offset, source, *, loc=None, ip=None):
+    """Starts a copy of 16 aligned bytes from the address `source` to shared + offset, past L1; nothing if it is negative.
+
+    `offset` is a Python number.
+    """
+    _copy_from(shared, offset, source, "cg", 16, loc, ip)
+
+
+@dsl_user_op
+def copy_4(shared, offset, source, *, loc=None, ip=None):
+    """As `copy_16`, 4 bytes by way of L1."""
+    _copy_from(shared, offset, source, "ca", 4, loc, ip)
+
+
+def _copy_from(shared, offset, source, cache, num_bytes, loc, ip):
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int64(source).ir_value(loc=loc, ip=ip)]
+    # The upper half of an address has its sign: one comparison instead of two.
+    text = (
+        "{ .reg .pred some; .reg .b32 low, high; mov.b64 {low, high}, $1; setp.ge.s32 some, high, 0; "
+        f"@some cp.async.{cache}.shared.global [$0+{offset}], [$1], {num_bytes}; }}"
+    )
+    _asm(None, operands, text, "r,l,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def load_i32(base, index, *, loc=None, ip=None):
+    """The Int32 at base + 4 index, loaded where it is written: the compiler moves other loads to where they are waited for."""
+    operands = [Int64(base).ir_value(loc=loc, ip=ip), Int32(index).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .s64 from; mad.wide.s32 from, $2, 4, $1; ld.global.s32 $0, [from]; }"
+    return Int32(_asm(T.i32(), operands, text, "=r,l,r,~{memory}", loc, ip))
+
+
+@dsl_user_op
+def load_f32(base, index, *, loc=None, ip=None):
+    """As `load_i32`, a float32."""
+    operands = [Int64(base).ir_value(loc=loc, ip=ip), Int32(index).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .s64 from; mad.wide.s32 from, $2, 4, $1; ld.global.f32 $0, [from]; }"
+    return Float32(_asm(T.f32(), operands, text, "=f,l,r,~{memory}", loc, ip))
+
+
+@dsl_user_op
+def copy_bulk(shared, source, num_bytes, barrier, *, loc=None, ip=None):
+    """Starts a copy of `num_bytes`, a multiple of 16, that count on a barrier; one thread calls it."""
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip),
+        Int64(source).ir_value(loc=loc, ip=ip),
+        Int32(num_bytes).ir_value(loc=loc, ip=ip),
+        Int32(barrier).ir_value(loc=loc, ip=ip),
+    ]
+    text = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    _asm(None, operands, text, "r,l,r,r,~{memory}", loc, ip)
+
+
+@dsl_user_op
 def pack_e4m3(low, high, *, loc=None, ip=None):
     """Two float32 as saturated e4m3 in the low 16 bits of an Int32."""
     operands = [Float32(value).ir_value(loc=loc, ip=ip) for value in (low, high)]
@@ -124,6 +178,18 @@ def store_global_f32(address, value, *, loc=None, ip=None):
     """Stores a float32 at an aligned address."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Float32(value).ir_value(loc=loc, ip=ip)]
     _asm(None, operands, "st.global.f32 [$0], $1;", "l,f,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def store_f32_if(address, value, some, *, loc=None, ip=None):
+    """Stores a float32 at an aligned address where `some`, without a branch."""
+    operands = [
+        Int64(address).ir_value(loc=loc, ip=ip),
+        Float32(value).ir_value(loc=loc, ip=ip),
+        Int32(some).ir_value(loc=loc, ip=ip),
+    ]
+    text = "{ .reg .pred some; setp.ne.s32 some, $2, 0; @some st.global.f32 [$0], $1; }"
+    _asm(None, operands, text, "l,f,r,~{memory}", loc, ip)
 
 
 def pack_words(values, fp8):

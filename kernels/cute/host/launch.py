@@ -71,7 +71,16 @@ def run_layer(
     fp8, one = config.dtype == "fp8", config.form == "one"
     if workspace is None:
         device = hidden_states.device
-        workspace = allocate(num_tokens, top_k, hidden, intermediate, hidden_states.dtype, fp8=fp8, device=device)
+        workspace = allocate(
+            num_tokens,
+            top_k,
+            hidden,
+            intermediate,
+            hidden_states.dtype,
+            fp8=fp8,
+            device=device,
+            num_local_experts=experts,
+        )
     quantised = None
     if fp8:
         assert workspace.x_fp8 is not None and workspace.x_scale is not None
@@ -102,7 +111,9 @@ def run_layer(
         narrow_rows(out, sums)
         return out
     h: tuple[Any, ...] = (workspace.h[:num_slots],)
-    if fp8:
+    if config.form == "prefill":
+        h = workspace.ordered_h(num_blocks * config.block_m, fp8)
+    elif fp8:
         assert workspace.h_fp8 is not None and workspace.h_scale is not None
         h = workspace.h_fp8[:num_slots], workspace.h_scale[:num_slots]
     up, down = functions

@@ -60,7 +60,7 @@ def main(arguments=None, device="cuda", make=CuteFusedMoE):
     """Returns 0, or 1 for a wrong result; `device` and `make` are for the test of this script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, default=10_000)
-    parser.add_argument("--form", choices=["two", "one", "both"], default="both")
+    parser.add_argument("--form", choices=["two", "one", "prefill", "both"], default="both")
     parser.add_argument("--dtype", choices=["bf16", "fp8"], nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-tokens", type=int, default=max(TOKENS))

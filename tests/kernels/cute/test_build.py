@@ -33,6 +33,7 @@ def samples():
                 by_tokens = sorted(listed, key=lambda config: config.block_m)
                 if place != 1:
                     chosen.append(by_tokens[0 if place == 3 else -1])
+    chosen += [config for dtype in ("fp8", "bf16") for config in all_configs("prefill", dtype)]
     return tuple(dict.fromkeys(variant for config in chosen for variant in config.variants))
 
 

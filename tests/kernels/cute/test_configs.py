@@ -32,7 +32,8 @@ def test_there_are_as_many_as_the_paper_has():
     """134 single-launch FP8 configs, twice that with group_m, and similar numbers of the others."""
     counts = {(form, dtype): len(all_configs(form, dtype)) for form in FORMS for dtype in DTYPES}
     assert counts["one", "fp8"] >= 134 and counts["one", "fp8"] * len(GROUP_MS) >= 268
-    assert min(counts.values()) >= 134, counts
+    assert min(counts[form, dtype] for form in ("two", "one") for dtype in DTYPES) >= 134, counts
+    assert counts["prefill", "fp8"] == counts["prefill", "bf16"] == 1
     assert {config.block_m for config in all_configs("one", "fp8")} == set(range(8, 105, 8)) == set(BLOCK_MS)
 
 
@@ -50,7 +51,7 @@ def test_symbols_are_distinct_c_names():
     variants = all_variants()
     symbols = [variant.symbol for variant in variants]
     assert len(set(symbols)) == len(symbols)
-    assert all(re.fullmatch(r"(up|down|mega)_[a-z0-9_]+", symbol) for symbol in symbols)
+    assert all(re.fullmatch(r"((prefill_)?(up|down)|mega)_[a-z0-9_]+", symbol) for symbol in symbols)
     assert all(why_illegal(variant.config) is None for variant in variants)
 
 
@@ -110,8 +111,28 @@ def test_published_layers_have_configs():
     assert {c.rows for c in all_configs("two", "bf16") if why_illegal(c, odd) is None} == {64}
 
 
+def test_the_prefill_form_has_one_tile():
+    """Its wgmma are as wide as the rows of a product, its tile has two scale groups of weights and 128 columns of h."""
+    fp8, bf16 = all_configs("prefill", "fp8")[0], all_configs("prefill", "bf16")[0]
+    assert (fp8.rows, fp8.product_columns, bf16.rows, bf16.product_columns) == (256, 128, 256, 256)
+    assert (fp8.accumulators, bf16.accumulators) == (192, 128)
+    assert [variant.symbol for variant in fp8.variants] == [
+        "prefill_up_fp8_m128_n256_w8_s4",
+        "prefill_down_fp8_m128_n256_w8_s4",
+    ]
+    assert fp8.ctas_per_sm == fp8.cluster == 1
+    for changed, message in (
+        ({"block_m": 64}, "are not compiled for form='prefill'"),
+        ({"stages": 5}, "with stages=4"),
+    ):
+        assert message in why_illegal(attrs.evolve(fp8, **changed))
+    assert "hidden_size=384" in why_illegal(fp8, MoEShape(8, 2, 384, 384, "fp8"))
+    assert "intermediate_size=192" in why_illegal(bf16, MoEShape(8, 2, 512, 192))
+    assert why_illegal(fp8, MoEShape(8, 2, 512, 384, "fp8")) is None
+
+
 @given(
-    st.sampled_from(FORMS),
+    st.sampled_from(("two", "one")),
     st.sampled_from(DTYPES),
     st.sampled_from(BLOCK_MS),
     st.sampled_from([16, 32, 64]),
