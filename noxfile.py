@@ -1,0 +1,33 @@
+"""The tests with the oldest and with the newest releases that pyproject.toml declares: ``nox``, or ``nox -s oldest``.
+
+Each session is an environment of its own with some 6 GB of torch and CUDA libraries; arguments after ``--`` are pytest's.
+"""
+
+import os
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+EXTRAS = "triton,cute,plot,transformers,dev"
+SHOWN = ("attrs", "cattrs", "filelock", "numpy", "scipy", "torch", "tqdm", "triton", "apache-tvm-ffi", "matplotlib")
+
+
+def run(session: nox.Session, resolution: str) -> None:
+    session.install("--resolution", resolution, "-e", f".[{EXTRAS}]")
+    print_versions = f"from importlib.metadata import version; print(*(f'{{n}} {{version(n)}}' for n in {SHOWN!r}), sep=', ')"
+    session.run("python", "-c", print_versions)
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    workers = str(min(4, os.cpu_count() or 1))
+    session.run("python", "-m", "pytest", "-n", workers, "--dist", "worksteal", *session.posargs, env=threads)
+
+
+@nox.session(python="3.11")
+def oldest(session: nox.Session) -> None:
+    """Every dependency at its floor; what those need besides, at its newest."""
+    run(session, "lowest-direct")
+
+
+@nox.session(python="3.13")
+def newest(session: nox.Session) -> None:
+    """Whatever the index has."""
+    run(session, "highest")
