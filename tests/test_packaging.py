@@ -30,6 +30,31 @@ def test_the_package_list_is_the_tree() -> None:
     assert sorted(settings["packages"]) == sorted(found)
 
 
+def test_the_version_is_the_tags(tmp_path: pathlib.Path) -> None:
+    """Counted on by later commits; 0.1.0.dev without a tag, and without git."""
+    scm = pytest.importorskip("setuptools_scm")
+    settings = tmp_path / "pyproject.toml"
+    settings.write_bytes((ROOT / "pyproject.toml").read_bytes())
+
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def version() -> str:
+        configuration = scm.Configuration.from_file(settings)
+        return str(scm.get_version(root=tmp_path, fallback_version=configuration.fallback_version))
+
+    assert version() == "0.1.0.dev0"
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert version().startswith("0.1.0.dev1+g")
+    git("tag", "v0.1.0")
+    assert version() == "0.1.0"
+    git("commit", "--allow-empty", "-m", "second")
+    assert version().startswith("0.1.1.dev1+g")
+
+
 def test_top_level_names_of_others_stay_free() -> None:
     for name in ("adapters", "kernels"):
         spec = importlib.util.find_spec(name)
@@ -53,7 +78,7 @@ except SystemExit:
 
 
 def test_importing_rampwrap_loads_nothing_that_is_not_used() -> None:
-    assert loaded("import rampwrap", (*HEAVY, "numpy", "attrs")) == "[]"
+    assert loaded("import rampwrap; rampwrap.__version__", (*HEAVY, "numpy", "attrs", "importlib.metadata")) == "[]"
     assert loaded(HELP, HEAVY) == "[]"
 
 
