@@ -14,7 +14,9 @@ SHOWN = ("attrs", "cattrs", "filelock", "numpy", "scipy", "torch", "tqdm", "trit
 
 def run(session: nox.Session, resolution: str) -> None:
     session.install("--resolution", resolution, "-e", f".[{EXTRAS}]")
-    print_versions = f"from importlib.metadata import version; print(*(f'{{n}} {{version(n)}}' for n in {SHOWN!r}), sep=', ')"
+    print_versions = (
+        f"from importlib.metadata import version; print(*(f'{{n}} {{version(n)}}' for n in {SHOWN!r}), sep=', ')"
+    )
     session.run("python", "-c", print_versions)
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     workers = str(min(4, os.cpu_count() or 1))
