@@ -11,7 +11,7 @@ WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, 
 # Each of them gets one thread: more would only wait for each other.
 TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-.PHONY: demo test setup lint types unit slow tiles kernels wheel mutants clean
+.PHONY: demo test setup lint types unit slow tiles kernels wheel cute-wheel mutants clean
 
 setup: $(VENV)/.ready
 
@@ -55,9 +55,20 @@ kernels: setup
 wheel: setup
 	BIN="$(abspath $(BIN))" WORKERS=$(WORKERS) bash tests/test_wheel.sh
 
+# rampwrap-cute: every CuTe kernel, compiled (five minutes on two cores, no GPU), checked and named for all Linux that can load
+# it. What its neighbours bring, the CUDA runtime and TVM's, stays theirs.
+CUTE := build/rampwrap-cute
+cute-wheel: setup
+	rm -f $(CUTE)/*.whl
+	$(BIN)/python -m rampwrap build-kernels --out $(CUTE)
+	cp $(CUTE)/rampwrap_cute.* wheels/cute/rampwrap_cute/
+	$(BIN)/python -m build --quiet --wheel --outdir $(CUTE) wheels/cute
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude libcudart.so.13 --exclude libtvm_ffi.so --wheel-dir dist $(CUTE)/*.whl
+	ls -l dist
+
 # 40 random faults in the library, and which of them the tests see: half an hour. SAMPLE="--seed 7 --only rampwrap/cost.py"
 mutants: setup
 	nice -n 15 $(BIN)/python tests/mutants $(SAMPLE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .nox build dist *.egg-info wheels/cute/build wheels/cute/*.egg-info wheels/cute/rampwrap_cute/rampwrap_cute.*

@@ -4,11 +4,13 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rampwrap._version import __version__
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernels.cute.build.build import (
     GET_DSL,
@@ -22,11 +24,14 @@ from rampwrap.kernels.cute.build.build import (
 from rampwrap.kernels.cute.configs import CuteConfig, Variant
 
 VARIABLE = "RAMPWRAP_CUTE_LIBRARY"
-"Names a library, or its folder, that is used instead of the default one."
+"Names a library, or its folder, that is used instead of the installed or the default one."
+WHEEL = "rampwrap_cute"
+"Package of the wheel rampwrap-cute, which carries a library."
 ABSENT = (
-    "the CuTe kernels are not built: run 'rampwrap build-kernels' on any machine with the CuTe DSL "
-    f"({GET_DSL}) and g++, here or elsewhere, and name the library in {VARIABLE}."
+    "the CuTe kernels are not built: get them compiled with pip install rampwrap-cute, or run 'rampwrap build-kernels' on "
+    f"any machine with the CuTe DSL ({GET_DSL}) and g++, here or elsewhere, and name the library in {VARIABLE}."
 )
+_log = logging.getLogger("rampwrap")
 
 Function = Callable[..., Any]
 
@@ -156,7 +161,9 @@ def read_manifest(library: pathlib.Path) -> dict[str, Any]:
 
 
 def find(path: str | os.PathLike[str] | None = None) -> pathlib.Path | None:
-    """The library to use: the path, else that of ``$RAMPWRAP_CUTE_LIBRARY``, else the default one; None without any.
+    """The library to use: the path, else that of ``$RAMPWRAP_CUTE_LIBRARY``, of the wheel rampwrap-cute, or the default one.
+
+    None without any.
 
     Raises:
         InputError: one is named and is not there.
@@ -171,7 +178,27 @@ def find(path: str | os.PathLike[str] | None = None) -> pathlib.Path | None:
             )
         return found
     found = default_folder() / LIBRARY
-    return found if found.exists() else None
+    return _of_wheel() or (found if found.exists() else None)
+
+
+@functools.cache
+def _of_wheel() -> pathlib.Path | None:
+    """The library of rampwrap-cute; None where it is not installed or, as a warning says once, of other kernels."""
+    spec = importlib.util.find_spec(WHEEL)
+    if spec is None or spec.origin is None:
+        return None
+    found = pathlib.Path(spec.origin).with_name(LIBRARY)
+    try:
+        read_manifest(found)
+    except InputError as error:
+        _log.warning(
+            "The kernels of the installed rampwrap-cute are passed over (%s); those of this version come with "
+            "pip install rampwrap-cute==%s.",
+            str(error).partition(";")[0],
+            __version__,
+        )
+        return None
+    return found
 
 
 @functools.cache

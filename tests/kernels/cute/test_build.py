@@ -12,6 +12,7 @@ import time
 import attrs
 import pytest
 
+import rampwrap
 from rampwrap.cli import main as cli
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernels.cute.build import build as building
@@ -42,8 +43,11 @@ def home(tmp_path, monkeypatch):
     """A cache of one's own, and no library named from outside."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.setattr(library, "WHEEL", "rampwrap_cute_of_a_test")  # whatever is installed
     library._open.cache_clear()
-    return tmp_path
+    library._of_wheel.cache_clear()
+    yield tmp_path
+    library._of_wheel.cache_clear()
 
 
 # ---- the orchestration, with a compiler that is none
@@ -302,6 +306,25 @@ def test_where_a_library_is_found(home, monkeypatch):
     named = described(home / "named")
     monkeypatch.setenv(library.VARIABLE, str(home / "named"))
     assert library.find() == named and library.find(default) == default / building.LIBRARY
+
+
+def test_an_installed_wheel_stands_between_the_named_and_the_built_library(home, monkeypatch, caplog):
+    """And one of other kernels is passed over, with one sentence that names the release that fits."""
+    monkeypatch.syspath_prepend(str(home / "site"))
+    default = described(building.default_folder())
+    installed = described(home / "site" / library.WHEEL)
+    installed.with_name("__init__.py").write_text("raise AssertionError('it is found, not imported')")
+    assert library.find() == installed and library.find(default) == default and not caplog.records
+    monkeypatch.setenv(library.VARIABLE, str(described(home / "named")))
+    assert library.find() == home / "named" / building.LIBRARY
+    monkeypatch.delenv(library.VARIABLE)
+    for damage in ({"source": "old"}, {"num_bytes": 5}):
+        described(home / "site" / library.WHEEL, **damage)
+        library._of_wheel.cache_clear()
+        caplog.clear()
+        assert library.find() == library.find() == default
+        (said,) = caplog.messages
+        assert "rampwrap-cute are passed over" in said and f"rampwrap-cute=={rampwrap.__version__}." in said
 
 
 # ---- the real compiler

@@ -1,0 +1,1 @@
+"""The compiled CuTe kernels of rampwrap, which finds the library in this folder."""
