@@ -229,6 +229,8 @@ class PrefillGemm(GroupedGemm):
                         self.wait_for(full + after, after_phase)
                 warpgroup.wait_group(0)
                 if const_expr(n == self.rows // BOX_ROWS - 1):
+                    # One lane speaks for all, also for their loads of scales.
+                    cute.arch.sync_warp()
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive(empty + stage)
                 for i in cutlass.range_constexpr(BOX_ROWS // 8):

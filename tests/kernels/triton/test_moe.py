@@ -22,7 +22,7 @@ from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import configs as tuning
 from rampwrap.kernels.triton.moe.warm import run_once
-from rampwrap.kernels.triton.moe.workspace import workspace_bytes
+from rampwrap.kernels.triton.moe.workspace import allocate, ordered_rows, workspace, workspace_bytes
 
 needs_kernels = pytest.mark.skipif(
     not INTERPRETED.value and not torch.cuda.is_available(),
@@ -227,6 +227,26 @@ def test_protocol():
     for num_tokens in (1, 64, 300, 1024, 100_000):
         assert kernel.default_config(num_tokens) in kernel.configs
     assert workspace_bytes(shape, 64) >= 64 * 8 * 2 * (2048 + 1024)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("most", [1, 5, 300])
+def test_a_workspace_holds_h_in_the_order_of_blocks(dtype, most):
+    """For every batch up to its own: 128 rows for each expert that may be active, in memory that nothing else of a layer uses."""
+    shape = MoEShape(16, 4, 256, 384, dtype)
+    memory = workspace(shape, most, "cpu")
+    for tokens in range(1, most + 1):
+        counts = [tokens * 4] if tokens * 4 < 16 else [1] * 15 + [tokens * 4 - 15]
+        rows = ordered_rows(tokens * 4, 16)
+        assert rows % 128 == 0 and rows >= sum(-(-count // 128) * 128 for count in counts)
+        h, *scale = memory.ordered_h(rows, dtype == "fp8")
+        assert h.shape == (rows, 384) and h.is_contiguous() and h.element_size() == (1 if dtype == "fp8" else 2)
+        assert [s.shape for s in scale] == ([(3, rows)] if dtype == "fp8" else [])
+    with pytest.raises(InputError, match="allocate a larger one"):
+        memory.ordered_h(rows + 256, dtype == "fp8")
+    small = allocate(most, 4, 256, 384, memory.h.dtype, fp8=dtype == "fp8", device="cpu")
+    with pytest.raises(InputError, match="this batch needs"):
+        small.ordered_h(rows + 128 * most, dtype == "fp8")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8"])
