@@ -32,6 +32,7 @@ test: setup lint types unit slow tiles wheel
 lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	BIN=$(BIN) bash tests/lint_imports.sh
 
 types: setup
 	$(BIN)/python -m mypy

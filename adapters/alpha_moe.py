@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,6 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.branches import run_beside
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
 from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
-from rampwrap.policy.static import StaticTable, read_static
 
 KEYS = ("block_m", "block_n", "warp_n", "stages")
 PAIRS = ((64, 4), (32, 8))
@@ -157,16 +157,10 @@ class AlphaMoE:
         block_m = min(64, 8 * max(1, -(-int(per_expert) // 8)))
         return dict(zip(KEYS, (block_m, 32, 8, 4), strict=True))
 
-    def static_table(self, path: str | os.PathLike[str] | None = None) -> StaticTable:
-        """Alpha-MoE's own choice by token count, from its tuner's JSON; ``$ALPHA_MOE_CONFIG`` by default.
-
-        Raises:
-            InputError: no file is named, or it cannot be read.
-        """
-        found = path or os.environ.get("ALPHA_MOE_CONFIG")
-        if found is None:
-            raise InputError("no tuned file of Alpha-MoE is named; give its path or set ALPHA_MOE_CONFIG.")
-        return read_static(found, self.configs)
+    def tuned_file(self) -> pathlib.Path | None:
+        """The JSON of its tuner that Alpha-MoE reads, ``$ALPHA_MOE_CONFIG``; None where that is not set."""
+        path = os.environ.get("ALPHA_MOE_CONFIG")
+        return pathlib.Path(path) if path else None
 
     def supports(self, config: Config, shape: MoEShape) -> str | None:
         """Why `config` cannot run `shape`, in a sentence; None if it can."""

@@ -23,12 +23,10 @@ import torch
 
 from rampwrap.adapters import vllm_candidates
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.files import replacing
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, check_configs, config_key, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.moe import configs as sm90
-from rampwrap.policy.static import StaticTable, default_table, read_static, write_static
 
 KEYS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 PACKAGE = "vllm.model_executor.layers.fused_moe"
@@ -241,18 +239,9 @@ class VllmFusedMoE:
         """vLLM's tuned file for this layer and GPU; None if there is none."""
         return config_file(self.shape, self._device_name, per_tensor=self.per_tensor)
 
-    def static_table(self) -> StaticTable:
-        """vLLM's own choice by token count: its tuned file, or its built-in rule where it has no file."""
-        path = self.config_file()
-        known = path is not None and not self._envs.VLLM_BATCH_INVARIANT
-        return read_static(path, self.configs) if known and path is not None else default_table(self)
-
-    def export_static(self, table: StaticTable, folder: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes a table over `configs` where vLLM finds it with ``VLLM_TUNED_CONFIG_FOLDER=folder``; returns the file."""
-        path = pathlib.Path(folder) / config_file_name(self.shape, self._device_name, per_tensor=self.per_tensor)
-        with replacing(path) as stream:
-            stream.write(write_static(table, self.configs).encode())
-        return path
+    def tuned_file(self) -> pathlib.Path | None:
+        """The file that vLLM reads its configs from; None where it has none, or pins one config."""
+        return None if self._envs.VLLM_BATCH_INVARIANT else self.config_file()
 
     def supports(self, config: Config, shape: MoEShape) -> str | None:
         """Why `config` cannot run `shape`, in a sentence; None if it can."""

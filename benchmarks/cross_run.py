@@ -14,7 +14,7 @@ import numpy as np
 
 from rampwrap.compare import evaluate as compare
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import fit
+from rampwrap.model.fit import fit
 from rampwrap.policy.policies import Static
 from rampwrap.policy.static import static_table
 

@@ -17,7 +17,7 @@ import numpy as np
 from rampwrap.kernel.protocol import config_key
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import fit
+from rampwrap.model.fit import fit
 from rampwrap.plan.make import make_plan
 from rampwrap.policy.buckets import draw
 from rampwrap.policy.graph_lists import serving

@@ -37,7 +37,7 @@ from rampwrap.measure.full import profile
 from rampwrap.measure.join import join
 from rampwrap.measure.sweep import sweep
 from rampwrap.measure.timings import Timings
-from rampwrap.policy.static import tuned_uniform
+from rampwrap.policy.static import engine_table, tuned_uniform
 from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 TRAIN_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -205,7 +205,7 @@ def measure(name: str, shape_name: str, arguments: argparse.Namespace) -> tuple[
     try:
         if len(kept) < len(kernel.configs):
             raise ConfigError("it names configs that were not timed.")
-        extra["engine"] = kernel.static_table()
+        extra["engine"] = engine_table(kernel)
         print(f"  its own table: {extra['engine'].source}")
     except (AttributeError, RampwrapError) as error:
         print(f"  without its own table: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ from rampwrap.cli.types import (
     shape_of,
 )
 from rampwrap.compare import evaluate as compare
-from rampwrap.compare import report
+from rampwrap.compare import regions, report
 from rampwrap.compare.oracle import Oracle, Renumbered
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import InputError, RampwrapError
@@ -41,7 +41,6 @@ from rampwrap.kernel.grid import IntArray
 from rampwrap.kernel.protocol import config_key, format_config, index_by_key
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.measure.timings import Timings, is_table
-from rampwrap.model import bounds as regions
 from rampwrap.model.cost import MODELS
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan

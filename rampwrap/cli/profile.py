@@ -18,12 +18,11 @@ from rampwrap.cli.types import joined_tables, recorded_of, recorded_said, routin
 from rampwrap.errors import InputError
 from rampwrap.files import check_target
 from rampwrap.kernel import catalog
-from rampwrap.kernel.device import Device, device_of
+from rampwrap.kernel.device import Device, device_of, no_gpu
 from rampwrap.kernel.names import members_of
 from rampwrap.kernel.protocol import Kernel, format_config, kernel_version
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.journal import Header, row_keys
-from rampwrap.measure.timer import no_gpu
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Workload, workload_grid
 
@@ -148,6 +147,7 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
     from rampwrap.measure.active import profile_active
     from rampwrap.measure.full import finished, profile
     from rampwrap.measure.sweep import sweep
+    from rampwrap.model.fit import fitted_us
 
     if a.most_configs and a.budget:
         raise InputError(
@@ -181,7 +181,7 @@ def _profile_shape(a: argparse.Namespace, shape: MoEShape, out: str) -> dict[str
         kept.unlink(missing_ok=True)
         timings = attrs.evolve(before, notes={**before.notes, "reused_cells": int(np.isfinite(before.us).sum())})
     elif a.budget:
-        timings = profile_active(kernel, shape, workloads, budget_s=a.budget, **common)
+        timings = profile_active(kernel, shape, workloads, fitted_us, budget_s=a.budget, **common)
     elif sweeps:
         configs = sweep(kernel, shape, most, workloads=workloads, out=kept, quiet=a.quiet, seed=a.seed)
         timings = profile(kernel, shape, workloads, configs=configs, **common)

@@ -13,7 +13,7 @@ from rampwrap.errors import InputError, TableError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.measure.timings import Timings
 from rampwrap.model.base import CostModel
-from rampwrap.model.cost import fit
+from rampwrap.model.fit import fit
 from rampwrap.policy.policies import Bucket, Policy, Static, WaveCost
 from rampwrap.policy.static import FileNotes, StaticTable, static_table
 from rampwrap.schema import dump

@@ -28,11 +28,10 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Kernel, format_config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.model.packed import pack
+from rampwrap.model.packed import MAX_IN_GRAPH, pack
 from rampwrap.observe.registry import unwatch, watch
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan
-from rampwrap.policy.graph_lists import MAX_IN_GRAPH
 from rampwrap.policy.policies import WaveCost
 
 MODES = ("graph", "lagged")

@@ -13,10 +13,10 @@ from rampwrap.dispatch.spans import Bucket, Buckets, capturing
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.model.packed import TALLY
+from rampwrap.model.packed import MAX_IN_GRAPH, TALLY
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan
-from rampwrap.policy.graph_lists import MAX_IN_GRAPH, SINGLE
+from rampwrap.policy.graph_lists import SINGLE
 from rampwrap.policy.static import StaticTable
 from rampwrap.routing.drift import Sums
 
@@ -275,7 +275,7 @@ class Layer:
         if counts is not None:
             sums = self._sums.get(bucket.position)
             if sums is None:
-                sums = self._sums[bucket.position] = Sums.of(served.plan.model)
+                sums = self._sums[bucket.position] = Sums(*served.plan.model.profiled)
             sums.add(counts)
         static: StaticTable = policy.static  # type: ignore[attr-defined]  # of WaveCost, beyond the plan's reach too
         index = static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))

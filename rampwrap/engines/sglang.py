@@ -226,7 +226,7 @@ class Layers:
             if counts is not None:
                 sums = self._sums.get((name, position, mode))
                 if sums is None:
-                    sums = self._sums[name, position, mode] = Sums.of(self.plan.model)
+                    sums = self._sums[name, position, mode] = Sums(*self.plan.model.profiled)
                 sums.add(counts)
             if counts is None or not counts.any():
                 index = self.plan.static.index(num_tokens)

@@ -6,11 +6,11 @@ import sys
 import traceback
 
 from rampwrap.errors import InputError, RampwrapError
+from rampwrap.kernel.device import no_gpu
 from rampwrap.kernel.names import members_of
 from rampwrap.kernel.portfolio import Portfolio
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.timer import no_gpu
 
 # name -> where its factory lives; a factory takes the layer's shape. A new backend is one file and one line here.
 KERNELS = {

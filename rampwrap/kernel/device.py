@@ -1,5 +1,6 @@
 """`Device`: the hardware constants that predictions depend on, and how to read them off a GPU."""
 
+import os
 import re
 
 import attrs
@@ -92,3 +93,15 @@ def find_device(name: str) -> Device:
         if model in words and words - {model} <= also:
             return DEVICES[key]
     raise InputError(f"device {name!r} is unknown; use one of {', '.join(DEVICES)}.")
+
+
+def no_gpu() -> str | None:
+    """Why torch has no GPU here, in words; None if it has one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "no driver or device was found"

@@ -13,7 +13,6 @@ from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.names import joint_name, joint_version
 from rampwrap.kernel.protocol import MEMBER, Config, Kernel, check_configs, format_config, kernel_version, refusal
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.policy.static import StaticTable
 
 DEFAULT_LAYOUT = "vllm"
 "w13 [E, 2I, H] with gate rows first, w2 [E, H, I], scales beside them: what a kernel that says nothing reads."
@@ -152,19 +151,6 @@ class Portfolio:
                 f"the config {format_config(config)} names the kernel {name!r}; use one of {', '.join(self.members)}."
             )
         return self.members[name], {key: value for key, value in config.items() if key != MEMBER}
-
-    def table_of(self, kernel: Kernel | str, table: StaticTable) -> StaticTable:
-        """A static table of a member, over the portfolio's configs.
-
-        Raises:
-            InputError: it is no member.
-        """
-        name = kernel if isinstance(kernel, str) else kernel.name
-        if name not in self.members:
-            raise InputError(f"kernel {name!r} is not in the portfolio; it holds {', '.join(self.members)}.")
-        mine = [index for index, config in enumerate(self.configs) if config[MEMBER] == name]
-        moved = table.renumber(dict(enumerate(mine)))
-        return attrs.evolve(moved, source=f"{name}: {table.source}")
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
         """The member's."""

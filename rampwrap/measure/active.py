@@ -36,6 +36,8 @@ Measure = Callable[[int, Sequence[int]], FloatArray]
 "``measure(workload, configs)``: microseconds [configs], NaN for one that cannot run."
 Predict = Callable[[FloatArray], FloatArray]
 "``predict(us)``: microseconds [W, C] expected by a model fitted to `us` [W, C], NaN where unknown."
+Fitted = Callable[[Timings], FloatArray]
+"``fitted(table)``: microseconds [W, C] expected by a model fitted to a table's known cells: `rampwrap.model.fit.fitted_us`."
 
 SHARE = 0.15
 # All of the following were chosen by replay of two kernels' tables and of random 80 % of their configs: the mean
@@ -291,20 +293,11 @@ def _coarse_to_fine(distance: FloatArray, first: Sequence[int]) -> list[int]:
     return order
 
 
-def _model(table: Timings) -> Predict:
-    """Predictions of the default cost model fitted to the known cells of a table."""
-    from rampwrap.model.cost import fit
-
-    def predict(us: FloatArray) -> FloatArray:
-        return fit(attrs.evolve(table, us=us, spread=None)).predict(table.counts)
-
-    return predict
-
-
 def profile_active(
     kernel: Kernel,
     shape: MoEShape,
     workloads: Sequence[Workload],
+    fitted: Fitted,
     *,
     configs: Sequence[Config] | None = None,
     share: float = SHARE,
@@ -346,13 +339,17 @@ def profile_active(
         num_configs = len(bench.configs)
         bench.expect(max(int(share * len(bench.keys) * num_configs), SEEDS * num_configs + MIN_CELLS * len(bench.keys)))
         uniform = np.array([str(workload.routing) == "uniform" for workload in bench.workloads])
-        predict = _model(bench.blank())
+        blank = bench.blank()
+
+        def predict(us: FloatArray) -> FloatArray:
+            return fitted(attrs.evolve(blank, us=us, spread=None))
+
         found = explore(bench.counts, uniform, num_configs, bench.measure, predict, share=share, budget_s=budget_s)
         table = bench.timings(notes=_notes(found))
         return bench.finish(table, complete=found.gave_up is None)
 
 
-def replay_active(timings: Timings, *, share: float = SHARE, split: str = "train") -> Timings:
+def replay_active(timings: Timings, fitted: Fitted, *, share: float = SHARE, split: str = "train") -> Timings:
     """What active profiling would have measured of a full table: the rows of `split` lose all other cells.
 
     Rows of other splits stay whole, so that `compare.replay` of the result judges the sparse fit by full rows.
@@ -366,7 +363,10 @@ def replay_active(timings: Timings, *, share: float = SHARE, split: str = "train
     def measure(row: int, configs: Sequence[int]) -> FloatArray:
         return part.us[row, list(configs)]
 
-    found = explore(part.counts, part.is_uniform, part.us.shape[1], measure, _model(part), share=share)
+    def predict(us: FloatArray) -> FloatArray:
+        return fitted(attrs.evolve(part, us=us, spread=None))
+
+    found = explore(part.counts, part.is_uniform, part.us.shape[1], measure, predict, share=share)
     us = timings.us.copy()
     us[rows] = found.us
     spread = _where_known(timings.spread, us)

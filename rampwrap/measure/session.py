@@ -16,7 +16,7 @@ import numpy as np
 from rampwrap._version import __version__
 from rampwrap.errors import ConfigError, DeviceFault, InputError, RampwrapError
 from rampwrap.files import check_target, is_regular
-from rampwrap.kernel.device import Device, device_of
+from rampwrap.kernel.device import Device, device_of, no_gpu
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.protocol import (
     Config,
@@ -33,7 +33,7 @@ from rampwrap.measure.journal import Begun, Header, Journal, row_keys, to_timing
 from rampwrap.measure.losses import Losses, reason_of
 from rampwrap.measure.rounds import HOPELESS, summarise
 from rampwrap.measure.standing import cells_of, standing
-from rampwrap.measure.timer import Timed, Timer, default_timer, is_memory, no_gpu
+from rampwrap.measure.timer import Timed, Timer, default_timer, is_memory
 from rampwrap.measure.timings import Timings
 from rampwrap.measure.watchdog import Hung, Watchdog
 from rampwrap.routing.workloads import Workload

@@ -5,7 +5,6 @@
 
 import contextlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -392,18 +391,6 @@ def is_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "out of memory" in str(error).lower()
     )
-
-
-def no_gpu() -> str | None:
-    """Why torch has no GPU here, in words; None if it has one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return None
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "this torch is built without CUDA"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "no driver or device was found"
 
 
 def roofline_us(device: Device, shape: MoEShape, counts: npt.ArrayLike) -> FloatArray:

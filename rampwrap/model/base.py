@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from rampwrap.errors import FitError, InputError
 from rampwrap.kernel.grid import FloatArray, IntArray
-from rampwrap.measure.timings import Timings
 from rampwrap.model.features import Geometry, shaped
 from rampwrap.schema import LARGEST, between
 
@@ -83,6 +82,11 @@ class CostModel(abc.ABC):
     def _all_near(self) -> tuple[int, int]:
         """The highest of the least and the lowest of the most slots of the configs."""
         return int(self.span[:, 0].max()), int(self.span[:, 1].min())
+
+    @property
+    def profiled(self) -> tuple[int, int, int]:
+        """Least and most slots that any config was fitted on, and the active experts below which nothing is known."""
+        return int(self.span[:, 0].min()), int(self.span[:, 1].max()), self._least_active
 
     @property
     def num_configs(self) -> int:
@@ -179,11 +183,6 @@ class CostModel(abc.ABC):
     @abc.abstractmethod
     def take(self, configs: tuple[int, ...] | IntArray) -> Self:
         """The same model for some of the configs, in this order."""
-
-    @classmethod
-    @abc.abstractmethod
-    def fit(cls, timings: Timings, rows: IntArray) -> Self:
-        """Fits to the workloads `rows` of a table."""
 
 
 def _ints(values: npt.ArrayLike) -> IntArray:

@@ -25,17 +25,13 @@ RESIDENT = (1, 2, 3, 4, 5, 6, 7, 8)
 BELIEF = 0.8
 #: Cells below which a config is not fitted: a config measured so rarely was given up by the profiler.
 MIN_CELLS = 4
-#: Distinct workloads below which neither a model nor its error can be told from chance.
-MIN_WORKLOADS = 4
-#: Configs within this factor of a workload's best: the ones whose error decides a choice.
-NEAR = 1.1
 #: Configs within this factor of a workload's best share its surprise.
 ALIKE = 1.3
 #: Most workloads that a correction interpolates between: it bounds the plan file and the time of a choice.
 MAX_SUPPORT = 96
 
 
-def kernel(queries: FloatArray, support: FloatArray) -> FloatArray:
+def nearness(queries: FloatArray, support: FloatArray) -> FloatArray:
     """Kernel matrix [..., S] of scaled features [..., 5] against [S, 5], without the rounding of `predict`."""
     distance = np.abs(queries[..., None, :] - support).sum(axis=-1)
     out: FloatArray = 1.0 / (1.0 + distance)
@@ -241,7 +237,7 @@ def _try(
     )
     coef = np.array([_non_negative(design, us[rows, config]) for config in batch])
     residuals = us[rows][:, batch] / (design @ coef.T) - 1.0
-    cross, prior = kernel(features[rows], features[support]), kernel(features[support], features[support])
+    cross, prior = nearness(features[rows], features[support]), nearness(features[support], features[support])
     smoothers = {ridge: Smoother.make(cross, prior, ridge) for ridge in RIDGES}
     scores = {ridge: (smoothers[ridge].held_out(residuals) ** 2).mean(axis=0) for ridge in RIDGES}
     return _Trial(int(cut.resident[0]), batch, coef, residuals, smoothers, scores)
@@ -255,58 +251,3 @@ def _non_negative(design: FloatArray, us: FloatArray) -> FloatArray:
     size = np.sqrt((relative**2).sum(axis=0))
     solution: FloatArray = scipy.optimize.nnls(relative / size, np.ones(len(us)))[0] / size
     return solution
-
-
-def distinct(us: FloatArray, counts: IntArray, tokens: IntArray) -> tuple[FloatArray, IntArray, IntArray]:
-    """Workloads that send a token anywhere, repeated histograms averaged into one."""
-    busy = np.flatnonzero(counts.any(axis=1))
-    _, first, which = np.unique(counts[busy], axis=0, return_index=True, return_inverse=True)
-    if len(first) < MIN_WORKLOADS:
-        raise FitError(
-            f"{len(first)} distinct non-empty workloads are too few to fit a model; profile {MIN_WORKLOADS} or more."
-        )
-    ran = np.isfinite(us[busy])
-    total, number = np.zeros((2, len(first), us.shape[1]))
-    np.add.at(total, which.ravel(), np.where(ran, us[busy], 0.0))
-    np.add.at(number, which.ravel(), ran)
-    with np.errstate(invalid="ignore"):
-        mean = total / number
-    order = np.argsort(first)
-    return mean[order], counts[busy][first][order], tokens[busy][first][order]
-
-
-def span_of(us: FloatArray, counts: IntArray) -> IntArray:
-    """Least and most slots of the workloads that each config ran on; (0, 0) where it never ran."""
-    slots, ran = counts.sum(axis=1)[:, None], np.isfinite(us)
-    most = np.where(ran, slots, 0).max(axis=0)
-    least = np.where(ran, slots, np.iinfo(np.int64).max).min(axis=0)
-    return np.stack([np.minimum(least, most), most], axis=1)
-
-
-def ratio_errors(us: FloatArray, errors: FloatArray, slots: IntArray) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Standard deviation of the log ratio of two configs, overall and around each number of slots.
-
-    Args:
-        us: float64 [W, C], NaN where not measured.
-        errors: float64 [W, C], relative errors of predictions, NaN where unknown.
-        slots: int64 [W].
-    """
-    known = np.isfinite(errors) & np.isfinite(us)
-    fastest = np.where(known, us, np.inf).min(axis=1, keepdims=True)
-    near = known & (us <= NEAR * fastest)
-    number = near.sum(axis=1)
-    logs = np.where(near, np.log1p(np.maximum(np.where(near, errors, 0.0), -0.9)), 0.0)
-    # What a workload does to all configs alike does not change a choice.
-    mean = logs.sum(axis=1, keepdims=True) / np.maximum(number, 1)[:, None]
-    apart = 2.0 * np.where(near, (logs - mean) ** 2, 0.0).sum(axis=1)
-    freedom = np.maximum(number - 1, 0)
-
-    def deviation(weight: FloatArray) -> float:
-        total = float((weight * freedom).sum())
-        return float(f"{np.sqrt((weight * apart).sum() / total):.4g}") if total else 0.0
-
-    around = np.unique(slots[slots > 0])
-    far = np.log2(np.maximum(slots, 1)) - np.log2(around)[:, None]
-    # A token count twice as large still has half a say: 5 workloads alone are too few for a deviation.
-    local = tuple((int(center), deviation(weight)) for center, weight in zip(around, 1.0 / (1.0 + far**2), strict=True))
-    return deviation(np.ones(len(us))), local

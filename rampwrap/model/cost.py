@@ -14,33 +14,9 @@ and whether a compiler fuses multiply and add, cannot change a bit. What rounds 
 ``ramp4`` is the published form (arXiv 2604.26039), untouched: ``a + b*waves + c*g + d*log(g+1)``, least squares.
 """
 
-import numpy as np
-
-from rampwrap.errors import FitError
-from rampwrap.kernel.grid import IntArray
-from rampwrap.measure.timings import Timings
 from rampwrap.model.base import CostModel
 from rampwrap.model.ramp4 import Ramp4
 from rampwrap.model.wave import Local
 
 MODELS: dict[str, type[CostModel]] = {"default": Local, "ramp4": Ramp4}
 "Every model that `fit` knows, by name."
-
-
-def fit(timings: Timings, model: str = "default", rows: IntArray | None = None) -> CostModel:
-    """Fits a model to measured times.
-
-    Args:
-        timings: the table; NaN cells are left out.
-        model: a key of `MODELS`.
-        rows: workloads to fit on; None takes all, whatever their split.
-
-    Raises:
-        FitError: an unknown model, or too few workloads or cells for it.
-    """
-    if model not in MODELS:
-        raise FitError(f"there is no model {model!r}; choose one of {', '.join(sorted(MODELS))}.")
-    chosen = np.arange(len(timings.us)) if rows is None else np.asarray(rows, dtype=np.int64)
-    if not len(chosen):
-        raise FitError("rows is empty, so there is nothing to fit; give workloads or leave it out.")
-    return MODELS[model].fit(timings, chosen)

@@ -15,8 +15,9 @@ from rampwrap.kernel.grid import FloatArray, IntArray, max_blocks
 from rampwrap.model.base import CORRECTION_RANGE, CostModel
 from rampwrap.model.features import SCALES
 from rampwrap.model.wave import Local
-from rampwrap.policy.graph_lists import MAX_IN_GRAPH
 
+MAX_IN_GRAPH = 4
+"Candidates of a bucket."
 MAX_SLOTS = 1 << 21
 "65,536 tokens x top-32. Up to twice that a float32 holds the logarithm's bits with room to halve them."
 

@@ -7,9 +7,7 @@ import numpy as np
 
 from rampwrap.errors import FitError
 from rampwrap.kernel.grid import FloatArray, IntArray
-from rampwrap.measure.timings import Timings
 from rampwrap.model.base import CostModel, _ints
-from rampwrap.model.correction import ratio_errors, span_of
 from rampwrap.model.features import Geometry, pass_over, shaped
 
 
@@ -31,14 +29,15 @@ class Ramp4(CostModel):
             raise FitError("coef lacks some of a config's numbers; give all, or none where it was not fitted.")
 
     @staticmethod
-    def _design(geometry: Geometry, counts: IntArray) -> FloatArray:
+    def design(geometry: Geometry, counts: IntArray) -> FloatArray:
+        """What `coef` is multiplied with: float64 [..., C, 4] for histograms int [..., E]."""
         distinct, where = np.unique(geometry.block_m, return_inverse=True)
         blocks = pass_over(counts, distinct)[2][..., where]
         waves = np.ceil(blocks * geometry.ctas_per_block / geometry.num_sms)
         return np.stack([np.ones_like(blocks), waves, blocks, np.log(blocks + 1.0)], axis=-1)
 
     def _row(self, counts: IntArray) -> FloatArray:
-        us = (self._design(self.geometry, counts) * self.coef).sum(axis=-1)
+        us = (self.design(self.geometry, counts) * self.coef).sum(axis=-1)
         out: FloatArray = np.where(np.isnan(us), np.inf, us)
         return out
 
@@ -50,25 +49,3 @@ class Ramp4(CostModel):
         """The same model for some of the configs, in this order."""
         index = _ints(configs)
         return attrs.evolve(self, geometry=self.geometry.take(index), span=self.span[index], coef=self.coef[index])
-
-    @classmethod
-    def fit(cls, timings: Timings, rows: IntArray) -> Self:
-        """Ordinary least squares for each config, on the cells that ran."""
-        import scipy.linalg  # here, as wherever a model is fitted: serving a plan never waits half a second for it
-
-        geometry = Geometry.of(timings.grids, timings.device.num_sms)
-        us, counts = timings.us[rows], timings.counts[rows]
-        design = cls._design(geometry, counts)
-        coef = np.full((us.shape[1], 4), np.nan)
-        errors = np.full(us.shape, np.nan)
-        for config in range(us.shape[1]):
-            ran = np.flatnonzero(np.isfinite(us[:, config]))
-            if len(ran):
-                coef[config] = scipy.linalg.lstsq(design[ran, config], us[ran, config])[0]
-                orthogonal = scipy.linalg.orth(design[ran, config])
-                leverage = np.minimum((orthogonal**2).sum(axis=1), 1.0 - 1e-6)
-                residual = design[ran, config] @ coef[config] - us[ran, config]
-                errors[ran, config] = residual / (1.0 - leverage) / us[ran, config]
-        if np.isnan(coef).all():
-            raise FitError("no config ran on any of the workloads to fit; profile them again.")
-        return cls(geometry, span_of(us, counts), *ratio_errors(us, errors, counts.sum(axis=1)), coef)

@@ -8,11 +8,9 @@ import numpy.typing as npt
 
 from rampwrap.errors import FitError
 from rampwrap.kernel.grid import FloatArray, IntArray
-from rampwrap.measure.timings import Timings
 from rampwrap.model import compiled as native
 from rampwrap.model.base import COEF_UNIT, CORRECTION_RANGE, MOST_SUPPORT, MOST_WEIGHT, WEIGHT_UNIT, CostModel, _ints
-from rampwrap.model.correction import distinct, fit_local, ratio_errors, span_of
-from rampwrap.model.features import Geometry, Tables, pass_over, scaled, shaped
+from rampwrap.model.features import Tables, pass_over, scaled, shaped
 from rampwrap.schema import LARGEST, MOST_SIZE
 
 
@@ -115,23 +113,4 @@ class Local(CostModel):
             span=self.span[index],
             coef=self.coef[index],
             weights=self.weights[index],
-        )
-
-    @classmethod
-    def fit(cls, timings: Timings, rows: IntArray) -> Self:
-        """Fits the trend and its correction, and chooses CTAs per SM, by held-out error on `rows` alone."""
-        us, counts, tokens = distinct(timings.us[rows], timings.counts[rows], timings.num_tokens[rows])
-        geometry = Geometry.of(timings.grids, timings.device.num_sms)
-        block_ms = np.unique(geometry.block_m)
-        slots, active, heights = pass_over(counts, block_ms)
-        support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
-        fitted = fit_local(us, support, block_ms, geometry, [grid.ctas_per_sm for grid in timings.grids], tokens)
-        return cls(
-            attrs.evolve(geometry, resident=fitted.resident),
-            span_of(us, counts),
-            *ratio_errors(us, fitted.errors, support[:, 0]),
-            np.rint(fitted.coef / COEF_UNIT).astype(np.int64),
-            np.rint(fitted.weights / WEIGHT_UNIT).astype(np.int64),
-            support[fitted.support],
-            block_ms,
         )

@@ -11,7 +11,7 @@ from rampwrap.compare import evaluate as compare
 from rampwrap.errors import InputError
 from rampwrap.kernel.catalog import CHOOSES_IN_GRAPH
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import fit
+from rampwrap.model.fit import fit
 from rampwrap.model.wave import Local
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.buckets import make_buckets

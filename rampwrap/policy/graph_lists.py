@@ -10,14 +10,13 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.base import CostModel
+from rampwrap.model.packed import MAX_IN_GRAPH
 from rampwrap.policy import reach
 from rampwrap.policy.buckets import draw
 from rampwrap.policy.policies import Bucket
 from rampwrap.policy.static import StaticTable
 from rampwrap.schema import LARGEST, between
 
-MAX_IN_GRAPH = 4
-"Candidates of a shortlist inside a CUDA graph."
 FEW_SLOTS = 4
 """With this many experts a slot kernels skip the alignment, so nothing is chosen anew at each step. Which config serves is
 chosen over skews all the same: the one tuned under uniform routing is up to 19 % slower at 2 to 4 tokens (three tables)."""

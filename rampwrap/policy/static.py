@@ -159,6 +159,12 @@ def default_table(kernel: Kernel) -> StaticTable:
     return StaticTable(source, tokens, tuple(indices))
 
 
+def engine_table(kernel: Kernel) -> StaticTable:
+    """What the engine that a kernel comes from would run: its `tuned_file()`, or `default_table` where it has none."""
+    path = getattr(kernel, "tuned_file", lambda: None)()
+    return default_table(kernel) if path is None else read_static(path, kernel.configs)
+
+
 def _nearest(wanted: Config, configs: Sequence[Config]) -> int:
     """The config that differs least: numbers in octaves, all else by being another. Engines tune for GPUs with more memory."""
 

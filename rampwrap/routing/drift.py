@@ -9,7 +9,6 @@ import numpy as np
 
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import IntArray
-from rampwrap.model.base import CostModel
 from rampwrap.schema import LARGEST, between
 
 # Ranges narrower than this are taken as this wide: with few tokens every profiled batch has the same numbers.
@@ -82,11 +81,6 @@ class Sums:
         self.active_experts = self.concentration = 0.0
         self._bounds = least_slots, most_slots, least_active
         self._last: IntArray | None = None
-
-    @classmethod
-    def of(cls, model: CostModel) -> "Sums":
-        """Empty, with the bounds of a plan's model."""
-        return cls(int(model.span[:, 0].min()), int(model.span[:, 1].max()), model._least_active)
 
     def numbers(self) -> dict[str, Any]:
         """The attributes, as `Telemetry` takes them."""

@@ -33,7 +33,7 @@ from rampwrap.model.wave import Local
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.policies import Bucket
-from rampwrap.policy.static import StaticTable
+from rampwrap.policy.static import StaticTable, default_table, engine_table
 
 SHAPE = MoEShape(4, 2, 256, 256, "fp8")
 needs_kernels = pytest.mark.skipif(not INTERPRETED.value, reason="needs Triton's interpreter")
@@ -270,16 +270,15 @@ def test_interleaving():
 
 
 def test_baseline(alpha, tmp_path, monkeypatch):
-    """Alpha-MoE's tuned file, by path or by its own variable."""
+    """Alpha-MoE's tuned file, by its own variable."""
     monkeypatch.delenv("ALPHA_MOE_CONFIG", raising=False)
-    with pytest.raises(InputError, match="set ALPHA_MOE_CONFIG"):
-        alpha.static_table()
+    assert alpha.tuned_file() is None and engine_table(alpha) == default_table(alpha)
     path = tmp_path / "moe_jit.json"
     path.write_text(json.dumps({"8": config(8, 32, 8, 5), "64": config(16, 64, 4, 3)}))
     monkeypatch.setenv("ALPHA_MOE_CONFIG", str(path))
-    table = alpha.static_table()
+    table = engine_table(alpha)
     assert alpha.configs[table.index(1)] == config(8, 32, 8, 5)
-    assert alpha.configs[alpha.static_table(path).index(60)] == config(16, 64, 4, 3)
+    assert alpha.configs[table.index(60)] == config(16, 64, 4, 3)
 
 
 def test_conversion_size(alpha):

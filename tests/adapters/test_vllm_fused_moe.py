@@ -21,7 +21,7 @@ from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.policy.policies import Pinned
-from rampwrap.policy.static import StaticTable, read_static
+from rampwrap.policy.static import StaticTable, engine_table, read_static, write_static
 
 SHAPE = MoEShape(64, 8, 2048, 1024)
 FP8 = MoEShape(256, 8, 7168, 256, "fp8")
@@ -185,7 +185,7 @@ def test_batch_invariant(vllm):
     assert "unset it" in kernel.supports(config(16, 64, 128, 1, 4, 3), SHAPE)
     kernel.launch(kernel.configs[0], *arguments())
     assert vllm.calls[-1][0] is BATCH_INVARIANT
-    assert kernel.static_table().index(100) == 0
+    assert engine_table(kernel).index(100) == 0
     assert kernel.grid(kernel.configs[0], SHAPE).block_m == 64
     dispatcher = Dispatcher(kernel)
     dispatcher(*arguments())
@@ -333,18 +333,19 @@ def test_static_baseline(vllm, tmp_path, monkeypatch):
     """The folder of the user comes first, then the package; without a file vLLM's rule; exports are found again."""
     kernel = VllmFusedMoE(SHAPE, device_name="NVIDIA H200")
     assert kernel.config_file() is None
-    table = kernel.static_table()
+    table = engine_table(kernel)
     assert table.source == "default" and kernel.configs[table.index(64)]["BLOCK_SIZE_M"] == 16
     name = config_file_name(SHAPE, "NVIDIA H200")
     shipped = config(32, 16, 64, 4, 4, 2)  # not in the list: a tuned file's configs join it
     (vllm.folder / name).write_text(json.dumps({"triton_version": "3.6", "64": shipped}))
     assert kernel.config_file() == vllm.folder / name
     kernel = VllmFusedMoE(SHAPE, device_name="NVIDIA H200")
-    assert kernel.configs[kernel.static_table().index(1)] == shipped
+    assert kernel.configs[engine_table(kernel).index(1)] == shipped
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     assert kernel.config_file() == vllm.folder / name
-    path = kernel.export_static(StaticTable("uniform", (1, 256), (3, 40)), tmp_path)
-    assert path == kernel.config_file() == tmp_path / name
+    path = tmp_path / name
+    path.write_text(write_static(StaticTable("uniform", (1, 256), (3, 40)), kernel.configs))
+    assert kernel.tuned_file() == path
     assert set(json.loads(path.read_text())["256"]) == set(KEYS)
     assert read_static(path, kernel.configs).indices == (3, 40)
 

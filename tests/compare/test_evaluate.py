@@ -15,7 +15,7 @@ from rampwrap.compare import report
 from rampwrap.compare.oracle import Oracle
 from rampwrap.errors import InputError, TableError
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import fit
+from rampwrap.model.fit import fit
 from rampwrap.policy.policies import Pinned, Static
 from rampwrap.policy.static import StaticTable
 

@@ -16,7 +16,6 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan
-from rampwrap.policy.static import StaticTable
 from rampwrap.routing.workloads import Routing, Workload, workload_grid
 from rampwrap.testing.sim import SimKernel
 
@@ -113,14 +112,6 @@ def test_dispatch_crosses_kernels(portfolio, tmp_path):
     assert chosen == {"decode", "prefill"}
     assert dispatcher(ids(4096)) == pytest.approx(portfolio.members["prefill"].launch(LARGE[0], ids(4096)))
     assert "kernel=prefill" in dispatcher.explain()
-
-
-def test_static_tables_of_members(portfolio):
-    """A member's table, over the portfolio's configs."""
-    table = portfolio.table_of("prefill", StaticTable("uniform", (1, 64), (0, 0)))
-    assert (table.indices, table.source) == ((2, 2), "prefill: uniform")
-    with pytest.raises(InputError, match="'other' is not in the portfolio; it holds decode, prefill"):
-        portfolio.table_of("other", table)
 
 
 def test_refused_members():

@@ -18,7 +18,7 @@ from rampwrap.measure.full import profile
 from rampwrap.measure.journal import read_journal
 from rampwrap.measure.session import journal_path
 from rampwrap.measure.timings import Timings
-from rampwrap.model.cost import fit
+from rampwrap.model.fit import fit, fitted_us
 from rampwrap.routing.workloads import Routing, workload_grid
 from rampwrap.testing.sim import SimKernel
 
@@ -71,7 +71,7 @@ def train(table: Timings) -> Timings:
 class TestReplay:
     def test_few_cells_choose_nearly_as_well(self, table: Timings) -> None:
         """A quarter of a small table; held-out rows stay whole and judge it."""
-        sparse = replay_active(table, share=0.25)
+        sparse = replay_active(table, fitted_us, share=0.25)
         rows, held_out = table.rows("train"), table.rows("eval")
         assert np.isfinite(sparse.us[rows]).mean() <= 0.25
         np.testing.assert_array_equal(sparse.us[held_out], table.us[held_out])
@@ -82,11 +82,11 @@ class TestReplay:
 
     def test_deterministic(self, table: Timings) -> None:
         """The same table gives the same cells."""
-        np.testing.assert_array_equal(replay_active(table).us, replay_active(table).us)
+        np.testing.assert_array_equal(replay_active(table, fitted_us).us, replay_active(table, fitted_us).us)
 
     def test_saves_and_loads(self, table: Timings, tmp_path: pathlib.Path) -> None:
         """NaN cells and the account of them travel with the file."""
-        sparse = replay_active(table)
+        sparse = replay_active(table, fitted_us)
         sparse.save(tmp_path / "t.npz")
         loaded = Timings.load(tmp_path / "t.npz")
         np.testing.assert_array_equal(np.isnan(loaded.us), np.isnan(sparse.us))
@@ -166,8 +166,8 @@ class TestExplore:
 class TestLive:
     def test_same_cells_as_by_replay(self, table: Timings) -> None:
         """The live kernel takes the same path as its table."""
-        live = profile_active(SimKernel(SHAPE, CONFIGS), SHAPE, TRAIN, rounds=1, quiet=True)
-        replayed = replay_active(table.take(table.rows("train")))
+        live = profile_active(SimKernel(SHAPE, CONFIGS), SHAPE, TRAIN, fitted_us, rounds=1, quiet=True)
+        replayed = replay_active(table.take(table.rows("train")), fitted_us)
         np.testing.assert_allclose(live.us, replayed.us, rtol=1e-5)
 
     def test_resumes(self, tmp_path: pathlib.Path) -> None:
@@ -181,11 +181,11 @@ class TestLive:
                 return super().launch(config, topk_ids)
 
         with pytest.raises(KeyboardInterrupt):
-            profile_active(Stopping(SHAPE, CONFIGS), SHAPE, TRAIN, rounds=1, out=out, quiet=True)
+            profile_active(Stopping(SHAPE, CONFIGS), SHAPE, TRAIN, fitted_us, rounds=1, out=out, quiet=True)
         kept = int(np.isfinite(read_journal(str(journal_path(out))).us).sum())
         kernel, whole = SimKernel(SHAPE, CONFIGS), SimKernel(SHAPE, CONFIGS)
-        table = profile_active(kernel, SHAPE, TRAIN, rounds=1, out=out, quiet=True)
-        fresh = profile_active(whole, SHAPE, TRAIN, rounds=1, quiet=True)
+        table = profile_active(kernel, SHAPE, TRAIN, fitted_us, rounds=1, out=out, quiet=True)
+        fresh = profile_active(whole, SHAPE, TRAIN, fitted_us, rounds=1, quiet=True)
         assert kept > 100 and kernel.launches == whole.launches - kept
         np.testing.assert_allclose(table.us, fresh.us, rtol=1e-5)
         assert not pathlib.Path(str(journal_path(out))).exists()
@@ -194,13 +194,13 @@ class TestLive:
         """They are NaN with their reason and cost no cell."""
         kernel = SimKernel(SHAPE, CONFIGS)
         kernel.supports = lambda config, shape: "no" if config["stages"] == 1 else None  # type: ignore[attr-defined]
-        table = profile_active(kernel, SHAPE, TRAIN, rounds=1, quiet=True)
+        table = profile_active(kernel, SHAPE, TRAIN, fitted_us, rounds=1, quiet=True)
         assert len(table.reasons) == 16 and np.isnan(table.us[:, list(table.reasons)]).all()
         assert kernel.launches == table.notes["active"]["cells"]
 
     def test_budget_is_told(self, tmp_path: pathlib.Path) -> None:
         """The notes carry the sentence, and the journal stays for another run."""
         out = tmp_path / "t.npz"
-        table = profile_active(SimKernel(SHAPE, CONFIGS), SHAPE, TRAIN, budget_s=0.02, out=out, quiet=True)
+        table = profile_active(SimKernel(SHAPE, CONFIGS), SHAPE, TRAIN, fitted_us, budget_s=0.02, out=out, quiet=True)
         assert "0.02 s allowed" in table.notes["gave_up"] and out.exists()
         assert pathlib.Path(str(journal_path(out))).exists()

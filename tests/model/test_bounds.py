@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rampwrap.compare.regions import run, table
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import DEVICES, Device
 from rampwrap.kernel.shape import SHAPES, MoEShape
-from rampwrap.model.bounds import HELD_OUT, Bound, Region, Tile, expected_blocks, missed, published, regions, run, table
+from rampwrap.model.bounds import HELD_OUT, Bound, Region, Tile, expected_blocks, missed, published, regions
 
 H200 = DEVICES["nvidia-h200"]
 OLMOE = SHAPES["olmoe"]

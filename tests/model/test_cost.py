@@ -17,8 +17,9 @@ from rampwrap.kernel.grid import CtaGrid, num_blocks
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
 from rampwrap.model.base import CostModel
-from rampwrap.model.cost import MODELS, fit
+from rampwrap.model.cost import MODELS
 from rampwrap.model.features import Geometry, float_log2, pass_over
+from rampwrap.model.fit import fit
 from rampwrap.model.ramp4 import Ramp4
 from rampwrap.model.wave import Local
 from rampwrap.plan import file as plan_file

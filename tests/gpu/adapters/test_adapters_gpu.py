@@ -127,13 +127,14 @@ def test_vllm_baseline(tmp_path, monkeypatch):
     kernel = make(VllmFusedMoE, MoEShape(24, 4, 512, 384))
     from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_configs
 
-    from rampwrap.policy.static import StaticTable
+    from rampwrap.policy.static import StaticTable, engine_table, write_static
 
-    kernel.export_static(StaticTable("uniform", (1, 64), (0, 5)), tmp_path)
+    name = config_file_name(kernel.shape, torch.cuda.get_device_name())
+    (tmp_path / name).write_text(write_static(StaticTable("uniform", (1, 64), (0, 5)), kernel.configs))
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
     get_moe_configs.cache_clear()
     assert get_moe_configs(24, 384, None) == {1: dict(kernel.configs[0]), 64: dict(kernel.configs[5])}
-    assert kernel.static_table().indices == (0, 5)
+    assert engine_table(kernel).indices == (0, 5)
     assert kernel.default_config(60) == kernel.configs[5]
     get_moe_configs.cache_clear()
 
