@@ -74,8 +74,17 @@ class Traced(Only):
 
 def copy_tree(folder: pathlib.Path) -> pathlib.Path:
     """The files of this checkout, uncommitted ones and the built extension too."""
-    ours = (".*", "build", "dist", "__pycache__", "*.egg-info", "shared")
-    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*ours))
+    at_top = {"build", "dist", "shared"}  # further down a package may be named so
+
+    def left_out(place: str, names: list[str]) -> list[str]:
+        top = pathlib.Path(place) == ROOT
+        return [
+            n
+            for n in names
+            if n.startswith(".") or n == "__pycache__" or (top and (n in at_top or n.endswith(".egg-info")))
+        ]
+
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=left_out)
     return folder
 
 
