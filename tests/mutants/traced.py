@@ -276,7 +276,7 @@ def run(
     shutil.rmtree(scratch, ignore_errors=True)
     if status in (0, 5):  # passed; nothing to run
         return None
-    return OUT_OF_TIME if status is None else killer.decode()
+    return OUT_OF_TIME if status is None else killer.decode() or "the process ended"
 
 
 @contextlib.contextmanager
