@@ -49,7 +49,7 @@ def verdict_of(mutant: Mutant, tests: Tests, patience: float) -> tuple[str, str]
     for files in (*tiers, [file for file in tests.files if file not in near]):
         is_near = any(files is tier for tier in tiers)
         names = tests.of(mutant, files, is_near)
-        untraced = [file for file in files if file.name not in tests.parts] if is_near else []
+        untraced = [file for file in files if str(file) not in tests.parts] if is_near else []
         whole = [str(file.relative_to(tests.tree)) for file in untraced]
         ran, files_ran = ran + len(names), files_ran + len(whole)
         if not names and not whole:

@@ -74,8 +74,17 @@ class Traced(Only):
 
 def copy_tree(folder: pathlib.Path) -> pathlib.Path:
     """The files of this checkout, uncommitted ones and the built extension too."""
-    ours = (".*", "build", "dist", "__pycache__", "*.egg-info", "shared")
-    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(*ours))
+    at_top = {"build", "dist", "shared"}  # further down a package may be named so
+
+    def left_out(place: str, names: list[str]) -> list[str]:
+        top = pathlib.Path(place) == ROOT
+        return [
+            n
+            for n in names
+            if n.startswith(".") or n == "__pycache__" or (top and (n in at_top or n.endswith(".egg-info")))
+        ]
+
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=left_out)
     return folder
 
 
@@ -132,13 +141,14 @@ class Tests:
         STORE.mkdir(parents=True, exist_ok=True)
         self.tree, self.fresh = tree, fresh
         self.gpu = gpu
-        self.files = sorted((tree / "tests" / "gpu" if gpu else tree / "tests").glob("test_*.py"))
+        folder = tree / "tests"
+        self.files = [f for f in sorted(folder.rglob("test_*.py")) if (folder / "gpu" in f.parents) == gpu]
         self.now = {str(p.relative_to(tree)): digest_of([p]) for root in SOURCES for p in (tree / root).rglob("*.py")}
         self.parts: dict[str, dict[str, Any]] = {}
         self.sound: dict[str, bool] = {}
         for file in self.files:
             if self.store(file).exists() and not fresh:
-                self.parts[file.name] = json.loads(self.store(file).read_text())
+                self.parts[str(file)] = json.loads(self.store(file).read_text())
 
     def store(self, file: pathlib.Path) -> pathlib.Path:
         return STORE / f"{file.stem}-{digest_of([file])}.json"
@@ -146,31 +156,35 @@ class Tests:
     def add(self, files: Iterable[pathlib.Path]) -> None:
         """Traces those of the files that are not yet."""
         for file in files:
-            if file.name in self.parts:
+            if str(file) in self.parts:
                 continue
             start, store = time.monotonic(), self.store(file)
             status, _ = forked(functools.partial(trace, self.tree, file, store, self.now), STORE / "trace.log", 1800.0)
             if not store.exists():
                 raise SystemExit(f"the traced run of {file.name} ended with {status}: {STORE / 'trace.log'}")
-            self.parts[file.name] = json.loads(store.read_text())
+            self.parts[str(file)] = json.loads(store.read_text())
             print(f"traced {file.name} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
+    def room(self, path: str) -> pathlib.Path:
+        """The folder of a source's tests: the deepest one that there is of its own."""
+        parts = [part for part in pathlib.Path(path).parent.parts if part != "rampwrap"]
+        folder = self.tree / "tests" / "gpu" if self.gpu else self.tree / "tests"
+        for part in parts:
+            folder = folder / part if (folder / part).is_dir() else folder
+        return folder
+
     def nearest(self, path: str) -> list[list[pathlib.Path]]:
-        """Test files that are named after a source or listed for it, then those that name its module, then slow ones."""
+        """Test files named after a source or listed for it; others of its room or that name its module; slow ones of both."""
         module = ".".join(pathlib.Path(path).with_suffix("").parts)
         module = module if module.startswith("rampwrap") else f"rampwrap.{module}"
         package, _, stem = module.rpartition(".")
         named = re.compile(rf"\b{re.escape(module)}\b|\bfrom {re.escape(package)} import .*\b{stem}\b")
-        mine = {
-            name
-            for entry in known()["on_gpu" if self.gpu else "near"]
-            if fnmatch.fnmatch(path, entry["path"])
-            for name in entry["tests"]
-        }
-        mine.add(f"test_{stem}")
+        mine = {name for entry in known()["near"] if fnmatch.fnmatch(path, entry["path"]) for name in entry["tests"]}
+        mine |= {f"test_{stem}", f"test_{stem}_gpu"}
+        room = self.room(path)
         tiers: list[list[pathlib.Path]] = [[], [], []]
         for file in self.files:
-            if file.stem in mine or named.search(file.read_text()):
+            if file.stem in mine or file.parent == room or named.search(file.read_text()):
                 tiers[2 if file.stem in known()["slow"] else file.stem not in mine].append(file)
         return tiers
 
@@ -195,7 +209,7 @@ class Tests:
         """The tests of some traced files that execute a mutant's lines, the fastest first."""
         names: set[str] = set()
         seconds: dict[str, float] = {}
-        for part in (self.parts[file.name] for file in files if file.name in self.parts):
+        for part in (self.parts[str(file)] for file in files if str(file) in self.parts):
             seconds |= part["seconds"]
             lines = part["tests"].get(mutant.path, {})
             same = part["sources"].get(mutant.path) == self.now[mutant.path]
@@ -262,7 +276,7 @@ def run(
     shutil.rmtree(scratch, ignore_errors=True)
     if status in (0, 5):  # passed; nothing to run
         return None
-    return OUT_OF_TIME if status is None else killer.decode()
+    return OUT_OF_TIME if status is None else killer.decode() or "the process ended"
 
 
 @contextlib.contextmanager
