@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import shlex
+import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+
+# A shell starts what runs in its background with SIGINT ignored; tests of the watchdog need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: kernels are decorated for the interpreter or for a GPU, once.

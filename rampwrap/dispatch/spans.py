@@ -109,7 +109,10 @@ class Buckets:
 
 def _within(lists: "tuple[Shortlist | Span, ...]", reach: Reach, static: StaticTable) -> "tuple[Shortlist | Span, ...]":
     """A plan's lists where it speaks for the batch, and what serves elsewhere: one config each."""
-    inside = [its for its in lists if reach.inside(its.first) or (its.first == 0 and reach.low <= 1)]
+    at_low = 0 if reach.low <= 1 else reach.low  # where one list goes on from below, it begins within reach
+    edges = [*(its.first for its in lists[1:]), reach.high + 1]
+    reaching = [its for its, end in zip(lists, edges, strict=True) if end > at_low and its.first <= reach.high]
+    inside = [attrs.evolve(its, first=max(its.first, at_low)) for its in reaching]
     firsts = {static.span(place)[0] for place in range(len(static.token_counts))} | {0, reach.high + 1}
     far = sorted(first for first in firsts if not reach.inside(first) and (first or reach.low > 1))
     why, at = reach.beyond(), static.index

@@ -47,7 +47,7 @@ def test_the_lists_are_those_that_were_swept():
         vllm_fused_moe.CONFIGS["fp8"]
     )
     table = measured("sweep-cute-qwen3-30b-fp8")
-    listed = [c for form in cute.FORMS for c in cute.all_configs(form, "fp8")]
+    listed = [c for form in ("two", "one") for c in cute.all_configs(form, "fp8")]
     assert list(table.configs) == [c.keys(1) for c in listed if cute.why_illegal(c, table.shape) is None]
 
 

@@ -334,7 +334,7 @@ def test_any_token_count_is_looked_up(kernel):
     many = small_plan(kernel, num_buckets=4)
     selector = Selector(kernel, every(many), max_tokens=4096)
     buckets = [selector.bucket(tokens) for tokens in range(4097)]
-    assert len(set(map(id, buckets))) == len(selector._buckets) < 10
+    assert len(set(map(id, buckets))) <= len(selector._buckets) < 20
     assert [b.candidates is None for b in (buckets[0], buckets[1], buckets[3], buckets[128], buckets[129])] == [
         True,
         True,

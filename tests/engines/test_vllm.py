@@ -342,7 +342,7 @@ def test_a_layer_with_a_plan_runs_our_kernel(world):
     its = inputs()
     assert near(kernel.impl.apply(**its), its)
     assert kernel.impl.in_place and world.calls == []
-    assert world.manager.asked[0][0] == (12 * SHAPE.top_k, SHAPE.intermediate_size)
+    assert world.manager.asked[0][0] == (8 * 128, SHAPE.intermediate_size), "h in blocks of 128 rows, one an expert"
     selector = kernel.impl._fused_experts.selector
     assert {row.layer for row in selector.telemetry()} == {"model.layers.3.mlp.experts"}
     (engine,) = plugin.engines()
@@ -399,7 +399,9 @@ def test_plans_of_several_gpus_in_one_folder(world, plan, caplog):
     (world.folder / "tiny.plan.json").rename(world.folder / "zzz.plan.json")
     for name, sms in (("NVIDIA H100", 132), ("NVIDIA B200", 148), (SIMULATED.name, 66)):
         device = attrs.evolve(SIMULATED, name=name, num_sms=sms)
-        attrs.evolve(plan, device=device).save(world.folder / f"{name} {sms}.plan.json")
+        geometry = attrs.evolve(plan.model.geometry, num_sms=sms)
+        model = attrs.evolve(plan.model, geometry=geometry)
+        attrs.evolve(plan, device=device, model=model).save(world.folder / f"{name} {sms}.plan.json")
     plugin.register()
     its = inputs()
     kernel = world.kernel()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rampwrap.errors import ConfigError, InputError, TableError
+from rampwrap.errors import InputError, TableError
 from rampwrap.kernel.protocol import Config
 from rampwrap.measure.timings import Timings
 from rampwrap.policy.static import StaticTable, default_table, read_static, tuned_averaged, tuned_uniform, write_static
@@ -100,7 +100,7 @@ def test_a_foreign_file_is_one_sentence(tmp_path: pathlib.Path, text: str) -> No
         read_static(tmp_path / "tuned.json", CONFIGS)
 
 
-def test_a_kernels_default_must_be_one_of_its_configs(sim_kernel: SimKernel) -> None:
+def test_a_default_that_cannot_run_here_is_told_and_the_nearest_serves(sim_kernel: SimKernel) -> None:
     assert default_table(sim_kernel).index(999) == 0
 
     class Chooses(SimKernel):
@@ -114,5 +114,7 @@ def test_a_kernels_default_must_be_one_of_its_configs(sim_kernel: SimKernel) -> 
         def default_config(self, num_tokens: int) -> Config:
             return {"block_m": 7}
 
-    with pytest.raises(ConfigError, match="outside its configs"):
-        default_table(Strays(sim_kernel.shape))
+    found = default_table(Strays(sim_kernel.shape))
+    assert "17 of 17 cannot run here" in found.source
+    nearest = min(sim_kernel.configs[index]["block_m"] for index in found.indices)
+    assert nearest == min(config["block_m"] for config in sim_kernel.configs)

@@ -169,7 +169,7 @@ def test_a_daemon_says_what_to_do(stand_in, home, monkeypatch):
 SCRIPT = """
 import pathlib, sys
 import stand_in_compiler
-from rampwrap.kernels.cute import build as building
+from rampwrap.kernels.cute.build import build as building
 from rampwrap.kernels.cute.configs import CuteConfig, Variant
 
 with open("ran", "a") as log:

@@ -93,8 +93,8 @@ import itertools, json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernels.cute import prepare
-from rampwrap.kernels.triton import gemm
+from rampwrap.kernels.cute.host import prepare
+from rampwrap.kernels.triton.moe import gemm
 
 INTS = {"num_slots", "num_experts", "num_local_experts", "block_m", "capacity", "num_groups"}
 

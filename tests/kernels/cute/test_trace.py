@@ -51,7 +51,8 @@ def digest(variant: Variant, folder: pathlib.Path) -> str:
     def see(owner: object, module: object, name: str) -> None:
         with module.context:
             PassManager.parse("builtin.module(canonicalize,cse)").run(module.operation)
-        programs.append(re.sub(r"rampwrap[a-z]*", "", str(module)))  # names hold the module's path
+        # Names hold the path of the module, cut off where they get long.
+        programs.append(re.sub(r"(kernel_cutlass|cutlass___call__)\w*|rampwrap[a-z]*", r"\1", str(module)))
         raise SeenError
 
     with CuTeDSL._get_dsl().trace_finalize_hooks(see), contextlib.suppress(DSLBaseError, SeenError):

@@ -361,7 +361,9 @@ import json, pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernels.triton import align, configs, fused_moe, gemm, quantise
+from rampwrap.kernels.triton import quantise
+from rampwrap.kernels.triton.align import host as align
+from rampwrap.kernels.triton.moe import configs, gemm, host as fused_moe
 
 INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "block_m", "capacity", "most_rows", "pieces"}
 

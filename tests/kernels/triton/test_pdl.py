@@ -267,8 +267,11 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernels.cute import prepare
-from rampwrap.kernels.triton import align_kernels, chunk_kernels, gemm, quantise, select_kernels
+from rampwrap.kernels.cute.host import prepare
+from rampwrap.kernels.triton import quantise
+from rampwrap.kernels.triton.align import by_expert as align_kernels, chunks as chunk_kernels
+from rampwrap.kernels.triton.moe import gemm
+from rampwrap.kernels.triton.select import kernels as select_kernels
 
 INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "pieces", "block_m", "capacity", "num_groups", "most_rows", "fallback"}
 TYPES = {"reals_ptr": "fp64", "tally_ptr": "fp64", "x_ptr": "bf16", "h_ptr": "bf16", "y_ptr": "bf16", "w_ptr": "bf16", "out_ptr": "bf16",
