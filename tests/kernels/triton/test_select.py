@@ -219,7 +219,7 @@ def test_what_cannot_be_packed():
         pack(attrs.evolve(model, weights=model.weights + 2**32))
     with pytest.raises(FitError, match="coef holds"):
         pack(attrs.evolve(model, coef=model.coef + 2**53))
-    with pytest.raises(PlanError, match="support points"):
+    with pytest.raises(FitError, match="support holds"):
         pack(attrs.evolve(model, support=model.support * 0))
     published = Ramp4(model.geometry, model.span, 0.01, (), np.ones((4, 4)))
     with pytest.raises(PlanError, match="'ramp4' cannot choose on the GPU"):
