@@ -11,7 +11,7 @@ WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, 
 # Each of them gets one thread: more would only wait for each other.
 TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-.PHONY: demo test setup lint types unit slow tiles kernels wheel cute-wheel mutants clean
+.PHONY: demo test setup lint types unit slow tiles kernels docs wheel cute-wheel mutants clean
 
 setup: $(VENV)/.ready
 
@@ -20,14 +20,14 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml rampwrap/model/_score.c
 	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
 	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0)
-	$(PIP) -e ".[triton,cute,plot,transformers,dev]"
+	$(PIP) -e ".[triton,cute,plot,transformers,docs,dev]"
 	ln -sfn "$(CURDIR)/rampwrap" "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rampwrap"
 	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup lint types unit slow tiles wheel
+test: setup lint types unit docs slow tiles wheel
 
 lint: setup
 	$(BIN)/python -m ruff check .
@@ -51,6 +51,10 @@ tiles: setup
 
 kernels: setup
 	$(TEST) -m release tests/kernels/cute/test_build.py
+
+# The pages into build/docs; a link or a name that leads nowhere is an error. mkdocs' theme asks for its successor by a banner.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup

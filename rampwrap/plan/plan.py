@@ -122,7 +122,8 @@ class Plan:
         """Whether this plan may choose for a kernel here.
 
         Args:
-            device, shape: what to compare with; None skips the comparison.
+            device: what to compare with; None skips the comparison.
+            shape: the same.
 
         Raises:
             PlanMismatchError: made for another kernel, version, GPU, shape or dtype, or for configs that the
