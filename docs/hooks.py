@@ -13,11 +13,17 @@ from rampwrap.cli.main import main
 def help_of(command: str) -> str:
     """The help text of a command, 100 columns wide; of all of them for ""."""
     said = io.StringIO()
-    with mock.patch.dict(os.environ, {"COLUMNS": "100"}), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": "100"}),
+        contextlib.redirect_stdout(said),
+        contextlib.suppress(SystemExit),
+    ):
         main([*command.split(), "--help"])
     return said.getvalue().rstrip()
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
-    return re.sub(r"^\{\{ help ?(.*?) \}\}$", lambda found: f"```text\n{help_of(found[1])}\n```", markdown, flags=re.MULTILINE)
+    return re.sub(
+        r"^\{\{ help ?(.*?) \}\}$", lambda found: f"```text\n{help_of(found[1])}\n```", markdown, flags=re.MULTILINE
+    )

@@ -126,7 +126,10 @@ def waves() -> Any:
     row = list(table.label).index("M=96 dir0.1")
     counts = np.sort(table.counts[row][table.counts[row] > 0])[::-1]
     figure, axes = plt.subplots(2, 2, figsize=(10.5, 5.6), layout="constrained", height_ratios=(1.25, 1))
-    picks = [("the table's config for 96 tokens", "static-uniform", GREY), ("rampwrap's config for this routing", MODEL, BLUE)]
+    picks = [
+        ("the table's config for 96 tokens", "static-uniform", GREY),
+        ("rampwrap's config for this routing", MODEL, BLUE),
+    ]
     for column, (title, policy, color) in enumerate(picks):
         index = int(comparison.picks[policy][row])
         grid, us = table.grids[index], float(comparison.us(policy)[row])
@@ -166,7 +169,9 @@ def predicted() -> Any:
         near = seen & (us < 1.1 * np.nanmin(us, axis=1, keepdims=True))
         error = np.abs(predicted_us[near] / us[near] - 1).mean()
         kwargs = {"linewidths": 0, "rasterized": True}  # thousands of dots: as pixels they are a tenth of the file
-        axes.scatter(us[seen & ~near], predicted_us[seen & ~near], s=5, color=GREY, alpha=0.6, label="other configs", **kwargs)
+        axes.scatter(
+            us[seen & ~near], predicted_us[seen & ~near], s=5, color=GREY, alpha=0.6, label="other configs", **kwargs
+        )
         axes.scatter(us[near], predicted_us[near], s=7, color=BLUE, label="within 10 % of the best", **kwargs)
         ends = [us[seen].min(), us[seen].max()]
         axes.plot(ends, ends, color=INK, lw=0.8)
