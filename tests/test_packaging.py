@@ -128,7 +128,7 @@ def test_users_code_is_type_checked_wherever_rampwrap_is_installed(tmp_path: pat
     if not installed.is_dir():
         pytest.skip("rampwrap is on the path alone, not installed by make setup or as a wheel")
     (tmp_path / "mine.py").write_text(
-        "import rampwrap\nfrom rampwrap import Plan\nfrom rampwrap.kernel.protocol import MoEShape\n"
+        "import rampwrap\nfrom rampwrap import Plan\nfrom rampwrap.kernel.shape import MoEShape\n"
         "plan: Plan = Plan.load('p.json')\nshape: MoEShape = rampwrap.MoEShape(8, 2, 64, 64)\n"
         "text: str = rampwrap.observe.prometheus()\nwrong: int = shape\n"
     )

@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from rampwrap import conditional
 from rampwrap.adapters.alpha_moe import AlphaMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE
@@ -45,7 +44,6 @@ def load(name):
 select, small = load("kernels/triton/test_select"), load("dispatch/test_graph")
 SHAPE = MoEShape(64, 8, 512, 256)
 TOKENS = 48
-MODES = ["early-exit", "merged", "parallel", "switch"]
 # Up to 16 active experts the third config is fastest, from 27 on the first, between them the second.
 COEF = ((40.0, 1.0), (24.0, 1.6), (10.0, 2.4))
 ACTIVE = (64, 8, 32, 12, 22, 64, 9, 20, 50)
@@ -66,20 +64,10 @@ def plan(kernel):
     return made
 
 
-@pytest.fixture(params=MODES)
-def mode(request):
-    if request.param == "switch":
-        try:
-            conditional.require()
-        except InputError as error:
-            pytest.skip(str(error))
-    return request.param
-
-
-def selecting(kernel, plan, mode, **more):
+def selecting(kernel, plan, **more):
     """A selector that chooses from all three configs at every token count."""
-    every = Shortlist(0, 64, (0, 1, 2), 0, mode, None, None, "for the test")
-    return Selector(kernel, attrs.evolve(plan, in_graph=(every,)), max_tokens=64, mode=mode, **more)
+    every = Shortlist(0, 64, (0, 1, 2), 0, None, None, "for the test")
+    return Selector(kernel, attrs.evolve(plan, in_graph=(every,)), max_tokens=64, **more)
 
 
 def histogram_of(ids):
@@ -123,9 +111,9 @@ def test_twenty_thousand_choices_equal_the_hosts():
         assert got == [model.choose(row, 0, 0.1) for row in rows]
 
 
-def test_replays_follow_the_routing(kernel, plan, mode):
+def test_replays_follow_the_routing(kernel, plan):
     """Routing changes between replays: each has the bits of an eager launch of the config that the host names."""
-    selector = selecting(kernel, plan, mode)
+    selector = selecting(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(ACTIVE[0]).clone())
     out = torch.empty_like(inputs["hidden_states"])
     selector(**inputs, out=out)
@@ -149,9 +137,9 @@ def test_replays_follow_the_routing(kernel, plan, mode):
     assert row.active_experts == sum(actives) + actives[0]
 
 
-def test_64_layers_in_one_graph(kernel, plan, mode):
+def test_64_layers_in_one_graph(kernel, plan):
     """Each layer chooses for itself and keeps its own record; all share one lane's memory."""
-    selector = selecting(kernel, plan, mode)
+    selector = selecting(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(64))
     ids = [routing(8 + layer % 57, seed=layer) for layer in range(64)]
     outs = [torch.empty_like(inputs["hidden_states"]) for _ in ids]
@@ -178,9 +166,9 @@ def test_64_layers_in_one_graph(kernel, plan, mode):
         assert row.steps == 2 and row.counts[index] == 2
 
 
-def test_graphs_share_a_plan_and_end_in_any_order(kernel, plan, mode):
+def test_graphs_share_a_plan_and_end_in_any_order(kernel, plan):
     """Two sizes, captured three times over; the first graph is destroyed before the second is replayed."""
-    selector = selecting(kernel, plan, mode)
+    selector = selecting(kernel, plan)
     for turn in range(3):
         graphs = {}
         for tokens in (16, 48):
@@ -199,10 +187,10 @@ def test_graphs_share_a_plan_and_end_in_any_order(kernel, plan, mode):
             assert torch.equal(out, want)
 
 
-def test_the_selector_may_go_before_its_graph_is_destroyed(kernel, plan, mode):
+def test_the_selector_may_go_before_its_graph_is_destroyed(kernel, plan):
     """Destroying a graph after its selector is gone touches nothing that was freed; a new selector starts clean."""
     for _ in range(2):
-        selector = selecting(kernel, plan, mode)
+        selector = selecting(kernel, plan)
         inputs = kernel.inputs(SHAPE, routing(30))
         out = torch.empty_like(inputs["hidden_states"])
         selector(**inputs, out=out)
@@ -216,9 +204,9 @@ def test_the_selector_may_go_before_its_graph_is_destroyed(kernel, plan, mode):
         torch.cuda.synchronize()
 
 
-def test_two_streams(kernel, plan, mode):
+def test_two_streams(kernel, plan):
     """Two lanes replay at the same time and disturb each other in nothing."""
-    selector = selecting(kernel, plan, mode)
+    selector = selecting(kernel, plan)
     runs = []
     for seed in range(2):
         lane = selector.lane()
@@ -239,35 +227,9 @@ def test_two_streams(kernel, plan, mode):
     assert sum(row.steps for row in selector.telemetry()) == 2 + 100
 
 
-def test_a_portfolio_in_a_switch(kernel):
-    """Branches that launch different kernels share the lane's memory; one takes none and allocates in the graph."""
-    try:
-        conditional.require()
-    except InputError as error:
-        pytest.skip(str(error))
-    portfolio, made = small.portfolio_plan(kernel, num_buckets=5, coef=COEF)
-    selector = selecting(portfolio, made, "switch")
-    inputs, held = kernel.inputs(SHAPE, routing(64)), {}
-    selector(**inputs)
-    bytes_before = selector.memory_bytes
-    graph = captured(lambda: held.update(out=selector(**inputs)))
-    taken = set()
-    for step, active in enumerate(ACTIVE):
-        inputs["topk_ids"].copy_(routing(active, seed=step))
-        graph.replay()
-        index = chosen(made, selector, inputs["topk_ids"])
-        taken.add(made.configs[index]["kernel"])
-        assert torch.equal(held["out"], portfolio.launch(made.configs[index], **inputs))
-    assert taken == {"bare", "first", "second"} and selector.memory_bytes == bytes_before
-    members = portfolio.members
-    assert {id(its) for name in ("first", "second") for its in members[name].scratch if its is not None} == {
-        id(selector._main._workspace.by_member["first"])
-    }
-
-
 def test_a_capture_with_other_alignment_is_refused(kernel, plan):
     """Triton has another kernel for ids that do not start at a multiple of 16 bytes; after an eager step it is there."""
-    selector = selecting(kernel, plan, "early-exit")
+    selector = selecting(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(20))
     selector(**inputs)
     memory = torch.empty(TOKENS * 8 + 1, dtype=torch.int32, device="cuda")
@@ -281,7 +243,7 @@ def test_a_capture_with_other_alignment_is_refused(kernel, plan):
 
 def test_capture_of_what_is_not_ready(kernel, plan):
     """An unprepared size, and unwarmed types, are refused with the fix; the stream is left usable."""
-    selector = selecting(kernel, plan, "early-exit")
+    selector = selecting(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(20))
     with pytest.raises(CaptureError, match="run one eager step"):
         captured(lambda: selector(**inputs))
@@ -318,7 +280,7 @@ def test_lagged_never_waits(kernel, plan):
 @pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
 def test_torch_compile(kernel, plan, compile_mode):
     """The operator compiles into one graph, and under CUDA graph trees the routing still decides."""
-    selector = selecting(kernel, plan, "early-exit")
+    selector = selecting(kernel, plan)
     layer = compiled(selector)
     inputs = kernel.inputs(SHAPE, routing(64))
     w13, w2 = inputs["w13"], inputs["w2"]
@@ -350,7 +312,7 @@ def test_all_paths_of_alignment_agree(experts):
         scores = torch.rand(tokens, experts, device="cuda") ** rng.choice([1.0, 0.1, 8.0])
         ids = (scores * torch.rand(experts, device="cuda")).topk(8, dim=1).indices.int()
         found = {}
-        for path in align.PATHS if 8 * tokens <= align.BY_EXPERT_MAX_SLOTS else ("chunks", "scan"):
+        for path in align.PATHS if 8 * tokens <= align.BY_EXPERT_MAX_SLOTS else ("chunks",):
             for turn in range(2):
                 memory = torch.full((selection_ints(tokens, 8, experts, candidates.packed.block_ms),), -7).int().cuda()
                 selected = selected_in(memory, tokens, 8, experts, candidates.packed.block_ms)
@@ -381,7 +343,7 @@ def test_other_peoples_kernels(kind):
     heights = sorted({its.grid(config, shape).block_m for config in its.configs})[:3]
     its.configs = tuple(next(c for c in its.configs if its.grid(c, shape).block_m == m) for m in heights)
     plan = small.small_plan(its, shape, num_buckets=5, coef=COEF)
-    selector = selecting(its, plan, "early-exit")
+    selector = selecting(its, plan)
     inputs = its.inputs(shape, routing(ACTIVE[0]).clone())
     selector(**inputs)
     held = []
