@@ -9,7 +9,7 @@ nothing is added to the graph. Modes:
     lagged      the host chooses by the histogram of the step before, copied back without waiting; any kernel, but
                 a graph would freeze the choice, so for eager and piecewise execution
 
-The bits of a choice are tested against the host's. `shortlist.COSTS` were measured on an H200; `benchmarks/in_graph.py`
+The bits of a choice are tested against the host's. `graph_lists.COSTS` were measured on an H200; `benchmarks/in_graph.py`
 measures them on the machine at hand, to be given as `costs`.
 """
 
@@ -53,7 +53,7 @@ class Selector:
         plan: a `Plan` or the path of one, with the model ``default``.
         max_tokens: the largest batch; memory is `Selector.memory_bytes`.
         mode: one of `MODES`.
-        costs: microseconds by number of candidates, as `shortlist.COSTS`; None takes the shortlists that the plan
+        costs: microseconds by number of candidates, as `graph_lists.COSTS`; None takes the shortlists that the plan
             holds, and those costs where it holds none that fit.
         max_candidates: at most four.
         shape, device, strict: as for `Dispatcher`.

@@ -40,7 +40,7 @@ class Buckets:
         policy: of the host; anything but `WaveCost` serves static configs alone.
         chooses: whether the GPU may choose; one config serves each bucket elsewhere.
         costs: microseconds by number of candidates; None takes the plan's own shortlists where it has them, and
-            `shortlist.COSTS` elsewhere.
+            `graph_lists.COSTS` elsewhere.
         max_candidates: at most four.
         device: where the tables go.
     """
