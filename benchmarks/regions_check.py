@@ -33,7 +33,8 @@ from rampwrap.kernel.protocol import config_key, format_config
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.triton.moe import configs as tuning
 from rampwrap.kernels.triton.moe.host import DIRECT_FACTOR, fused_moe
-from rampwrap.measure.timer import Call, GraphTimer, Measurement
+from rampwrap.measure.graph_timer import GraphTimer
+from rampwrap.measure.timer import Call, Measurement
 from rampwrap.model.bounds import GROUP_M, HELD_OUT, SPLIT_K, WIDE_N, Region, regions
 from rampwrap.routing.workloads import Routing, Workload
 

@@ -16,8 +16,8 @@ import numpy as np
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import SHAPES
+from rampwrap.measure.graph_timer import GraphTimer
 from rampwrap.measure.session import summarise
-from rampwrap.measure.timer import GraphTimer
 from rampwrap.routing.workloads import Routing, Workload
 
 LEADERS, ROUNDS, REPEATS = 32, 4, 3

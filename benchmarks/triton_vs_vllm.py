@@ -31,7 +31,8 @@ from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import format_config
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.triton.moe.warm import warm
-from rampwrap.measure.timer import GraphTimer, Measurement, Timed
+from rampwrap.measure.graph_timer import GraphTimer
+from rampwrap.measure.timer import Measurement, Timed
 from rampwrap.routing.workloads import Routing, Workload
 
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp8": 2e-2}

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 
 from rampwrap.errors import TableError
 from rampwrap.kernel.device import Device, device_of
+from rampwrap.kernel.grid import FloatArray
 from rampwrap.kernel.protocol import Config, Kernel, check_configs, kernel_version
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.journal import row_keys
 from rampwrap.measure.session import PATIENCE_S, Bench, Inputs, journal_path, refusals
-from rampwrap.measure.timer import Timer, roofline_us
+from rampwrap.measure.timer import Timer
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Workload
 
@@ -179,3 +181,14 @@ def _clock(seconds: float) -> str:
     if seconds < 1:
         return "a second"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def roofline_us(device: Device, shape: MoEShape, counts: npt.ArrayLike) -> FloatArray:
+    """Microseconds that no config can beat: reading the active weights or the matrix rate. float64 [W]."""
+    counts = np.atleast_2d(np.asarray(counts))
+    active = np.count_nonzero(counts, axis=1) / shape.num_local_experts
+    traffic = active * shape.weight_bytes / ((device.copy_gbps or 3000.0) * 1e3)
+    rate = (device.fp8_tflops if shape.dtype == "fp8" else device.bf16_tflops) or 700.0
+    flop = 6.0 * counts.sum(axis=1) * shape.hidden_size * shape.intermediate_size
+    out: FloatArray = np.maximum(traffic, flop / (rate * 1e6))
+    return out

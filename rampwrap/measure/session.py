@@ -29,11 +29,12 @@ from rampwrap.kernel.protocol import (
     refusal,
 )
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.measure.graph_timer import default_timer
 from rampwrap.measure.journal import Begun, Header, Journal, row_keys, to_timings
 from rampwrap.measure.losses import Losses, reason_of
 from rampwrap.measure.rounds import HOPELESS, summarise
 from rampwrap.measure.standing import cells_of, standing
-from rampwrap.measure.timer import Timed, Timer, default_timer, is_memory
+from rampwrap.measure.timer import Timed, Timer, is_memory
 from rampwrap.measure.timings import Timings
 from rampwrap.measure.watchdog import Hung, Watchdog
 from rampwrap.routing.workloads import Workload

@@ -19,10 +19,11 @@ from rampwrap.errors import ConfigError, DeviceFault, InputError, TableError
 from rampwrap.kernel.device import find_device
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.full import plan_profile, profile
+from rampwrap.measure.full import plan_profile, profile, roofline_us
+from rampwrap.measure.graph_timer import default_timer
 from rampwrap.measure.journal import read_journal
 from rampwrap.measure.session import Bench, journal_path
-from rampwrap.measure.timer import Measurement, ReturnTimer, default_timer, roofline_us
+from rampwrap.measure.timer import Measurement, ReturnTimer
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.counts import expert_counts
 from rampwrap.routing.workloads import Routing, workload_grid

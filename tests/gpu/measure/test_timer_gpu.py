@@ -12,7 +12,7 @@ from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
-from rampwrap.measure.timer import GraphTimer, default_timer
+from rampwrap.measure.graph_timer import GraphTimer, default_timer
 from rampwrap.routing.workloads import Routing, workload_grid
 
 pytestmark = pytest.mark.gpu
