@@ -22,7 +22,7 @@ from rampwrap.kernel.device import Device, device_of, no_gpu
 from rampwrap.kernel.names import members_of
 from rampwrap.kernel.protocol import Kernel, format_config, kernel_version
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.journal import Header, row_keys
+from rampwrap.measure.records import Header, row_keys
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Workload, workload_grid
 

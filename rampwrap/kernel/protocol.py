@@ -71,6 +71,19 @@ def refusal(kernel: Kernel, config: Config, shape: MoEShape) -> str | None:
     return None if reason is None else str(reason)
 
 
+def refusals(kernel: Kernel, configs: Sequence[Config], shape: MoEShape) -> dict[int, str]:
+    """Configs that the kernel refuses, with its reasons.
+
+    Raises:
+        ConfigError: it refuses all of them.
+    """
+    said = {index: refusal(kernel, config, shape) for index, config in enumerate(configs)}
+    refused = {index: reason for index, reason in said.items() if reason is not None}
+    if len(refused) == len(configs):
+        raise ConfigError(f"kernel {kernel.name!r} refuses every config for {shape}; the first: {refused[0]}")
+    return refused
+
+
 def check_configs(configs: Sequence[Config], owner: str) -> tuple[Config, ...]:
     """Returns the configs as a tuple.
 

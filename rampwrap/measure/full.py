@@ -10,10 +10,11 @@ import numpy.typing as npt
 from rampwrap.errors import TableError
 from rampwrap.kernel.device import Device, device_of
 from rampwrap.kernel.grid import FloatArray
-from rampwrap.kernel.protocol import Config, Kernel, check_configs, kernel_version
+from rampwrap.kernel.protocol import Config, Kernel, check_configs, kernel_version, refusals
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.journal import row_keys
-from rampwrap.measure.session import PATIENCE_S, Bench, Inputs, journal_path, refusals
+from rampwrap.measure.journal import journal_path
+from rampwrap.measure.records import row_keys
+from rampwrap.measure.session import PATIENCE_S, Bench, Inputs
 from rampwrap.measure.timer import Timer
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Workload

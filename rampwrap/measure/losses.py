@@ -8,7 +8,7 @@ import attrs
 
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.journal import RowKey
+from rampwrap.measure.records import RowKey
 from rampwrap.measure.timer import is_memory
 
 # A config that failed on so many workloads and ran on none is not tried on the others of this run: some would be

@@ -15,7 +15,7 @@ import numpy as np
 
 from rampwrap._version import __version__
 from rampwrap.errors import ConfigError, DeviceFault, InputError, RampwrapError
-from rampwrap.files import check_target, is_regular
+from rampwrap.files import check_target
 from rampwrap.kernel.device import Device, device_of, no_gpu
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.protocol import (
@@ -26,12 +26,13 @@ from rampwrap.kernel.protocol import (
     format_config,
     index_by_key,
     kernel_version,
-    refusal,
+    refusals,
 )
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.graph_timer import default_timer
-from rampwrap.measure.journal import Begun, Header, Journal, row_keys, to_timings
+from rampwrap.measure.journal import Journal, journal_path
 from rampwrap.measure.losses import Losses, reason_of
+from rampwrap.measure.records import Begun, Header, row_keys, to_timings
 from rampwrap.measure.rounds import HOPELESS, summarise
 from rampwrap.measure.standing import cells_of, standing
 from rampwrap.measure.timer import Timed, Timer, is_memory
@@ -42,7 +43,6 @@ from rampwrap.routing.workloads import Workload
 Inputs = Callable[..., dict[str, Any]]
 "``inputs(shape, topk_ids, seed=0)``: keyword arguments for `Kernel.launch` on random data."
 
-JOURNAL_SUFFIX = ".journal.jsonl"
 # More shifts than this would need more copies of the activations than is worth a cold L2.
 MAX_ROTATIONS = 16
 PATIENCE_S = 300.0
@@ -451,21 +451,3 @@ class Bench:
             "elapsed_s": round(self._journal.seconds, 1),
             "weight_bytes": self.shape.weight_bytes,
         }
-
-
-def journal_path(out: str | os.PathLike[str] | None) -> str | None:
-    """Where the journal of a table lies: beside it; none for a table that goes into a FIFO or a device."""
-    return None if out is None or not is_regular(out) else os.fspath(out) + JOURNAL_SUFFIX
-
-
-def refusals(kernel: Kernel, configs: Sequence[Config], shape: MoEShape) -> dict[int, str]:
-    """Configs that the kernel refuses, with its reasons.
-
-    Raises:
-        ConfigError: it refuses all of them.
-    """
-    said = {index: refusal(kernel, config, shape) for index, config in enumerate(configs)}
-    refused = {index: reason for index, reason in said.items() if reason is not None}
-    if len(refused) == len(configs):
-        raise ConfigError(f"kernel {kernel.name!r} refuses every config for {shape}; the first: {refused[0]}")
-    return refused

@@ -10,7 +10,7 @@ import numpy as np
 from rampwrap.errors import TableError
 from rampwrap.files import is_regular
 from rampwrap.kernel.protocol import config_key, format_config, index_by_key
-from rampwrap.measure.journal import Header, RowKey
+from rampwrap.measure.records import Header, RowKey
 from rampwrap.measure.timings import Timings
 
 

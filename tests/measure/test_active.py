@@ -15,8 +15,7 @@ from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.active import MIN_CELLS, SEEDS, explore, profile_active, replay_active
 from rampwrap.measure.full import profile
-from rampwrap.measure.journal import read_journal
-from rampwrap.measure.session import journal_path
+from rampwrap.measure.journal import journal_path, read_journal
 from rampwrap.measure.timings import Timings
 from rampwrap.model.fit import fit, fitted_us
 from rampwrap.routing.workloads import Routing, workload_grid

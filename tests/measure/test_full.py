@@ -21,8 +21,8 @@ from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import plan_profile, profile, roofline_us
 from rampwrap.measure.graph_timer import default_timer
-from rampwrap.measure.journal import read_journal
-from rampwrap.measure.session import Bench, journal_path
+from rampwrap.measure.journal import journal_path, read_journal
+from rampwrap.measure.session import Bench
 from rampwrap.measure.timer import Measurement, ReturnTimer
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.counts import expert_counts

@@ -14,8 +14,7 @@ from rampwrap.errors import TableError
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
-from rampwrap.measure.journal import read_journal
-from rampwrap.measure.session import journal_path
+from rampwrap.measure.journal import journal_path, read_journal
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.counts import expert_counts
 from rampwrap.routing.workloads import Routing, workload_grid
