@@ -17,7 +17,7 @@ from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import SHAPES
 from rampwrap.measure.graph_timer import GraphTimer
-from rampwrap.measure.session import summarise
+from rampwrap.measure.rounds import summarise
 from rampwrap.routing.workloads import Routing, Workload
 
 LEADERS, ROUNDS, REPEATS = 32, 4, 3

@@ -27,7 +27,8 @@ from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.protocol import Config, Kernel
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.session import PATIENCE_S, Bench, Inputs
+from rampwrap.measure.inputs import Inputs
+from rampwrap.measure.session import PATIENCE_S, Bench
 from rampwrap.measure.timer import Timer
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Workload
@@ -337,7 +338,9 @@ def profile_active(
         patience_s=patience_s,
     ) as bench:
         num_configs = len(bench.configs)
-        bench.expect(max(int(share * len(bench.keys) * num_configs), SEEDS * num_configs + MIN_CELLS * len(bench.keys)))
+        bench.progress.expect(
+            max(int(share * len(bench.keys) * num_configs), SEEDS * num_configs + MIN_CELLS * len(bench.keys))
+        )
         uniform = np.array([str(workload.routing) == "uniform" for workload in bench.workloads])
         blank = bench.blank()
 

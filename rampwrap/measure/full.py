@@ -12,9 +12,10 @@ from rampwrap.kernel.device import Device, device_of
 from rampwrap.kernel.grid import FloatArray
 from rampwrap.kernel.protocol import Config, Kernel, check_configs, kernel_version, refusals
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.measure.inputs import Inputs
 from rampwrap.measure.journal import journal_path
 from rampwrap.measure.records import row_keys
-from rampwrap.measure.session import PATIENCE_S, Bench, Inputs
+from rampwrap.measure.session import PATIENCE_S, Bench
 from rampwrap.measure.timer import Timer
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Workload
@@ -90,7 +91,7 @@ def profile(
         patience_s=patience_s,
     ) as bench:
         everything = range(len(bench.configs))
-        bench.expect(sum(len(bench.missing(row, everything)) for row in range(len(bench.keys))))
+        bench.progress.expect(sum(len(bench.missing(row, everything)) for row in range(len(bench.keys))))
         done: list[int] = []
         timed = 0
         for row in np.random.default_rng(seed).permutation(len(bench.keys)).tolist():

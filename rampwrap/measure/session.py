@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 
 from rampwrap._version import __version__
-from rampwrap.errors import ConfigError, DeviceFault, InputError, RampwrapError
+from rampwrap.errors import ConfigError, InputError, RampwrapError
 from rampwrap.files import check_target
 from rampwrap.kernel.device import Device, device_of, no_gpu
 from rampwrap.kernel.grid import FloatArray, IntArray
@@ -30,21 +30,18 @@ from rampwrap.kernel.protocol import (
 )
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.graph_timer import default_timer
+from rampwrap.measure.guard import Guard
+from rampwrap.measure.inputs import Arguments, Inputs
 from rampwrap.measure.journal import Journal, journal_path
-from rampwrap.measure.losses import Losses, reason_of
+from rampwrap.measure.losses import Losses
+from rampwrap.measure.progress import Progress
 from rampwrap.measure.records import Begun, Header, row_keys, to_timings
 from rampwrap.measure.rounds import HOPELESS, summarise
 from rampwrap.measure.standing import cells_of, standing
-from rampwrap.measure.timer import Timed, Timer, is_memory
+from rampwrap.measure.timer import Timed, Timer
 from rampwrap.measure.timings import Timings
-from rampwrap.measure.watchdog import Hung, Watchdog
 from rampwrap.routing.workloads import Workload
 
-Inputs = Callable[..., dict[str, Any]]
-"``inputs(shape, topk_ids, seed=0)``: keyword arguments for `Kernel.launch` on random data."
-
-# More shifts than this would need more copies of the activations than is worth a cold L2.
-MAX_ROTATIONS = 16
 PATIENCE_S = 300.0
 "Seconds after which a launch, its compilation included, counts as hung."
 # A config in whose launch the process ended so often is passed over; once may be a kill from outside.
@@ -61,6 +58,7 @@ class Bench:
         counts: int64 [workloads, num_local_experts].
         reasons: configs that cannot run, with the reason: refused, or they end or hang what runs them.
         lost: cells and rows without a time; another run tries them again.
+        progress: shows nothing until it is told how many cells to expect.
     """
 
     def __init__(
@@ -93,7 +91,9 @@ class Bench:
         self.device = device or device_of(kernel)
         simulated = isinstance(getattr(kernel, "device", device), Device)
         self.timer = timer or default_timer(self.device, shape, simulated=simulated)
-        self._inputs: Inputs = made
+        self._arguments = Arguments(
+            made, shape, self.workloads, self.counts, self.timer, simulated=self.device.name == "simulated", seed=seed
+        )
         self._rounds, self._quiet, self._seed = rounds, quiet, seed
         self._out = out
         self._header = Header(
@@ -118,12 +118,13 @@ class Bench:
         self._journal.cells.reasons.update(refused)
         self.reasons = self._journal.cells.reasons
         self.lost = Losses()
-        self._short = False  # of memory, in the visit under way
-        self._patience_s = patience_s
-        self._progress: Any = None
+        self.progress = Progress(quiet=quiet)
+        self._guard = Guard(
+            *(self._journal, self.lost, self.timer, self.configs, self.keys),
+            say=self.progress.say,
+            patience_s=patience_s,
+        )
         self._compiled: set[int] = set()
-        self._watchdog = Watchdog(patience_s, self._book_hang)
-        self._watched: int | None = None
         self._start = time.monotonic()
 
     def __enter__(self) -> "Bench":
@@ -132,9 +133,8 @@ class Bench:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.close()
-        self._watchdog.close()
+        self.progress.close()
+        self._guard.close()
         self._journal.close()
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self._journal.path and not self._quiet:
             kept = len(self._journal.cells.rows)
@@ -148,16 +148,6 @@ class Bench:
     def elapsed(self) -> float:
         """Seconds since this bench was made."""
         return time.monotonic() - self._start
-
-    def expect(self, cells: int) -> None:
-        """Starts the progress bar, with the number of cells that will be timed."""
-        from tqdm import tqdm
-
-        # Where stderr is a file, a line every half minute; a terminal is redrawn at tqdm's own pace.
-        every = 0.1 if sys.stderr.isatty() else 30.0
-        self._progress = tqdm(
-            total=cells, unit=" cells", disable=self._quiet, file=sys.stderr, mininterval=every, dynamic_ncols=True
-        )
 
     def missing(self, row: int, configs: Sequence[int]) -> list[int]:
         """Those of the configs that may run on this workload and are not yet measured nor given up in this run."""
@@ -193,7 +183,7 @@ class Bench:
             failed = [config for config in todo if (row, config) in self.lost.cells]
             if attempt == 0:
                 # Where none had room, one shows whether that was all there is to it.
-                todo = failed[:1] if self._short and not self._known(row) else failed
+                todo = failed[:1] if self._guard.short and not self._known(row) else failed
                 for config in todo:
                     del self.lost.cells[row, config]
         known = self._known(row)
@@ -232,25 +222,20 @@ class Bench:
         deaths = begun.deaths + 1
         if deaths >= ENOUGH_DEATHS:
             self._journal.fail(begun.begun, f"the process ended {deaths} times while it ran on {begun.label}")
-            self._say(f"config {what}: {self.reasons[begun.begun]}; it is passed over.")
+            self.progress.say(f"config {what}: {self.reasons[begun.begun]}; it is passed over.")
             return
         row = next((row for row, key in enumerate(self.keys) if key[:2] == (begun.label, begun.split)), None)
         if row is None:
             return
-        self._say(f"the process ended while config {what} ran; it is tried once more, alone.")
-        kwargs = self._arguments(row)
+        self.progress.say(f"the process ended while config {what} ran; it is tried once more, alone.")
+        kwargs = self._guard.made(row, self._arguments)
         if kwargs:
-            with self._guarded(row, begun.begun, begin=deaths):
+            with self._guard.launching(row, begun.begun, begin=deaths):
                 call = functools.partial(self.kernel.launch, self.configs[begun.begun], **kwargs[0])
                 self.timer.prepare([call]).sample()
             self.lost.cells.pop((row, begun.begun), None)  # it lived: whatever else it had is seen again
             self.timer.release()
         self._journal.pause()
-
-    def _say(self, text: str) -> None:
-        if self._progress is not None and not self._quiet:
-            self._progress.clear()
-        print(f"rampwrap: {text}", file=sys.stderr, flush=True)
 
     def _revisit(self, row: int, todo: Sequence[int]) -> dict[int, tuple[float, float]]:
         """Times configs of a workload on the scale of its earlier visits.
@@ -258,7 +243,7 @@ class Bench:
         Compute-bound cells came out 2-4 % faster in a short visit than in a long one, at clocks not yet brought down:
         the best config known so far is timed again, and its ratio to then is taken out of the others.
         """
-        known = self._journal.cells.rows.get(self.keys[row], {})
+        known = self._known(row)
         if not known:
             return self._time(row, todo)
         best = min(known, key=lambda config: known[config][0])
@@ -317,22 +302,22 @@ class Bench:
         def lost(config: int) -> bool:
             return config in self.reasons or (row, config) in self.lost.cells
 
-        self._short = False
+        self._guard.short = False
         try:
-            variants = self._arguments(row)
+            variants = self._guard.made(row, self._arguments)
             if not variants:
                 return {}
             self._precompile(todo, variants[0])
             for config in todo:
-                with self._guarded(row, config, begin=0):
+                with self._guard.launching(row, config, begin=0):
                     chosen = self.configs[config]
                     calls = [functools.partial(self.kernel.launch, chosen, **kwargs) for kwargs in variants]
                     ready[config] = self.timer.prepare(calls)
                 if config not in ready:
-                    self._advance()
+                    self.progress.advance()
             for done in range(self._rounds):
                 for config in rng.permutation(np.array(list(ready), dtype=np.int64)).tolist():
-                    with self._guarded(row, config, begin=None if done else 0):
+                    with self._guard.launching(row, config, begin=None if done else 0):
                         taken = ready[config].sample()
                         samples.setdefault(config, []).append(taken)
                 self._journal.pause()
@@ -341,15 +326,15 @@ class Bench:
                     hopeless = config in samples and min(samples[config][0]) > HOPELESS * best
                     if lost(config) or hopeless or done == self._rounds - 1:
                         del ready[config]
-                        self._advance()
+                        self.progress.advance()
         finally:
             ready.clear()
             self.timer.release()
         found = summarise({config: rounds for config, rounds in samples.items() if not lost(config)})
-        if found and self._progress is not None:
+        if found:
             config = min(found, key=lambda index: found[index].us)
             text = f"{self.workloads[row].label}: {found[config].us:.1f} us with {format_config(self.configs[config])}"
-            self._progress.set_postfix_str(text, refresh=False)
+            self.progress.found(text)
         return {config: (m.us, m.spread) for config, m in found.items()}
 
     def _precompile(self, todo: Sequence[int], arguments: dict[str, Any]) -> None:
@@ -360,87 +345,6 @@ class Bench:
         if hook is not None and new:
             with contextlib.suppress(Exception):  # whatever cannot be compiled says so again when it is launched
                 hook([self.configs[config] for config in new], **arguments)
-
-    def _arguments(self, row: int) -> list[dict[str, Any]]:
-        """Keyword arguments of a launch, once for each shift of the expert ids that the timer asks for.
-
-        None where they cannot be made, also when all else is freed: the row is skipped.
-        """
-        for attempt in range(2):
-            try:
-                with self._watchdog.watching(f"making the inputs of {self.workloads[row].label}"):
-                    return self._made(row)
-            except Exception as error:
-                reason = reason_of(error)
-                if (fault := self.timer.fault()) is not None:
-                    raise DeviceFault(
-                        f"the GPU was lost ({fault}) while the inputs of {self.workloads[row].label} were made; "
-                        "run the same command again."
-                    ) from error
-            if attempt:
-                self.lost.rows[row] = reason
-            else:
-                self.timer.release()
-        return []
-
-    def _made(self, row: int) -> list[dict[str, Any]]:
-        import torch
-
-        shape = self.shape
-        ids = self.workloads[row].topk_ids(shape.num_experts, shape.top_k)
-        active = int(np.count_nonzero(self.counts[row]))
-        turns = 1
-        if shape.num_local_experts == shape.num_experts:  # else a shift would move tokens between ranks
-            turns = self.timer.rotations(shape.weight_bytes * active // shape.num_experts)
-        turns = min(turns, MAX_ROTATIONS, shape.num_experts)
-        where = "cpu" if self.device.name == "simulated" or not torch.cuda.is_available() else "cuda"
-        variants = []
-        for turn in range(turns):
-            shifted = ((ids + turn * shape.num_experts // turns) % shape.num_experts).astype(np.int32)
-            variants.append(self._inputs(shape, torch.from_numpy(shifted).to(where), seed=self._seed))
-        return variants
-
-    @contextlib.contextmanager
-    def _guarded(self, row: int, config: int, *, begin: int | None) -> Iterator[None]:
-        """Turns whatever the body raises into the reason why the cell is NaN, and books what hangs or loses the GPU.
-
-        Args:
-            begin: how often the process ended in this launch before; None where the config has run on the row.
-        """
-        what = f"config {format_config(self.configs[config])} on {self.workloads[row].label}"
-        if begin is not None:
-            self._journal.begin(config, self.keys[row], begin)
-        self._watched = config
-        try:
-            with self._watchdog.watching(what):
-                yield
-        except Hung:
-            self._say(f"{what} did not return in time; it is passed over.")
-        except Exception as error:
-            self.lost.cells[row, config] = reason = reason_of(error)
-            self._short |= is_memory(error)
-            fault = self.timer.fault()
-            if fault is not None:
-                self._journal.fail(config, reason)
-                kept = f"run the same command again to go on without it (kept in {self._journal.path})"
-                raise DeviceFault(
-                    f"{what} lost the GPU ({fault}); "
-                    + (kept if self._journal.path else "leave it out, and give an output file to keep what is measured")
-                    + "."
-                ) from error
-        finally:
-            self._watched = None
-
-    def _book_hang(self, what: str) -> None:
-        """In the watchdog's thread, while the launch still runs."""
-        if self._watched is not None:
-            self._journal.fail(
-                self._watched, f"it did not return within {self._patience_s:g} s ({what.split(' on ')[-1]})"
-            )
-
-    def _advance(self) -> None:
-        if self._progress is not None:
-            self._progress.update(1)
 
     def _provenance(self) -> dict[str, Any]:
         return {
