@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from rampwrap.adapters.vllm_fused_moe import config_file, config_file_name
-from rampwrap.checkpoint.model import read_model
+from rampwrap.checkpoint.model import read_layers
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.folder import DISABLE, PLANS
@@ -124,7 +124,7 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     for part in ("model", "plans", "static", "site/rampwrap-0.dist-info"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(config))
-    (shape,) = read_model(folder / "model")
+    (shape,) = read_layers(folder / "model").shapes
     tables = arguments.timings or [ROOT / table for table in model.timings]
     timings = join([Timings.load(table) for table in tables])
     assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rampwrap.checkpoint.quantisation import first, short
+from rampwrap.checkpoint.config import first, short
 from rampwrap.errors import InputError
 
 MOST_LAYERS = 1_000

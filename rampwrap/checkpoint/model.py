@@ -1,16 +1,16 @@
 """A model's `config.json` as the shapes of its MoE layers on one rank, read as the engine that serves it reads it."""
 
 import collections
-import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from rampwrap.checkpoint.arithmetic import check_arithmetic, clamps
+from rampwrap.checkpoint.config import beside, first, flat, kinds_of, levels_of, listed, read_config, short
 from rampwrap.checkpoint.layers import MOST_LAYERS, sparse_layers
-from rampwrap.checkpoint.quantisation import GROUP, Reader, Stored, first, reader_of, short
+from rampwrap.checkpoint.quantisation import GROUP, Reader, Stored, reader_of
 from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
 
@@ -23,42 +23,9 @@ _INTERMEDIATE = (
     *("moe_intermediate_size", "expert_ffn_hidden_size", "expert_intermediate_size"),
     *("ffn_hidden_size", "intermediate_size"),
 )
-_ACTIVATION = ("ffn_act_fn", "mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function")
-_SILU = ("silu", "swish", "swiglu", "swish_glu")
-_CLAMPS = (
-    "swiglu_limits",
-    "expert_swiglu_limit_list",
-    "swiglu_limit",
-    "swiglu_clamp_limit",
-    "swiglu_alpha",
-    "swiglu_beta",
-)
-"Bounds and slopes that make SiLU(gate) * up another function; one for all layers or one for each, 0 and null are none."
-_SWITCHES = ("is_moe", "enable_moe_block")
-"False for the dense form of a model that has another with experts."
-_WEIGHTED_INPUT = ("moe_apply_router_weight_on_input", "apply_router_weight_on_input")
-# Where composite configs keep the language model, and DBRX its feed-forward sizes.
-_NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config")
 # float32 checkpoints are served in bf16 by vLLM, where the GPU has it, and in fp16 by SGLang.
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "float32", "float": "float32"}
 _OF_FLOAT32 = {"sglang": "fp16"}
-# Layers whose arithmetic is not SiLU(gate) * up without biases, whatever else the config says: by the beginning of
-# model_type, or of the architecture where that says more.
-_UNSUPPORTED = {
-    "gpt_oss": "its experts have biases and a clamped, interleaved activation",
-    "openai_privacy_filter": "its experts have biases and a clamped activation",
-    "llama4": "it weights the tokens before the experts",
-    "minimax_m3": "its activation is clamped",
-    "deepseek_v4": "its activation is clamped",
-    "muse_spark": "it has a norm after each expert",
-    "kimi_k3": "its activation is SiTU",
-    "Grok1": "its activation is GELU",
-    "doge": "its experts are rows of embeddings",
-    "jetmoe": "its attention has experts too, and no engine runs them as fused layers",
-    "nemotron_h": "its experts have no gate",
-    "nllb-moe": "its experts have no gate",
-    "switch_transformers": "its experts have no gate",
-}
 # What SGLang makes one expert more of, under tensor parallelism alone: by architecture (or the model_type of configs
 # without one), the numbers of routed experts for which it does.
 _FUSED: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -70,9 +37,7 @@ _FUSED: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 MOST = 1 << 24
 "No size of a layer is larger; a config that says so is damaged."
-MOST_LEVELS = 16
 MOST_KINDS = 16
-MOST_BYTES = 16 << 20
 
 
 @attrs.frozen
@@ -114,20 +79,6 @@ class Ranks:
             )
 
 
-def read_model(
-    model: str | os.PathLike[str],
-    *,
-    tp_size: int = 1,
-    expert_parallel: bool = False,
-    dtype: str | None = None,
-    engine: str | None = None,
-    redundant_experts: int = 0,
-) -> tuple[MoEShape, ...]:
-    """The shapes of `read_layers`, with the same arguments and errors."""
-    ranks = Ranks(tp_size, expert_parallel, redundant_experts)
-    return read_layers(model, ranks, dtype=dtype, engine=engine).shapes
-
-
 def read_layers(
     model: str | os.PathLike[str], ranks: Ranks | None = None, *, dtype: str | None = None, engine: str | None = None
 ) -> Layers:
@@ -144,15 +95,15 @@ def read_layers(
         InputError: no readable config, no routed layer, or none that our kernels compute; with the reason.
     """
     where, raw = read_config(model)
-    levels = _levels(raw, where)
-    config = _flat(levels)
-    _check_arithmetic(_names(levels), config, where)
+    levels = levels_of(raw, where)
+    config = flat(levels)
+    check_arithmetic(kinds_of(levels), config, where)
     columns = [_numbers(config, names, where) for names in (_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE)]
     sparse = sparse_layers(config, where)
     rows = _together(where, columns, sparse)
     plain = dtype or _plain_dtype(config, where, engine)
-    stored: Reader = (lambda layer: Stored(plain)) if dtype else reader_of(config, _beside(where, config), where)
-    clamped = _clamps(config, where)
+    stored: Reader = (lambda layer: Stored(plain)) if dtype else reader_of(config, beside(where, config), where)
+    clamped = clamps(config, where)
     ranks = ranks or Ranks()
     shapes: dict[MoEShape, None] = {}
     left: collections.Counter[str] = collections.Counter()
@@ -179,132 +130,6 @@ def read_layers(
 def _not_ours(form: Stored) -> str:
     served = f"our kernels run bf16, fp16 and FP8 with {GROUP}x{GROUP} scale blocks"
     return f"is quantised, {form.why_not}; {served}" if form.why_not else ""
-
-
-def read_config(model: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """The path and the content of a model's ``config.json``.
-
-    Raises:
-        InputError: it is not there, or is no JSON object.
-    """
-    path = pathlib.Path(model)
-    try:
-        path = path / "config.json" if path.is_dir() else path if path.exists() else _cached(os.fspath(model)) or path
-        raw = _json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is no readable model config ({error}); give the folder of a model with its config.json."
-        ) from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds no JSON object; give the folder of a model with its config.json.")
-    return str(path), raw
-
-
-def _json(path: pathlib.Path) -> Any:
-    """A file's JSON, which is UTF-8 whatever the locale; with a mark at its beginning where an editor put one."""
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"it has {size} bytes, a config {MOST_BYTES} at most")
-    return json.loads(path.read_text(encoding="utf-8-sig"))
-
-
-def _cached(name: str) -> pathlib.Path | None:
-    """The config of a model by its name, as engines are started with it, in Hugging Face's cache; nothing is fetched."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(name, "config.json")
-    except (ImportError, ValueError):  # not installed, or no name of a model
-        return None
-    return pathlib.Path(found) if isinstance(found, str) else None
-
-
-def _beside(where: str, config: Mapping[str, Any]) -> Any:
-    """The content of ModelOpt's own file beside a config, which engines look at where that says nothing; None without."""
-    path = pathlib.Path(where).with_name("hf_quant_config.json")
-    if config.get("quantization_config") or config.get("compression_config") or not path.is_file():
-        return None
-    try:
-        return _json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no readable JSON ({error}); mend it, or pass --dtype.") from error
-
-
-def _levels(raw: Mapping[str, Any], where: str) -> list[Mapping[str, Any]]:
-    """A config and those of language models nested in it, the outer ones first."""
-    levels, waiting = [], [raw]
-    while waiting:
-        level = waiting.pop()
-        levels.append(level)
-        waiting += [level[name] for name in reversed(_NESTED) if isinstance(level.get(name), Mapping)]
-        if len(levels) > MOST_LEVELS:
-            raise InputError(
-                f"{where} nests over {MOST_LEVELS} configs in each other; give that of the language model."
-            )
-    return levels
-
-
-def _flat(levels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The language model's own settings over those around them."""
-    out = dict(levels[0])
-    for level in levels[1:]:
-        out |= {key: value for key, value in level.items() if value is not None}
-    return out
-
-
-def _names(levels: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The model types and architectures of configs."""
-    found = [[its.get("model_type"), *_listed(its.get("architectures"))] for its in levels]
-    return [name for names in found for name in names if isinstance(name, str)]
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _check_arithmetic(kinds: Sequence[str], config: Mapping[str, Any], where: str) -> None:
-    """Refuses models no layer of which is SiLU(gate) * up."""
-    for kind in kinds:
-        reason = next((why for begin, why in _UNSUPPORTED.items() if kind.startswith(begin)), None)
-        if reason is not None:
-            raise InputError(f"model {kind} of {where} cannot be profiled: {reason}; leave it to the engine.")
-    field, activation = first(config, _ACTIVATION)
-    if isinstance(activation, Mapping):  # DBRX: {"name": "silu"}, which is what it has without a name too
-        field, activation = f"{field}.name", activation.get("name")
-    if activation is not None and str(activation).lower() not in _SILU:
-        raise InputError(
-            f"{where} has the activation {field}={short(activation)}; our kernels compute SiLU-gated experts only."
-        )
-    for name in _WEIGHTED_INPUT:
-        if config.get(name):
-            raise InputError(
-                f"{where} has {name}={short(config[name])}: it weights the tokens before the experts; leave it to the engine."
-            )
-    for name in _SWITCHES:
-        if config.get(name) is False:
-            raise InputError(f"{where} has {name}=False and thus no experts; is it a mixture of experts?")
-
-
-def _clamps(config: Mapping[str, Any], where: str) -> Any:
-    """Why a layer's activation is another than ours, by its number; "" where it is not."""
-    found: list[tuple[str, Any]] = [(name, config[name]) for name in _CLAMPS if config.get(name) is not None]
-    for name, value in found:
-        for its in value if isinstance(value, list) else [value]:
-            if its is not None and (isinstance(its, bool) or not isinstance(its, int | float)):
-                raise InputError(f"{where} has {name}={short(value)}; give a number, or one for each layer.")
-
-    def reason(layer: int) -> str:
-        for name, value in found:
-            # A list that is too short is one for some layers that it does not name.
-            bound = (
-                (value[layer] if layer < len(value) else max(filter(None, value), default=0))
-                if isinstance(value, list)
-                else value
-            )
-            if bound:
-                return f"has a clamped or scaled activation, {name}={short(bound)}; our kernels compute SiLU(gate) * up as it is"
-        return ""
-
-    return reason
 
 
 def _numbers(config: Mapping[str, Any], names: Sequence[str], where: str) -> tuple[int, ...]:
@@ -352,7 +177,7 @@ def _together(
 
 def _with_shared(whole: MoEShape, raw: Mapping[str, Any], config: Mapping[str, Any]) -> MoEShape:
     """The layer with its shared experts as routed ones that every token visits, where SGLang makes it so."""
-    architecture = next(iter(_listed(raw.get("architectures"))), config.get("model_type"))
+    architecture = next(iter(listed(raw.get("architectures"))), config.get("model_type"))
     for name, (kind, counts) in _FUSED.items():
         if architecture in (name, kind) and (not counts or whole.num_experts in counts):
             shared = config.get("n_shared_experts")

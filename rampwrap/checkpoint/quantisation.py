@@ -9,11 +9,12 @@ import fnmatch
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
 
+from rampwrap.checkpoint.config import short
 from rampwrap.errors import InputError
 
 GROUP = 128
@@ -52,12 +53,6 @@ class Stored:
 
 Reader = Callable[[int], Stored]
 "The form of a layer's experts by the layer's number."
-
-
-def short(value: Any) -> str:
-    """A value of somebody's config in a sentence."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def reader_of(config: Mapping[str, Any], beside: Any, where: str) -> Reader:
@@ -291,8 +286,3 @@ def _expression(text: str, place: str, where: str) -> str:
             f"{where} has the pattern {short(text)} in {place}, too intricate to be matched in time; pass --dtype instead."
         )
     return text
-
-
-def first(config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]:
-    """The first of some fields that is there and not null, and its value; the last name and None without any."""
-    return next(((name, config[name]) for name in names if config.get(name) is not None), (names[-1], None))

@@ -2,15 +2,17 @@
 
 import json
 import pathlib
+from typing import Any
 
 import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rampwrap.checkpoint import arithmetic, quantisation
+from rampwrap.checkpoint import config as configs
 from rampwrap.checkpoint import model as models
-from rampwrap.checkpoint import quantisation
-from rampwrap.checkpoint.model import read_model
+from rampwrap.checkpoint.model import Ranks, read_layers
 from rampwrap.cli.main import main
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import SIMULATED
@@ -71,6 +73,12 @@ BLOCKS = {
 def write(folder: pathlib.Path, **config: object) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def read_model(
+    model: Any, *, dtype: str | None = None, engine: str | None = None, **ranks: Any
+) -> tuple[MoEShape, ...]:
+    return read_layers(model, Ranks(**ranks), dtype=dtype, engine=engine).shapes
 
 
 @pytest.mark.parametrize(
@@ -177,8 +185,8 @@ JSON = st.recursive(
     SCALARS | SOME, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
 )
 FIELDS = (
-    *(*models._EXPERTS, *models._TOP_K, *models._HIDDEN, *models._INTERMEDIATE, *models._ACTIVATION),
-    *(*quantisation._FIELDS, *models._NESTED, "dtype", "torch_dtype", "model_type"),
+    *(*models._EXPERTS, *models._TOP_K, *models._HIDDEN, *models._INTERMEDIATE, *arithmetic._ACTIVATION),
+    *(*quantisation._FIELDS, *configs._NESTED, "dtype", "torch_dtype", "model_type"),
 )
 QUANTISED = st.fixed_dictionaries(
     {"quant_method": st.sampled_from(["fp8", "compressed-tensors"]) | JSON},
@@ -198,7 +206,7 @@ QUANTISED = st.fixed_dictionaries(
     },
 )
 ODD = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)
-NESTED = st.dictionaries(st.sampled_from(models._NESTED), ODD, max_size=1)
+NESTED = st.dictionaries(st.sampled_from(configs._NESTED), ODD, max_size=1)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

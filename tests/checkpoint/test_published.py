@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rampwrap.checkpoint.model import Ranks, read_layers, read_model
+from rampwrap.checkpoint.model import Ranks, read_layers
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.kernel.shape import MoEShape
 
@@ -287,6 +287,12 @@ def write(folder: pathlib.Path, config: dict[str, Any], **beside: Any) -> pathli
     for name, content in beside.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+def read_model(
+    model: Any, *, dtype: str | None = None, engine: str | None = None, **ranks: Any
+) -> tuple[MoEShape, ...]:
+    return read_layers(model, Ranks(**ranks), dtype=dtype, engine=engine).shapes
 
 
 def shapes_of(text: str) -> list[MoEShape]:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.checkpoint.model import read_model
+from rampwrap.checkpoint.model import read_layers
 from rampwrap.engines import vllm
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.join import join
@@ -138,7 +138,7 @@ def test_the_fp8_model(scripts, tmp_path, monkeypatch):
     setup = scripts["serve_vllm_setup"]
     model = setup.MODELS["qwen3-30b-fp8"]
     (tmp_path / "config.json").write_text(json.dumps(model.config))
-    (shape,) = read_model(tmp_path)
+    (shape,) = read_layers(tmp_path).shapes
     assert shape == MoEShape(128, 8, 2048, 768, "fp8")
     for table, kernel in ((model.timings[0], "cute_moe"), (model.static, "vllm_fused_moe")):
         timings = Timings.load(setup.ROOT / table)
