@@ -27,7 +27,7 @@ def judge(fitted: Timings, judged: Timings) -> None:
     policies = {
         "static-uniform": Static(train.configs, static),
         "static-averaged": Static(train.configs, static_table(train, "averaged")),
-        "default": compare.routing_aware(train, model, static),
+        "wave": compare.routing_aware(train, model, static),
     }
     result = compare.evaluate(judged.take(held_out), policies)
     rows = np.arange(len(held_out))

@@ -186,7 +186,9 @@ def main() -> None:
             ),
             flush=True,
         )
-    planned = [str(service.shape) for service in engine.serving().services.values() if service.selector is not None]
+    planned = [
+        str(service.shape) for service in engine.serving().services.values() if service.graph_dispatcher is not None
+    ]
     report = {
         "benchmark": "generate_transformers",
         "model": a.model,
@@ -205,8 +207,8 @@ def main() -> None:
         "results": results,
     }
     for service in engine.serving().services.values():
-        if service.selector is not None:
-            print(service.selector.explain(), flush=True)
+        if service.graph_dispatcher is not None:
+            print(service.graph_dispatcher.explain(), flush=True)
     if a.out:
         pathlib.Path(a.out).write_text(json.dumps(report, indent=1) + "\n")
 

@@ -33,7 +33,7 @@ import torch
 from graph_layers import CONTROL_TOKENS, LAYERS, REPLAY_TOKENS, Layers, Ready, Routes, control_order, singles
 from graph_tools import Clock, Graph, capture, interleaved, replay_us, table
 
-from rampwrap.dispatch.graph import Selector, graph_modes
+from rampwrap.dispatch.graph import GraphDispatcher, graph_modes
 from rampwrap.errors import RampwrapError
 from rampwrap.kernel.protocol import format_config
 from rampwrap.kernels.triton.align.host import BY_EXPERT_MAX_SLOTS, PATHS, align_tokens, allocate_blocks
@@ -194,28 +194,28 @@ def bench_replay(
         if static not in alone:
             continue
         graphs = {f"config {i}": layers.single(f"config {i}", plan.configs[i]) for i in alone}
-        selectors: dict[str, Selector] = {}
+        graph_dispatchers: dict[str, GraphDispatcher] = {}
         few = tuple(sorted([static, *(i for i in alone if i != static)][:4]))
         asked: dict[str, tuple[Plan, dict[str, Any]]] = {"auto": (plan, {"costs": costs})}
         for mode in graph_modes(kernel):
             every = Shortlist(0, tokens, few, static, mode, None, None, "all that have a graph")
             asked[f"all, {mode}"] = (attrs.evolve(plan, in_graph=(every,)), {"mode": mode})
         for name, (its, options) in asked.items():
-            selector = Selector(kernel, its, max_tokens=tokens, strict=True, **options)
-            bucket = selector.bucket(tokens)
+            graph_dispatcher = GraphDispatcher(kernel, its, max_tokens=tokens, strict=True, **options)
+            bucket = graph_dispatcher.prepared(tokens)
             # A merged list of its own would be compiled here, for minutes at worst.
             if bucket.mode == "merged" and not ready.has(bucket.configs, "merged"):
                 if name != "auto":
                     continue
                 others = {mode: by_count for mode, by_count in (costs or {}).items() if mode != "merged"}
                 modes: dict[str, Any] = {"costs": others} if others else {"mode": "early-exit"}
-                selector = Selector(kernel, plan, max_tokens=tokens, strict=True, **modes)
-                bucket = selector.bucket(tokens)
+                graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=tokens, strict=True, **modes)
+                bucket = graph_dispatcher.prepared(tokens)
             if not ready.has(bucket.configs):
                 continue
             try:
-                graphs[name] = layers.graph(name, selector)
-                selectors[name] = selector
+                graphs[name] = layers.graph(name, graph_dispatcher)
+                graph_dispatchers[name] = graph_dispatcher
             except RampwrapError as error:
                 clock.mark(f"{tokens} tokens, {name}: {error}")
         samples: dict[str, list[float]] = {name: [] for name in graphs}
@@ -225,17 +225,21 @@ def bench_replay(
             for name in routes.rng.permutation(list(graphs)).tolist():
                 samples[name].append(min(replay_us(graphs[name]) for _ in range(2)) / LAYERS)
             if step < 2 * len(routes):
-                differing += check_bits(layers, plan, selectors, graphs)
-        found.append(summary(tokens, plan, samples, selectors, differing))
+                differing += check_bits(layers, plan, graph_dispatchers, graphs)
+        found.append(summary(tokens, plan, samples, graph_dispatchers, differing))
         slowest = max(slowest, time.monotonic() - begin)
         save(found)
     return report(found)
 
 
 def summary(
-    tokens: int, plan: Plan, samples: dict[str, list[float]], selectors: dict[str, Selector], differing: int
+    tokens: int,
+    plan: Plan,
+    samples: dict[str, list[float]],
+    graph_dispatchers: dict[str, GraphDispatcher],
+    differing: int,
 ) -> dict[str, Any]:
-    """Means over steps, and what they say of each selector."""
+    """Means over steps, and what they say of each graph dispatcher."""
     total = {name: statistics.fmean(us) for name, us in samples.items()}
     one = {name: total[name] for name in total if name.startswith("config")}
     oracle = statistics.fmean(min(us) for us in zip(*(samples[name] for name in one), strict=True))
@@ -248,12 +252,12 @@ def summary(
         "static_us": total[f"config {plan.static.index(tokens)}"],
         "best_single": best,
         "best_single_us": one[best],
-        "above_best_single": {name: total[name] / one[best] - 1 for name in selectors},
+        "above_best_single": {name: total[name] / one[best] - 1 for name in graph_dispatchers},
         "headroom": one[best] / oracle - 1,
-        "captured": {name: (one[best] - total[name]) / room if room > 0 else 0.0 for name in selectors},
-        "candidates": {name: s.bucket(tokens).shortlist.candidates for name, s in selectors.items()},
-        "modes": {name: s.bucket(tokens).mode for name, s in selectors.items()},
-        "ran": {name: s.counts() for name, s in selectors.items()},
+        "captured": {name: (one[best] - total[name]) / room if room > 0 else 0.0 for name in graph_dispatchers},
+        "candidates": {name: s.prepared(tokens).shortlist.candidates for name, s in graph_dispatchers.items()},
+        "modes": {name: s.prepared(tokens).mode for name, s in graph_dispatchers.items()},
+        "ran": {name: s.counts() for name, s in graph_dispatchers.items()},
         "outputs_differing": differing,
         "steps": len(next(iter(samples.values()))),
     }
@@ -303,12 +307,14 @@ def report(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def check_bits(layers: Layers, plan: Plan, selectors: dict[str, Selector], graphs: dict[str, Graph]) -> int:
-    """Replays each selector's graph and compares its last layer with an eager launch of the host's choice."""
+def check_bits(
+    layers: Layers, plan: Plan, graph_dispatchers: dict[str, GraphDispatcher], graphs: dict[str, Graph]
+) -> int:
+    """Replays each graph dispatcher's graph and compares its last layer with an eager launch of the host's choice."""
     differing = 0
     counts = np.bincount(layers.ids[-1].cpu().numpy().ravel(), minlength=layers.shape.num_experts).astype(np.int64)
-    for name, selector in selectors.items():
-        its = selector.bucket(layers.tokens).shortlist
+    for name, graph_dispatcher in graph_dispatchers.items():
+        its = graph_dispatcher.prepared(layers.tokens).shortlist
         index = its.candidates[0]
         if len(its.candidates) > 1:
             index = its.candidates[plan.model.take(its.candidates).choose(counts, its.fallback)]

@@ -271,8 +271,8 @@ class Engine:
         except ImportError:
             return {}
         rows = []
-        for selector in plugin.selectors():
-            for row in selector.telemetry():
+        for graph_dispatcher in plugin.graph_dispatchers():
+            for row in graph_dispatcher.telemetry():
                 rows.append((row.num_tokens, row.mode, row.steps, row.counts, row.static_us, row.chosen_us))
         buckets: dict[int, dict[str, Any]] = {}
         for tokens, mode, steps, counts, static_us, chosen_us in rows:
@@ -285,8 +285,8 @@ class Engine:
             for index, count in counts.items():
                 its["counts"][index] = its["counts"].get(index, 0) + count
         configs = {
-            selector.kernel.name: dict(enumerate(map(format_config, selector.plan.configs)))
-            for selector in plugin.selectors()
+            graph_dispatcher.kernel.name: dict(enumerate(map(format_config, graph_dispatcher.plan.configs)))
+            for graph_dispatcher in plugin.graph_dispatchers()
         }
         return {"engines": plugin.engines(), "configs": configs, "buckets": buckets}
 

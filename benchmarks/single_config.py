@@ -61,7 +61,7 @@ def main() -> None:
     everywhere: dict[str, list[float]] = defaultdict(list)
     for name, timings in tables().items():
         train, held_out = (timings.take(timings.rows(split)) for split in ("train", "eval"))
-        model, static, plan = fit(train, "default"), static_table(train, "uniform"), make_plan(timings)
+        model, static, plan = fit(train, "wave"), static_table(train, "uniform"), make_plan(timings)
         place = {config_key(config): index for index, config in enumerate(timings.configs)}
         complete = np.isfinite(train.us).all(axis=0)
         here: dict[str, list[float]] = defaultdict(list)

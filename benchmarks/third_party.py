@@ -46,7 +46,7 @@ EVAL_TOKENS = (1, 3, 6, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 4096)
 # The last stands in for recorded routing: the spread of expert loads (deviation over mean, 1.3) of the median layer of
 # three prefills of Qwen3-30B is that of a lognormal of this sigma.
 EVAL_ROUTINGS = ("uniform", "zipf:0.8", "zipf:1.2", "dirichlet:0.1", "dirichlet:0.3", "lognormal:1.05")
-MODELS = ("ramp4", "default")
+MODELS = ("ramp4", "wave")
 NAMES = {
     "vllm": "vllm_fused_moe",
     "alpha": "alpha_moe",
@@ -222,7 +222,7 @@ def judge_portfolio(tables: Sequence[Timings]) -> dict[str, Any]:
     found = figures(compared := replay(joined, models=MODELS))
     report(joined.kernel, found)
     train, judged = joined.rows("train"), compared.timings
-    mine = compared.us("default")
+    mine = compared.us("wave")
     owners = np.array([config[MEMBER] for config in joined.configs])
     singles = {}
     for table in tables:
@@ -241,7 +241,7 @@ def judge_portfolio(tables: Sequence[Timings]) -> dict[str, Any]:
         leader = min(singles, key=lambda name: geometric_mean(singles[name][rows]))
         ratio = geometric_mean(singles[leader][rows] / mine[rows])
         found["by_tokens"][int(tokens)] = {"best": leader, "speedup": ratio}
-        used = sorted(set(owners[compared.picks["default"][rows]].tolist()))
+        used = sorted(set(owners[compared.picks["wave"][rows]].tolist()))
         print(f"    {tokens:5d} tokens: {ratio:.3f}x static {leader}; chose {', '.join(used)}")
     return found
 

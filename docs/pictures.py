@@ -18,7 +18,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODEL = "default"
+MODEL = "wave"
 "The fitted model by its name in tables and plans."
 OUT = ROOT / "docs" / "pictures"
 EXAMPLE = "examples/data/h200-triton_fused_moe-olmoe-bf16.npz"

@@ -7,6 +7,8 @@ a float64 reference. With a GPU it does the job live: profiles for about a minut
 
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -16,19 +18,18 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates a kernel
 
-from rampwrap import Dispatcher, MoEShape, Timings, Workload
+from rampwrap import SHAPES, Dispatcher, MoEShape, Routing, Timings, Workload, format_config, make_plan
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.cli.main import main as rampwrap
-from rampwrap.compare import evaluate as compare
-from rampwrap.compare import report
-from rampwrap.kernel.protocol import format_config
-from rampwrap.kernel.shape import SHAPES
-from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import Routing
 
 HERE = pathlib.Path(__file__).parent
-TABLE = HERE / "data" / "h200-triton_fused_moe-olmoe-bf16.npz"
+TABLE = pathlib.Path(os.path.relpath(HERE)) / "data" / "h200-triton_fused_moe-olmoe-bf16.npz"
 OUT = pathlib.Path("build/demo")
+
+
+def rampwrap(*arguments: str) -> None:
+    """A command as a user would type it, and what it prints."""
+    print("$ rampwrap", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "rampwrap", *arguments], check=True)
 
 
 def replay() -> None:
@@ -36,9 +37,7 @@ def replay() -> None:
     timings = Timings.load(TABLE)
     when = timings.notes.get("date", "")
     print(f"Replaying {TABLE.name}: measured on {timings.device.name} {when}\n")
-    comparison = compare.replay(timings)
-    print(report.text(comparison))
-    report.picture(comparison, OUT / "ab.png")
+    rampwrap("replay", str(TABLE), "--plot", str(OUT / "ab.png"))
     plan = make_plan(timings)
     plan.save(OUT / "plan.json")
     # The same Dispatcher as on a GPU; only `select`, since there is nothing to launch on.
@@ -68,15 +67,9 @@ def live() -> None:
     """Profile for about a minute, fit, A/B on held-out routings."""
     table, plan = str(OUT / "olmoe.npz"), str(OUT / "plan.json")
     print(f"{torch.cuda.get_device_name()}: {SHAPES['olmoe']}\n")
-    steps = [
-        ["profile", "--model", "olmoe", "--budget", "60s", "--out", table],
-        ["fit", table, "--out", plan],
-        ["compare", plan, "--batch-size", "24", "96", "192", "384", "768", "--plot", str(OUT / "ab.png")],
-    ]
-    for step in steps:
-        print("$ rampwrap", *step)
-        if rampwrap(step):
-            raise SystemExit(1)
+    rampwrap("profile", "--model", "olmoe", "--budget", "60s", "--out", table)
+    rampwrap("fit", table, "--out", plan)
+    rampwrap("compare", plan, "--batch-size", "24", "96", "192", "384", "768", "--plot", str(OUT / "ab.png"))
 
 
 def main() -> None:

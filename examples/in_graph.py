@@ -10,17 +10,15 @@ import sys
 import numpy as np
 import torch
 
+from rampwrap import GraphDispatcher, Plan, Routing
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.dispatch.graph import Selector
-from rampwrap.plan.plan import Plan
-from rampwrap.routing.workloads import Routing
 
 if len(sys.argv) < 2 or not torch.cuda.is_available():
     sys.exit(__doc__ if torch.cuda.is_available() else "This example captures a CUDA graph; run it on a GPU.")
 plan, tokens = Plan.load(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 64
 
 kernel = TritonFusedMoE(plan.shape)
-selector = Selector(kernel, plan, max_tokens=tokens)
+moe = GraphDispatcher(kernel, plan, max_tokens=tokens)
 rng = np.random.default_rng(0)
 
 
@@ -31,15 +29,15 @@ def routing(name: str) -> torch.Tensor:
 
 
 inputs = kernel.inputs(plan.shape, routing("uniform"))
-selector(**inputs)  # one eager step compiles and allocates
+moe(**inputs)  # one eager step compiles and allocates
 
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    out = selector(**inputs)
+    out = moe(**inputs)
 
 for name in ("uniform", "lognormal:1.0", "dirichlet:0.3", "dirichlet:0.1", "hot:2"):
     for _ in range(20):
         inputs["topk_ids"].copy_(routing(name))
         graph.replay()
     print(f"after 20 steps of {name}:")
-    print(selector.explain())
+    print(moe.explain())

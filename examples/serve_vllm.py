@@ -62,5 +62,5 @@ for engine in plugin.engines():
     print(
         f"rampwrap serves {engine['layers']} layers of {engine['model']} by {', '.join(engine['plans']) or 'no plan'}"
     )
-for selector in plugin.selectors():
-    print(selector.explain())
+for graph_dispatcher in plugin.graph_dispatchers():
+    print(graph_dispatcher.explain())

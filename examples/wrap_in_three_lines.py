@@ -6,11 +6,8 @@ python examples/wrap_in_three_lines.py
 import pathlib
 import tempfile
 
-from rampwrap import Dispatcher, MoEShape, Routing, Workload
-from rampwrap.measure.full import profile
-from rampwrap.plan.make import make_plan
-from rampwrap.routing.workloads import workload_grid
-from rampwrap.testing.sim import SimKernel
+from rampwrap import Dispatcher, MoEShape, Routing, Workload, make_plan, profile, workload_grid
+from rampwrap.testing import SimKernel
 
 
 def main() -> None:

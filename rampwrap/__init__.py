@@ -10,19 +10,24 @@ from rampwrap._version import __version__
 
 if TYPE_CHECKING:
     from rampwrap import observe
+    from rampwrap.compare.evaluate import replay
     from rampwrap.compare.oracle import Oracle
+    from rampwrap.dispatch.graph import GraphDispatcher
     from rampwrap.dispatch.host import Dispatcher
     from rampwrap.errors import RampwrapError
     from rampwrap.kernel.device import Device
     from rampwrap.kernel.grid import CtaGrid
-    from rampwrap.kernel.protocol import Config, Kernel
-    from rampwrap.kernel.shape import MoEShape
+    from rampwrap.kernel.portfolio import Portfolio
+    from rampwrap.kernel.protocol import Config, Kernel, format_config
+    from rampwrap.kernel.shape import SHAPES, MoEShape
+    from rampwrap.measure.full import profile
     from rampwrap.measure.timings import Timings
     from rampwrap.observe.registry import stats
+    from rampwrap.plan.make import make_plan
     from rampwrap.plan.plan import Plan
     from rampwrap.policy.policies import Choice, Pinned, Policy, Static, WaveCost
     from rampwrap.routing.counts import expert_counts
-    from rampwrap.routing.workloads import Routing, Workload
+    from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 _HOME = {
     "Choice": "policy.policies",
@@ -30,35 +35,46 @@ _HOME = {
     "CtaGrid": "kernel.grid",
     "Device": "kernel.device",
     "Dispatcher": "dispatch.host",
+    "GraphDispatcher": "dispatch.graph",
     "Kernel": "kernel.protocol",
     "MoEShape": "kernel.shape",
     "Oracle": "compare.oracle",
     "Pinned": "policy.policies",
     "Plan": "plan.plan",
     "Policy": "policy.policies",
+    "Portfolio": "kernel.portfolio",
     "RampwrapError": "errors",
     "Routing": "routing.workloads",
+    "SHAPES": "kernel.shape",
     "Static": "policy.policies",
     "Timings": "measure.timings",
     "WaveCost": "policy.policies",
     "Workload": "routing.workloads",
     "expert_counts": "routing.counts",
+    "format_config": "kernel.protocol",
+    "make_plan": "plan.make",
+    "profile": "measure.full",
+    "replay": "compare.evaluate",
     "stats": "observe.registry",
+    "workload_grid": "routing.workloads",
 }
 "The module of each public name. A type checker reads the imports above; a test compares both."
 
 __all__ = [
+    "SHAPES",
     "Choice",
     "Config",
     "CtaGrid",
     "Device",
     "Dispatcher",
+    "GraphDispatcher",
     "Kernel",
     "MoEShape",
     "Oracle",
     "Pinned",
     "Plan",
     "Policy",
+    "Portfolio",
     "RampwrapError",
     "Routing",
     "Static",
@@ -67,8 +83,13 @@ __all__ = [
     "Workload",
     "__version__",
     "expert_counts",
+    "format_config",
+    "make_plan",
     "observe",
+    "profile",
+    "replay",
     "stats",
+    "workload_grid",
 ]
 
 

@@ -1,5 +1,6 @@
 """What the README shows and the examples do, run as a reader would."""
 
+import ast
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import rampwrap
 from rampwrap import Plan
 from rampwrap.cli.main import main
 from rampwrap.kernel.protocol import Config
@@ -55,7 +57,7 @@ def test_the_replay_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("wrap_in_three_lines", "predicted"), ("demo", "A/B by tokens: static-uniform -> default")]
+    ("name", "says"), [("wrap_in_three_lines", "predicted"), ("demo", "A/B by tokens: static-uniform -> wave")]
 )
 def test_examples_run(name: str, says: str, tmp_path: pathlib.Path) -> None:
     if torch.cuda.is_available():
@@ -70,3 +72,17 @@ def test_examples_run(name: str, says: str, tmp_path: pathlib.Path) -> None:
         errors = [float(found) for found in re.findall(r"relative error ([\d.]+)", done.stdout)]
         assert len(errors) == 3 and max(errors) < 0.01
         assert (tmp_path / "build/demo/ab.png").exists()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_import_public_names_only(path: pathlib.Path) -> None:
+    """Of rampwrap itself what `__all__` names, and the modules that the API page calls public."""
+    public = {f"rampwrap.{name}" for name in rampwrap.__all__}
+    rooms = re.compile(r"rampwrap\.(adapters\.\w+|engines(\.\w+)?|testing|observe)$")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "rampwrap":
+            assert all(f"rampwrap.{alias.name}" in public for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("rampwrap."):
+            assert rooms.match(str(node.module)), node.module
+        elif isinstance(node, ast.Import):
+            assert all(a.name in {"rampwrap"} or not a.name.startswith("rampwrap.") for a in node.names)

@@ -219,7 +219,7 @@ def _compare(a: argparse.Namespace) -> dict[str, Any]:
     for line in profiling_cli.losses(timings.notes):
         print(f"rampwrap: {line}", file=sys.stderr)
     policies: dict[str, Policy] = {name: Static(configs, table.renumber(place)) for name, table in tables.items()}
-    policies["default"] = Renumbered(
+    policies[plan.model.name] = Renumbered(
         configs, routed, tuple(place[where[index]] for index in range(len(routed.configs)))
     )
     policies[compare.ORACLE] = Oracle(timings)
@@ -372,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command("fit", _fit, "fit a timing table and write the plan a deployment loads")
     tables(p)
     p.add_argument("--train", default="train", help="the split to fit")
-    p.add_argument("--model", default="default", choices=sorted(MODELS))
+    p.add_argument("--model", default="wave", choices=sorted(MODELS))
     p.add_argument("--static", default="uniform", help="the baseline: uniform, averaged, or a tuned JSON file")
     p.add_argument("--choosing-us", type=float, default=0.0, help="cost of choosing, which a gain must exceed")
     p.add_argument("--out", metavar="PLAN.json")
@@ -407,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--train", default="train", help="the split to fit")
     p.add_argument("--eval", default="eval", help="the split to judge")
     p.add_argument("--plot-fit", metavar="FILE", help="draw predicted against measured time (needs matplotlib)")
-    p.add_argument("--model", default="default", choices=sorted(MODELS))
+    p.add_argument("--model", default="wave", choices=sorted(MODELS))
     reporting(p)
 
     kernel_build.add_arguments(command("build-kernels", kernel_build.run, kernel_build.TEXT))

@@ -179,7 +179,7 @@ def replay(
     timings: Timings,
     train: str = "train",
     eval_split: str = "eval",
-    models: Sequence[str] = ("ramp4", "default"),
+    models: Sequence[str] = ("ramp4", "wave"),
     extra: Mapping[str, StaticTable] | None = None,
 ) -> Comparison:
     """Fits on one split of a table, dispatches the other, and judges by the measured times; needs no GPU.

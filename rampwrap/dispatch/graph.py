@@ -1,11 +1,11 @@
-"""`Selector`: a kernel and a plan whose choice is made on the GPU, so that it lives inside a CUDA graph.
+"""`GraphDispatcher`: a kernel and a plan whose choice is made on the GPU, so that it lives inside a CUDA graph.
 
 Called like `kernel.launch` without its config, in eager mode and under capture alike. For each token count it takes
 from the plan the one to four configs that are worth choosing from, the cost of choosing included; one means that
 nothing is added to the graph. Modes:
 
     graph       one launch aligns and selects; all candidates are launched on branches of the graph, and those not
-                chosen find no rows and leave; kernels without ``launch_candidates`` get one config a bucket
+                chosen find no rows and leave; kernels without ``launch_candidates`` get one config a span
     lagged      the host chooses by the histogram of the step before, copied back without waiting; any kernel, but
                 a graph would freeze the choice, so for eager and piecewise execution
 
@@ -23,7 +23,7 @@ import torch
 
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lane import Lane, Layer, Served
-from rampwrap.dispatch.spans import Bucket, Buckets
+from rampwrap.dispatch.spans import Prepared, Spans
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Kernel, format_config
@@ -45,13 +45,13 @@ def chooses_in_graph(kernel: Kernel) -> bool:
     return bool(getattr(kernel, "chooses_in_graph", hasattr(kernel, "launch_candidates")))
 
 
-class Selector:
+class GraphDispatcher:
     """A kernel whose config is chosen on the GPU.
 
     Args:
         kernel: as for `Dispatcher`; a choice inside the graph needs a member ``launch_candidates``.
-        plan: a `Plan` or the path of one, with the model ``default``.
-        max_tokens: the largest batch; memory is `Selector.memory_bytes`.
+        plan: a `Plan` or the path of one, with the model ``wave``.
+        max_tokens: the largest batch; memory is `GraphDispatcher.memory_bytes`.
         mode: one of `MODES`.
         costs: microseconds by number of candidates, as `graph_lists.COSTS`; None takes the shortlists that the plan
             holds, and those costs where it holds none that fit.
@@ -94,7 +94,7 @@ class Selector:
         if routed and mode == "graph":
             for index in range(len(self.plan.configs)):
                 pack(self.plan.model.take((index,)))
-        self._buckets = Buckets(self.plan, policy, chooses, costs, max_candidates, where)
+        self._spans = Spans(self.plan, policy, chooses, costs, max_candidates, where)
         parameters = tuple(inspect.signature(kernel.launch).parameters)[1:]  # the config stands first
         served_mode = mode if routed else "graph"
         self._served = Served(
@@ -102,7 +102,7 @@ class Selector:
             self.plan,
             self._dispatcher,
             self.shape,
-            self._buckets,
+            self._spans,
             served_mode,
             max_tokens,
             where,
@@ -114,13 +114,13 @@ class Selector:
         unwatch(self._dispatcher)  # its launches are counted by layer
         watch(self)
 
-    def bucket(self, num_tokens: int) -> Bucket:
-        """What serves a batch of `num_tokens`: a microsecond, and some milliseconds at the first call for its bucket.
+    def prepared(self, num_tokens: int) -> Prepared:
+        """What serves a batch of `num_tokens`: a microsecond, and some milliseconds at the first call for its span.
 
         Raises:
             CaptureError: it would have to be made under capture.
         """
-        return self._buckets.of(num_tokens)
+        return self._spans.of(num_tokens)
 
     def lane(self) -> Lane:
         """A caller of its own, for another CUDA stream.
@@ -134,7 +134,7 @@ class Selector:
         return made
 
     def layer(self, name: str) -> Layer:
-        """The layer of this name on the main lane: called like the selector, with counters of its own.
+        """The layer of this name on the main lane: called like the graph dispatcher, with counters of its own.
 
         The same name gives the same layer. Layers share scratch memory, so they must run one after the other; those
         of another stream come from `Lane.layer`. Make them before capturing.
@@ -161,11 +161,11 @@ class Selector:
         return sum(lane.memory_bytes for lane in self._lanes)
 
     def telemetry(self) -> list[Telemetry]:
-        """What each layer chose at each bucket of token counts, replays included. Waits for the GPU."""
+        """What each layer chose at each span of token counts, replays included. Waits for the GPU."""
         return [row for lane in self._lanes for row in lane.telemetry()]
 
     def counts(self) -> dict[int, dict[int, int]]:
-        """How often each config of the plan was chosen on the GPU, by the token count of the bucket, over all layers.
+        """How often each config of the plan was chosen on the GPU, by the token count of the span, over all layers.
 
         Waits for the GPU; replays are counted.
         """
@@ -178,15 +178,15 @@ class Selector:
         return dict(sorted(found.items()))
 
     def explain(self) -> str:
-        """For people: what each prepared bucket chooses from, why, and what ran so far. Waits for the GPU."""
+        """For people: what each prepared span chooses from, why, and what ran so far. Waits for the GPU."""
         lines = [f"{self.kernel.name} ({self.shape}), mode {self.mode}"]
-        # By position, not by token count: spans of the plan may share a bucket and differ in their candidates.
+        # By position, not by token count: spans of the plan may share a span and differ in their candidates.
         counted: dict[int, Counter[int]] = {}
         for lane in self._lanes:
             for position, counts in lane.counts().items():
                 counted.setdefault(position, Counter()).update(counts)
-        for bucket in self._buckets:
-            its, ran = bucket.shortlist, counted.get(bucket.position, Counter[int]())
+        for span in self._spans:
+            its, ran = span.shortlist, counted.get(span.position, Counter[int]())
             lines.append(f"  from {its.first} tokens, {its.mode}: {its.why}")
             total = sum(ran.values())
             # What the host chose, in mode lagged, need not be a candidate of a graph.

@@ -1,4 +1,4 @@
-"""`Lagged`: histograms of earlier steps for mode ``lagged`` of a `Selector`."""
+"""`Lagged`: histograms of earlier steps for mode ``lagged`` of a `GraphDispatcher`."""
 
 from typing import Any
 

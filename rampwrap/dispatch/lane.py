@@ -1,4 +1,4 @@
-"""`Lane` and `Layer`: the callers of a `Selector`. A lane owns memory, a layer owns the record of its choices."""
+"""`Lane` and `Layer`: the callers of a `GraphDispatcher`. A lane owns memory, a layer owns the record of its choices."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import torch
 
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lagged import Lagged
-from rampwrap.dispatch.spans import Bucket, Buckets, capturing
+from rampwrap.dispatch.spans import Prepared, Spans, capturing
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
@@ -29,11 +29,11 @@ Kinds = frozenset[tuple[str, torch.dtype, bool]]
 
 @attrs.frozen(eq=False)
 class Served:
-    """What all lanes of a selector share.
+    """What all lanes of a graph dispatcher share.
 
     Attributes:
-        kernel, plan, dispatcher, shape: as of the selector.
-        buckets: what serves each token count.
+        kernel, plan, dispatcher, shape: as of the graph dispatcher.
+        spans: what serves each token count.
         mode: as asked for; ``lagged`` only where the plan may choose.
         max_tokens: the largest batch.
         device: where tensors are.
@@ -46,7 +46,7 @@ class Served:
     plan: Plan
     dispatcher: Dispatcher
     shape: MoEShape
-    buckets: Buckets
+    spans: Spans
     mode: str
     max_tokens: int
     device: torch.device
@@ -56,7 +56,7 @@ class Served:
 
 
 class Lane:
-    """Launches of a `Selector` that run one after the other, and the scratch memory they share."""
+    """Launches of a `GraphDispatcher` that run one after the other, and the scratch memory they share."""
 
     def __init__(self, served: Served) -> None:
         self._served = served
@@ -85,11 +85,11 @@ class Lane:
         return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Selector.__call__`."""
+        """As `GraphDispatcher.__call__`."""
         return self.layer("")(*args, **kwargs)
 
     def telemetry(self) -> list[Telemetry]:
-        """What each layer chose, by bucket. Waits for the GPU."""
+        """What each layer chose, by span. Waits for the GPU."""
         return [row for layer in tuple(self._layers.values()) for row in layer.telemetry()]
 
     def counts(self) -> dict[int, Counter[int]]:
@@ -108,9 +108,9 @@ class Lane:
             )
         return self._workspace
 
-    def _selected(self, num_tokens: int, bucket: Bucket) -> Any:
+    def _selected(self, num_tokens: int, span: Prepared) -> Any:
         """The lane's memory laid out for a batch; views only, so any number of layouts may be made."""
-        key = (bucket.position, num_tokens)
+        key = (span.position, num_tokens)
         found = self._layouts.get(key)
         if found is None:
             from rampwrap.kernels.triton.select.host import selected_in, selection_ints
@@ -125,7 +125,7 @@ class Lane:
                 self._memory = torch.empty(ints, dtype=torch.int32, device=served.device)
             if len(self._layouts) >= KEPT_LAYOUTS:
                 self._layouts.clear()
-            block_ms = bucket.candidates.packed.block_ms
+            block_ms = span.candidates.packed.block_ms
             found = selected_in(self._memory, num_tokens, shape.top_k, shape.num_local_experts, block_ms)
             self._layouts[key] = found
         return found
@@ -142,19 +142,19 @@ class Lane:
 
 
 class Layer:
-    """One layer of a model: called like its `Selector`, with a tally of its own; made by `Selector.layer`."""
+    """One layer of a model: called like its `GraphDispatcher`, with a tally of its own; made by `GraphDispatcher.layer`."""
 
     def __init__(self, lane: Lane, name: str) -> None:
         self.name = name
         self._lane, self._served = lane, lane._served
-        buckets = self._served.buckets
+        spans = self._served.spans
         self._on_host: dict[int, dict[int, int]] = {}
         self._lagged: dict[int, Lagged] = {}
         self._sums: dict[int, Sums] = {}
-        # All buckets at once: a tally that was made under capture would belong to the graph.
+        # All spans at once: a tally that was made under capture would belong to the graph.
         self._tallies: torch.Tensor | None = None
         if self._served.mode != "lagged":
-            self._tallies = torch.zeros(len(buckets), TALLY, dtype=torch.float64, device=self._served.device)
+            self._tallies = torch.zeros(len(spans), TALLY, dtype=torch.float64, device=self._served.device)
             self._tally = list(self._tallies.unbind())
 
     @property
@@ -171,15 +171,15 @@ class Layer:
         num_tokens = len(topk_ids)
         if num_tokens > served.max_tokens:
             raise InputError(
-                f"{num_tokens} tokens are more than max_tokens={served.max_tokens}; make the Selector for a larger batch."
+                f"{num_tokens} tokens are more than max_tokens={served.max_tokens}; make the GraphDispatcher for a larger batch."
             )
-        bucket = served.buckets.of(num_tokens)
+        span = served.spans.of(num_tokens)
         if served.mode == "lagged":
-            return self._launch_lagged(bucket, kwargs)
+            return self._launch_lagged(span, kwargs)
         under, kinds = capturing(), _kinds(kwargs)
         if under:
             self._check_warm(num_tokens, kinds)
-        out = self._launch(bucket, num_tokens, kwargs)
+        out = self._launch(span, num_tokens, kwargs)
         if not under:  # after it has returned: what failed is not warm
             warmed = served.warmed.get(kinds)
             if warmed is None:
@@ -187,44 +187,44 @@ class Layer:
             warmed[num_tokens] = 1
         return out
 
-    def _launch(self, bucket: Bucket, num_tokens: int, given: Mapping[str, Any]) -> Any:
-        """Mode graph: one config, or the candidates of a bucket behind the kernel that selects."""
+    def _launch(self, span: Prepared, num_tokens: int, given: Mapping[str, Any]) -> Any:
+        """Mode graph: one config, or the candidates of a span behind the kernel that selects."""
         served, lane, kwargs, topk_ids = self._served, self._lane, dict(given), given["topk_ids"]
         if hasattr(served.kernel, "workspace") and "workspace" in served.parameters and kwargs.get("workspace") is None:
             kwargs["workspace"] = lane._scratch()
-        if bucket.candidates is None or num_tokens == 0:
-            self._count(bucket.position, bucket.shortlist.candidates[0])
-            return served.kernel.launch(bucket.configs[0], **kwargs)
+        if span.candidates is None or num_tokens == 0:
+            self._count(span.position, span.shortlist.candidates[0])
+            return served.kernel.launch(span.configs[0], **kwargs)
         from rampwrap.kernels.triton.select.host import align_and_select
 
         selected = align_and_select(
             topk_ids,
-            bucket.candidates,
-            bucket.shortlist.fallback,
+            span.candidates,
+            span.shortlist.fallback,
             served.shape.num_local_experts,
             expert_map=kwargs.get("expert_map"),
-            selected=lane._selected(num_tokens, bucket),
-            tally=self._tally[bucket.position],
+            selected=lane._selected(num_tokens, span),
+            tally=self._tally[span.position],
         )
         if served.device.type == "cuda" and served.branches:  # a CPU runs one after the other
-            kwargs["streams"] = lane._branches(len(bucket.configs) - 1)
+            kwargs["streams"] = lane._branches(len(span.configs) - 1)
         launch = getattr(served.kernel, "launch_candidates")  # noqa: B009  (an optional member)
-        return launch(bucket.configs, selected.blocks, selected.choice, **kwargs)
+        return launch(span.configs, selected.blocks, selected.choice, **kwargs)
 
     def telemetry(self) -> list[Telemetry]:
-        """What was chosen, by bucket. Waits for the GPU."""
+        """What was chosen, by span. Waits for the GPU."""
         served = self._served
         rows: dict[tuple[int, str], Telemetry] = {}
         tallies = [] if self._tallies is None else self._tallies.tolist()
-        for bucket in served.buckets:
-            its, host = bucket.shortlist, dict(self._on_host.get(bucket.position, {}))
+        for span in served.spans:
+            its, host = span.shortlist, dict(self._on_host.get(span.position, {}))
             found = []
-            if bucket.candidates is not None and sum(tallies[bucket.position][:MAX_IN_GRAPH]):
-                tally = tallies[bucket.position]
+            if span.candidates is not None and sum(tallies[span.position][:MAX_IN_GRAPH]):
+                tally = tallies[span.position]
                 found.append(Telemetry.of_tally(self.name, its.num_tokens, its.mode, its.candidates, tally))
             if host:
                 mode = "lagged" if served.mode == "lagged" else SINGLE
-                sums = self._sums.get(bucket.position, Sums()).numbers()
+                sums = self._sums.get(span.position, Sums()).numbers()
                 found.append(Telemetry(self.name, its.num_tokens, mode, host, sum(host.values()), **sums))
             for row in found:
                 key = (row.num_tokens, row.mode)
@@ -232,9 +232,9 @@ class Layer:
         return list(rows.values())
 
     def counts(self) -> dict[int, dict[int, int]]:
-        """By position of the bucket, how often each config of the plan was chosen. Waits for the GPU.
+        """By position of the span, how often each config of the plan was chosen. Waits for the GPU.
 
-        Buckets with one config are left out: of their launches only those that the host made are known.
+        Spans with one config are left out: of their launches only those that the host made are known.
         """
         if self._tallies is None:
             return {position: dict(counts) for position, counts in tuple(self._on_host.items())}
@@ -243,7 +243,7 @@ class Layer:
             its.position: {
                 index: int(n) for index, n in zip(its.shortlist.candidates, tallies[its.position], strict=False)
             }
-            for its in self._served.buckets
+            for its in self._served.spans
             if its.candidates is not None
         }
 
@@ -259,28 +259,28 @@ class Layer:
             starts = f" and the same alignment ({', '.join(odd)} not at a multiple of 16 bytes)" if odd else ""
             raise CaptureError(
                 f"the kernels for {num_tokens} tokens were not compiled before this capture; run one eager step with "
-                f"tensors of the same types{starts}, or Selector.warm, first."
+                f"tensors of the same types{starts}, or GraphDispatcher.warm, first."
             )
 
-    def _launch_lagged(self, bucket: Bucket, kwargs: dict[str, Any]) -> Any:
+    def _launch_lagged(self, span: Prepared, kwargs: dict[str, Any]) -> Any:
         served, topk_ids = self._served, kwargs["topk_ids"]
         if capturing():
             raise CaptureError(
                 "a graph would freeze the choice of mode 'lagged'; capture the parts around the layer, or use mode 'graph'."
             )
-        # By octave: a histogram of prefill says nothing of decode, and buckets may span both.
+        # By octave: a histogram of prefill says nothing of decode, and spans may span both.
         state = self._lagged.setdefault(len(topk_ids).bit_length(), Lagged(served.shape.num_local_experts))
         policy, dispatcher = served.dispatcher.policy, served.dispatcher
         counts = state.latest()
         if counts is not None:
-            sums = self._sums.get(bucket.position)
+            sums = self._sums.get(span.position)
             if sums is None:
-                sums = self._sums[bucket.position] = Sums(*served.plan.model.profiled)
+                sums = self._sums[span.position] = Sums(*served.plan.model.profiled)
             sums.add(counts)
         static: StaticTable = policy.static  # type: ignore[attr-defined]  # of WaveCost, beyond the plan's reach too
         index = static.index(len(topk_ids)) if counts is None else policy.index(counts, len(topk_ids))
         dispatcher.launch_counts[index] += 1
-        self._count(bucket.position, index)
+        self._count(span.position, index)
         out = served.kernel.launch(dispatcher._configs[index], **kwargs)
         state.read(topk_ids, kwargs.get("expert_map"))
         return out

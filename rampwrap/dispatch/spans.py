@@ -1,4 +1,4 @@
-"""`Buckets`: what serves each token count inside a CUDA graph, looked up in a microsecond and made once.
+"""`Spans`: what serves each token count inside a CUDA graph, looked up in a microsecond and made once.
 
 Token counts that share the plan's bucket and static config share one shortlist and its tables, so that memory is
 bounded by the plan, however many batch sizes an engine runs.
@@ -22,7 +22,7 @@ from rampwrap.policy.static import StaticTable
 
 
 @attrs.frozen(eq=False)
-class Bucket:
+class Prepared:
     """What serves some token counts: the shortlist, and the tables on the GPU."""
 
     position: int
@@ -32,13 +32,13 @@ class Bucket:
     "`kernels.triton.select.Candidates`; None where there is nothing to choose."
 
 
-class Buckets:
-    """All buckets of a plan for one kernel.
+class Spans:
+    """All spans of a plan for one kernel.
 
     Args:
         plan: whose model and shortlists serve.
         policy: of the host; anything but `WaveCost` serves static configs alone.
-        chooses: whether the GPU may choose; one config serves each bucket elsewhere.
+        chooses: whether the GPU may choose; one config serves each span elsewhere.
         costs: microseconds by number of candidates; None takes the plan's own shortlists where it has them, and
             `graph_lists.COSTS` elsewhere.
         max_candidates: at most four.
@@ -63,22 +63,22 @@ class Buckets:
         if routed and stored and (chooses or all(len(its.candidates) == 1 for its in lists)):
             self._lists = lists
         else:
-            # A kernel that cannot choose has one config a bucket too: the best over skews, not the uniform-tuned one.
+            # A kernel that cannot choose has one config a span too: the best over skews, not the uniform-tuned one.
             self._lists = token_spans(plan.shape, _table(policy, plan), plan.buckets if routed else ())
         if isinstance(policy, WaveCost) and policy.reach is not None:
             self._lists = _within(self._lists, policy.reach, policy.static)
         self._firsts = [its.first for its in self._lists]
-        self._made: list[Bucket | None] = [None] * len(self._lists)
+        self._made: list[Prepared | None] = [None] * len(self._lists)
 
     def __len__(self) -> int:
         return len(self._made)
 
-    def __iter__(self) -> Iterator[Bucket]:
+    def __iter__(self) -> Iterator[Prepared]:
         """Those that were made, by token count."""
-        return (bucket for bucket in self._made if bucket is not None)
+        return (span for span in self._made if span is not None)
 
-    def of(self, num_tokens: int) -> Bucket:
-        """What serves a batch of `num_tokens`, made at the first call for its bucket.
+    def of(self, num_tokens: int) -> Prepared:
+        """What serves a batch of `num_tokens`, made at the first call for its span.
 
         Raises:
             CaptureError: it would have to be made under capture.
@@ -94,17 +94,17 @@ class Buckets:
             found = self._made[position] = self._make(position)
         return found
 
-    def _make(self, position: int) -> Bucket:
+    def _make(self, position: int) -> Prepared:
         its, plan = self._lists[position], self._plan
         if isinstance(its, Span):
             its = in_graph(plan.model, plan.shape, its, self._costs, self._max_candidates)
         configs = tuple(self._policy.configs[index] for index in its.candidates)
         if len(configs) == 1:
-            return Bucket(position, its, configs, None)
+            return Prepared(position, its, configs, None)
         from rampwrap.kernels.triton.select.host import Candidates
 
         packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))
-        return Bucket(position, its, configs, Candidates.on(packed, self._device))
+        return Prepared(position, its, configs, Candidates.on(packed, self._device))
 
 
 def _within(lists: "tuple[Shortlist | Span, ...]", reach: Reach, static: StaticTable) -> "tuple[Shortlist | Span, ...]":

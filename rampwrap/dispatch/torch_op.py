@@ -1,6 +1,6 @@
-"""The layer of a `Selector` as one opaque operator, so that `torch.compile` sees it and compiles around it.
+"""The layer of a `GraphDispatcher` as one opaque operator, so that `torch.compile` sees it and compiles around it.
 
-moe = compiled(selector)
+moe = compiled(graph_dispatcher)
 layer = torch.compile(lambda x, w, ids: moe(x, w13, w2, w, ids), fullgraph=True)
 """
 
@@ -29,11 +29,11 @@ def moe(
     w2_scale: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[T, H] of a registered `Selector`, `Lane` or anything that is called like one."""
+    """[T, H] of a registered `GraphDispatcher`, `Lane` or anything that is called like one."""
     found = _callers.get(caller)
     if found is None:
         raise InputError(
-            f"operator rampwrap::moe knows no selector {caller}; keep the Selector alive while it is used."
+            f"operator rampwrap::moe knows no graph dispatcher {caller}; keep the GraphDispatcher alive while it is used."
         )
     optional = {"w13_scale": w13_scale, "w2_scale": w2_scale, "expert_map": expert_map}
     given = {name: value for name, value in optional.items() if value is not None}
@@ -62,8 +62,8 @@ def compiled(caller: Any) -> Callable[..., torch.Tensor]:
     """A function for use inside `torch.compile`, with the arguments of `moe` after the first.
 
     Args:
-        caller: a `Selector`, a `Layer` of one, a `Lane` or a `Dispatcher`. Under ``mode="reduce-overhead"`` or any capture it must not
-            wait for the host: a `Selector` in one of its graph modes, after `Selector.warm` for each token count,
+        caller: a `GraphDispatcher`, a `Layer` of one, a `Lane` or a `Dispatcher`. Under ``mode="reduce-overhead"`` or any capture it must not
+            wait for the host: a `GraphDispatcher` in one of its graph modes, after `GraphDispatcher.warm` for each token count,
             since memory that it made during the first compiled call would belong to that call's graph. It is not
             kept alive by the function.
     """

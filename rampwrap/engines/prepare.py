@@ -1,4 +1,4 @@
-"""Compiles what a selector launches before an engine needs it, in parallel, and only where it was not yet done.
+"""Compiles what a graph dispatcher launches before an engine needs it, in parallel, and only where it was not yet done.
 
 In the engine's own process the kernels of a plan take a minute or two one by one; sixteen processes take seconds, and
 Triton's disk cache keeps them for every later start on the machine. CuTe kernels come compiled in their library; those
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rampwrap._version import __version__
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.errors import RampwrapError
 from rampwrap.files import locked, make_folder, replacing
 from rampwrap.kernel.catalog import make_kernel
@@ -34,14 +34,14 @@ MAX_TOKENS = 16384
 "Tokens of a step that engines allow by default on large GPUs."
 
 
-def ensure_compiled(selector: Selector, path: str) -> bool:
-    """Compiles in processes of their own what `selector` will launch, unless Triton's cache has it from before.
+def ensure_compiled(graph_dispatcher: GraphDispatcher, path: str) -> bool:
+    """Compiles in processes of their own what `graph_dispatcher` will launch, unless Triton's cache has it from before.
 
     The processes need up to half a gigabyte of the GPU each and are gone when this returns. A failure costs time only:
     the engine then compiles as it goes.
 
     Args:
-        selector: of a plan for our Triton or CuTe kernels, or both; others have their own way and are left alone.
+        graph_dispatcher: of a plan for our Triton or CuTe kernels, or both; others have their own way and are left alone.
         path: the plan's file, which the processes read.
 
     Returns:
@@ -51,26 +51,26 @@ def ensure_compiled(selector: Selector, path: str) -> bool:
         return False
     compiled = False
     try:
-        # Not only what its buckets launch: in mode lagged the host may choose any.
-        for kernel, configs in by_member(selector.kernel, selector.plan.configs):
+        # Not only what its spans launch: in mode lagged the host may choose any.
+        for kernel, configs in by_member(graph_dispatcher.kernel, graph_dispatcher.plan.configs):
             if kernel.name == "cute_moe":
-                compiled |= _ensure_cute(kernel, configs, selector.max_tokens, path)
+                compiled |= _ensure_cute(kernel, configs, graph_dispatcher.max_tokens, path)
             elif kernel.name == "triton_fused_moe":
-                compiled |= _ensure(selector, _mark(selector, path), path)
+                compiled |= _ensure(graph_dispatcher, _mark(graph_dispatcher, path), path)
     except (OSError, RampwrapError) as error:  # a cache that cannot be written, say
         logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", error)
     return compiled
 
 
-def _ensure(selector: Selector, mark: pathlib.Path, path: str) -> bool:
+def _ensure(graph_dispatcher: GraphDispatcher, mark: pathlib.Path, path: str) -> bool:
     # One process of a machine at a time; ranks that come second find the work done.
     with locked(mark, wait_s=-1):
-        # The mark holds the largest batch compiled for; larger ones may take buckets that are not.
-        if mark.exists() and int(mark.read_text(encoding="utf-8") or 0) >= selector.max_tokens:
+        # The mark holds the largest batch compiled for; larger ones may take spans that are not.
+        if mark.exists() and int(mark.read_text(encoding="utf-8") or 0) >= graph_dispatcher.max_tokens:
             return False
-        if _run(path, selector.max_tokens):
+        if _run(path, graph_dispatcher.max_tokens):
             with replacing(mark) as stream:
-                stream.write(str(selector.max_tokens).encode())
+                stream.write(str(graph_dispatcher.max_tokens).encode())
     return True
 
 
@@ -110,57 +110,57 @@ def compile_for(kernel: Kernel, path: str, max_tokens: int = MAX_TOKENS) -> bool
     """`ensure_compiled` for a plan's file, for batches as large as engines run them."""
     if not torch.cuda.is_available():
         return False
-    return ensure_compiled(Selector(kernel, path, max_tokens=max_tokens), path)
+    return ensure_compiled(GraphDispatcher(kernel, path, max_tokens=max_tokens), path)
 
 
-def compile_plan(selector: Selector) -> list[str]:
-    """Compiles what the buckets of a selector launch up to its `max_tokens`; the errors, as sentences.
+def compile_plan(graph_dispatcher: GraphDispatcher) -> list[str]:
+    """Compiles what the spans of a graph dispatcher launch up to its `max_tokens`; the errors, as sentences.
 
     Of a portfolio all configs of the plan: in mode lagged the host may choose any, and in graphs it never chooses.
     """
     reasons: list[str | None] = []
-    for kernel, configs in by_member(selector.kernel, selector.plan.configs):
+    for kernel, configs in by_member(graph_dispatcher.kernel, graph_dispatcher.plan.configs):
         if kernel.name == "cute_moe":
             its: Any = kernel
             reasons += its.precompile(configs)
         elif kernel.name == "triton_fused_moe":
-            reasons += _compile_triton(selector, configs if kernel is not selector.kernel else None)
+            reasons += _compile_triton(graph_dispatcher, configs if kernel is not graph_dispatcher.kernel else None)
     return [reason for reason in reasons if reason]
 
 
-def _compile_triton(selector: Selector, configs: list[Config] | None) -> list[str | None]:
-    """Compiles our Triton kernel in these configs, launched alone; None: as the buckets launch it."""
+def _compile_triton(graph_dispatcher: GraphDispatcher, configs: list[Config] | None) -> list[str | None]:
+    """Compiles our Triton kernel in these configs, launched alone; None: as the spans launch it."""
     from rampwrap.kernels.triton.moe.warm import warm
 
-    single, several = launched(selector) if configs is None else (configs, [])
-    shape: MoEShape = selector.shape
+    single, several = launched(graph_dispatcher) if configs is None else (configs, [])
+    shape: MoEShape = graph_dispatcher.shape
     reasons = warm(shape, single) if single else []
     return reasons + (warm(shape, several, persistent=True) if several else [])
 
 
-def launched(selector: Selector) -> tuple[list[Config], list[Config]]:
-    """What the buckets up to `max_tokens` launch: configs alone, and configs among candidates."""
+def launched(graph_dispatcher: GraphDispatcher) -> tuple[list[Config], list[Config]]:
+    """What the spans up to `max_tokens` launch: configs alone, and configs among candidates."""
     single: list[Config] = []
     several: list[Config] = []
-    for tokens in _firsts(selector):
-        bucket = selector.bucket(tokens)
-        if len(bucket.configs) == 1:
-            single.append(bucket.configs[0])
+    for tokens in _firsts(graph_dispatcher):
+        span = graph_dispatcher.prepared(tokens)
+        if len(span.configs) == 1:
+            single.append(span.configs[0])
         else:
-            several += bucket.configs
+            several += span.configs
     return _once(single), _once(several)
 
 
-def _firsts(selector: Selector) -> list[int]:
-    """A token count of each bucket."""
+def _firsts(graph_dispatcher: GraphDispatcher) -> list[int]:
+    """A token count of each span."""
     tokens, found = 1, []
-    while tokens <= selector.max_tokens:
-        position = selector.bucket(tokens).position
+    while tokens <= graph_dispatcher.max_tokens:
+        position = graph_dispatcher.prepared(tokens).position
         found.append(tokens)
-        low, high = tokens, selector.max_tokens + 1
+        low, high = tokens, graph_dispatcher.max_tokens + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if selector.bucket(middle).position == position else (low, middle)
+            low, high = (middle, high) if graph_dispatcher.prepared(middle).position == position else (low, middle)
         tokens = high
     return found
 
@@ -173,7 +173,7 @@ def _once(items: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _mark(selector: Selector, path: str) -> pathlib.Path:
+def _mark(graph_dispatcher: GraphDispatcher, path: str) -> pathlib.Path:
     """Stands for these kernels in Triton's cache: named by all that decides what is compiled."""
     import triton
 
@@ -191,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     """Compiles one plan."""
     plan = Plan.load(argv[0])
     kernel = make_kernel(plan.kernel, plan.shape)
-    reasons = compile_plan(Selector(kernel, plan, max_tokens=int(argv[1])))
+    reasons = compile_plan(GraphDispatcher(kernel, plan, max_tokens=int(argv[1])))
     for reason in reasons:
         print(reason, file=sys.stderr)
     return 1 if reasons else 0

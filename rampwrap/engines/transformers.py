@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
@@ -83,7 +83,7 @@ class Service:
 
     Attributes:
         shape: the layer's, from its weights.
-        selector: chooses on the device; None where no plan fits.
+        graph_dispatcher: chooses on the device; None where no plan fits.
         dispatcher: serves the kernel's defaults where no plan fits, the plan's static configs where a batch is large.
     """
 
@@ -95,7 +95,7 @@ class Service:
         self.shape = MoEShape(experts, top_k, hidden, rows // 2)
         self.kernel = TritonFusedMoE(self.shape)
         self.dispatcher = Dispatcher(self.kernel, None, shape=self.shape)
-        self.selector: Selector | None = None
+        self.graph_dispatcher: GraphDispatcher | None = None
         self._layers: dict[int, Layer] = {}
         self._warmed: set[int] = set()
         self._ready: set[int] = set()
@@ -115,9 +115,9 @@ class Service:
         plan = fit.plan
         routed = plan.policy(kernel=self.kernel)
         self.dispatcher = Dispatcher(self.kernel, Static(routed.configs, routed.static), shape=self.shape)
-        self.selector = apart(
+        self.graph_dispatcher = apart(
             self._where,
-            lambda: Selector(
+            lambda: GraphDispatcher(
                 self.kernel, plan, max_tokens=serving.max_tokens, device=device, strict=True, where=self._where
             ),
         )
@@ -125,7 +125,7 @@ class Service:
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
         """[T, H] of the layer whose arguments, as of `TritonFusedMoE.launch`, are given."""
         num_tokens = len(inputs["topk_ids"])
-        if self.selector is None or num_tokens > self._serving.max_tokens:
+        if self.graph_dispatcher is None or num_tokens > self._serving.max_tokens:
             out: torch.Tensor = self.dispatcher(**inputs)
             return out
         layer = self.layer(inputs["w13"])
@@ -136,24 +136,24 @@ class Service:
 
     def layer(self, w13: torch.Tensor) -> Layer:
         """The record of a layer, found by the address of its weights."""
-        assert self.selector is not None
-        selector, address = self.selector, w13.data_ptr()
+        assert self.graph_dispatcher is not None
+        graph_dispatcher, address = self.graph_dispatcher, w13.data_ptr()
         found = self._layers.get(address)
         if found is None:
             few = len(self._layers) < MAX_LAYERS
             name = self._serving.names.get(address, f"experts.{len(self._layers)}") if few else "others"
-            found = apart(self._where, lambda: selector.layer(name))
+            found = apart(self._where, lambda: graph_dispatcher.layer(name))
             if few:
                 self._layers[address] = found
         return found
 
     def _prepare(self, num_tokens: int, inputs: dict[str, torch.Tensor]) -> None:
         """Makes what launches of this size need to find: tables, scratch memory and compiled kernels."""
-        assert self.selector is not None
-        bucket = self.selector.bucket(num_tokens)
-        if bucket.position not in self._warmed and self._where.type == "cuda":
-            self.selector(**inputs)
-        self._warmed.add(bucket.position)
+        assert self.graph_dispatcher is not None
+        span = self.graph_dispatcher.prepared(num_tokens)
+        if span.position not in self._warmed and self._where.type == "cuda":
+            self.graph_dispatcher(**inputs)
+        self._warmed.add(span.position)
         self._ready.add(num_tokens)
 
 

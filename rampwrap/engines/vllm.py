@@ -30,7 +30,7 @@ import attrs
 import torch
 
 from rampwrap.checkpoint.model import Ranks, read_layers
-from rampwrap.dispatch.graph import Selector, chooses_in_graph
+from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
 from rampwrap.engines.prepare import ensure_compiled
@@ -117,7 +117,7 @@ def install(module: Any) -> bool:
 
 
 class _Engine:
-    """What the layers of one engine (one `VllmConfig`) share: its plans, as they were at its start, and selectors."""
+    """What the layers of one engine (one `VllmConfig`) share: its plans, as they were at its start, and graph dispatchers."""
 
     def __init__(self, config: Any) -> None:
         self.plans = Plans.read()
@@ -126,7 +126,7 @@ class _Engine:
         self.eager = getattr(mode, "name", "") == "NONE"
         parallel = getattr(config, "parallel_config", None)
         self.ubatches = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
-        self.selectors: dict[str, Selector] = {}
+        self.graph_dispatchers: dict[str, GraphDispatcher] = {}
         self._fits: dict[tuple[MoEShape, Device], Fit | None] = {}
         self.layers = 0
         self.seconds = 0.0
@@ -142,15 +142,15 @@ class _Engine:
             self._fits[key] = self.plans.find(shape, device, preference(shape))
         return self._fits[key]
 
-    def selector(self, fit: Fit, shape: MoEShape, device: Device, most_tokens: int) -> Selector:
-        """The selector of a plan, made for the first layer that has it."""
-        found = self.selectors.get(fit.path)
+    def graph_dispatcher(self, fit: Fit, shape: MoEShape, device: Device, most_tokens: int) -> GraphDispatcher:
+        """The graph dispatcher of a plan, made for the first layer that has it."""
+        found = self.graph_dispatchers.get(fit.path)
         if found is None or found.max_tokens < most_tokens:
             mode = "graph" if chooses_in_graph(fit.kernel) or not self.eager else "lagged"
-            found = Selector(
+            found = GraphDispatcher(
                 fit.kernel, fit.plan, max_tokens=most_tokens, mode=mode, shape=shape, device=device, strict=True
             )
-            self.selectors[fit.path] = found
+            self.graph_dispatchers[fit.path] = found
             ensure_compiled(found, fit.path)
             start_log()
             logger.info("rampwrap chooses configs of %s for layers of %s by %s.", fit.kernel.name, shape, fit.path)
@@ -278,11 +278,11 @@ def _attach(kernel: Any) -> None:
         _warn(refusal.reason, "rampwrap leaves a layer with a plan to vLLM: %s.", refusal.reason, level=refusal.level)
         return
     tokens = config.max_num_tokens * max(1, config.dp_size)
-    selector = engine.selector(fit, shape, device, tokens)
+    graph_dispatcher = engine.graph_dispatcher(fit, shape, device, tokens)
     if shape.dtype == "fp8":
         kind: Any = type(experts)
         experts.__class__ = _deferring(kind)
-    impl._fused_experts = Experts(impl, selector, engine)
+    impl._fused_experts = Experts(impl, graph_dispatcher, engine)
     engine.layers += 1
     engine.seconds += time.perf_counter() - start
 
@@ -310,14 +310,14 @@ def _deferring(experts: Any) -> type:
 class Experts:
     """In place of the bound method `_fused_experts` of one layer's kernel: same arguments by name, same result."""
 
-    def __init__(self, impl: Any, selector: Selector, engine: _Engine) -> None:
-        self._impl, self._engine, self.selector = impl, engine, selector
+    def __init__(self, impl: Any, graph_dispatcher: GraphDispatcher, engine: _Engine) -> None:
+        self._impl, self._engine, self.graph_dispatcher = impl, engine, graph_dispatcher
         self._own = impl._fused_experts
         self._scales: dict[str, torch.Tensor] = {}
-        if selector.shape.dtype == "fp8":
+        if graph_dispatcher.shape.dtype == "fp8":
             quant = impl.fused_experts.quant_config
             self._scales = {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
-        parameters = inspect.signature(selector.kernel.launch).parameters
+        parameters = inspect.signature(graph_dispatcher.kernel.launch).parameters
         self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
         self._layer: Layer | None = None
         self._given_up = False
@@ -328,7 +328,7 @@ class Experts:
             return self._own(**call)
         try:
             if self._layer is None:
-                self._layer = self.selector.layer(self._name())
+                self._layer = self.graph_dispatcher.layer(self._name())
             return self._layer(**self._arguments(call))
         except CaptureError as error:
             _warn("capture", "rampwrap leaves a captured step to vLLM: %s", error)
@@ -338,10 +338,10 @@ class Experts:
         return self._own(**call)
 
     def _runnable(self, call: Mapping[str, Any]) -> bool:
-        shape, hidden, ids = self.selector.shape, call["a1q"], call["topk_ids"]
+        shape, hidden, ids = self.graph_dispatcher.shape, call["a1q"], call["topk_ids"]
         tokens = ids.shape[0]
         return (
-            0 < tokens <= self.selector.max_tokens
+            0 < tokens <= self.graph_dispatcher.max_tokens
             and hidden.dim() == 2
             and hidden.dtype == call["in_dtype"]
             and hidden.is_contiguous()
@@ -378,17 +378,17 @@ class Experts:
         return out
 
     def _memory(self, num_tokens: int) -> Any:
-        """A workspace in the memory that vLLM keeps for its own experts; None lets the selector allocate one."""
+        """A workspace in the memory that vLLM keeps for its own experts; None lets the graph dispatcher allocate one."""
         manager = importlib.import_module("vllm.v1.worker.workspace")
         if not manager.is_workspace_manager_initialized():
             return None
         from rampwrap.kernels.triton.moe.workspace import Workspace
 
-        names, specs = _layout(self.selector.shape, num_tokens)
+        names, specs = _layout(self.graph_dispatcher.shape, num_tokens)
         tensors = manager.current_workspace_manager().get_simultaneous(*specs)
         if capturing():
             self._engine.kept.setdefault(tensors[0].data_ptr(), tensors[0])
-        slots = num_tokens * self.selector.shape.top_k
+        slots = num_tokens * self.graph_dispatcher.shape.top_k
         return Workspace(slots, **dict(zip(names, tensors, strict=True)))
 
     def _name(self) -> str:
@@ -422,14 +422,14 @@ def engines() -> list[dict[str, Any]]:
         {
             "model": its.model,
             "layers": its.layers,
-            "plans": sorted(its.selectors),
-            "kernels": sorted({selector.kernel.name for selector in its.selectors.values()}),
+            "plans": sorted(its.graph_dispatchers),
+            "kernels": sorted({graph_dispatcher.kernel.name for graph_dispatcher in its.graph_dispatchers.values()}),
             "seconds": its.seconds,
         }
         for _, its in _engines.values()
     ]
 
 
-def selectors() -> list[Selector]:
-    """Those of all engines in this process, for `Selector.explain` and `Selector.telemetry`."""
-    return [selector for _, its in _engines.values() for selector in its.selectors.values()]
+def graph_dispatchers() -> list[GraphDispatcher]:
+    """Those of all engines in this process, for `GraphDispatcher.explain` and `GraphDispatcher.telemetry`."""
+    return [graph_dispatcher for _, its in _engines.values() for graph_dispatcher in its.graph_dispatchers.values()]

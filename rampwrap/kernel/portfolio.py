@@ -90,7 +90,7 @@ class Portfolio:
         self._copies: dict[tuple[str, Any], _Copy] = {}
         self._lacks = {kernel.name: tuple(name for name in OPTIONAL if not _takes(kernel, name)) for kernel in kernels}
         self.launch: Callable[..., Any] = functools.partial(Portfolio._launch, self)
-        # So that a Dispatcher finds topk_ids where the members have it, and a Selector who takes which memory.
+        # So that a Dispatcher finds topk_ids where the members have it, and a GraphDispatcher who takes which memory.
         self.launch.__signature__ = self._signature()  # type: ignore[attr-defined]
 
     def _signature(self) -> inspect.Signature:

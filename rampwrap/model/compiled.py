@@ -82,7 +82,7 @@ def pack(tables: Tables, span: IntArray, margins: tuple[tuple[int, float], ...])
 def choose(
     packed: bytes, array: Any, num_experts: int, fallback: int, choosing_us: float, outside: int | None = None
 ) -> int | None:
-    """`Local.choose` straight from expert ids; from a histogram where `num_experts` is 0.
+    """`Wave.choose` straight from expert ids; from a histogram where `num_experts` is 0.
 
     Returns:
         None where the extension is missing or the input unusual, out-of-range ids among it: numpy must serve.
@@ -96,7 +96,7 @@ def choose(
 
 
 def predict(packed: bytes, counts: Any, size: int) -> FloatArray | None:
-    """`Local.predict` of one histogram for `size` configs, or None as in `choose`."""
+    """`Wave.predict` of one histogram for `size` configs, or None as in `choose`."""
     if score is None:
         return None
     out = np.empty(size)

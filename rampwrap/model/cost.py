@@ -1,6 +1,6 @@
 """Cost models: microseconds of every config for any histogram, from coefficients fitted to `Timings`.
 
-``default``, for each config c with M blocks g = sum_e ceil(c_e / block_m) and CTAs n = g * ctas_per_block:
+``wave``, for each config c with M blocks g = sum_e ceil(c_e / block_m) and CTAs n = g * ctas_per_block:
 
     trend = a + b * waves + p * n + q * active + r * slots            all coefficients >= 0
     waves = sum over launches of ceil(g * ctas / (num_sms * resident))   resident in 1..8, by held-out error
@@ -16,7 +16,9 @@ and whether a compiler fuses multiply and add, cannot change a bit. What rounds 
 
 from rampwrap.model.base import CostModel
 from rampwrap.model.ramp4 import Ramp4
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 
-MODELS: dict[str, type[CostModel]] = {"default": Local, "ramp4": Ramp4}
+MODELS: dict[str, type[CostModel]] = {"wave": Wave, "ramp4": Ramp4}
 "Every model that `fit` knows, by name."
+OLD_NAMES = {"default": "wave"}
+"What files and commands of earlier versions call a model."

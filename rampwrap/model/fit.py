@@ -10,10 +10,10 @@ from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.measure.timings import Timings
 from rampwrap.model.base import COEF_UNIT, WEIGHT_UNIT, CostModel
 from rampwrap.model.correction import fit_local
-from rampwrap.model.cost import MODELS
+from rampwrap.model.cost import MODELS, OLD_NAMES
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.ramp4 import Ramp4
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 
 #: Distinct workloads below which neither a model nor its error can be told from chance.
 MIN_WORKLOADS = 4
@@ -21,7 +21,7 @@ MIN_WORKLOADS = 4
 NEAR = 1.1
 
 
-def fit(timings: Timings, model: str = "default", rows: IntArray | None = None) -> CostModel:
+def fit(timings: Timings, model: str = "wave", rows: IntArray | None = None) -> CostModel:
     """Fits a model to measured times.
 
     Args:
@@ -32,6 +32,7 @@ def fit(timings: Timings, model: str = "default", rows: IntArray | None = None) 
     Raises:
         FitError: an unknown model, or too few workloads or cells for it.
     """
+    model = OLD_NAMES.get(model, model)
     if model not in MODELS:
         raise FitError(f"there is no model {model!r}; choose one of {', '.join(sorted(MODELS))}.")
     chosen = np.arange(len(timings.us)) if rows is None else np.asarray(rows, dtype=np.int64)
@@ -45,7 +46,7 @@ def fitted_us(table: Timings) -> FloatArray:
     return fit(table).predict(table.counts)
 
 
-def _wave(timings: Timings, rows: IntArray) -> Local:
+def _wave(timings: Timings, rows: IntArray) -> Wave:
     """Fits the trend and its correction, and chooses CTAs per SM, by held-out error on `rows` alone."""
     us, counts, tokens = distinct(timings.us[rows], timings.counts[rows], timings.num_tokens[rows])
     geometry = Geometry.of(timings.grids, timings.device.num_sms)
@@ -53,7 +54,7 @@ def _wave(timings: Timings, rows: IntArray) -> Local:
     slots, active, heights = pass_over(counts, block_ms)
     support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
     fitted = fit_local(us, support, block_ms, geometry, [grid.ctas_per_sm for grid in timings.grids], tokens)
-    return Local(
+    return Wave(
         attrs.evolve(geometry, resident=fitted.resident),
         span_of(us, counts),
         *ratio_errors(us, fitted.errors, support[:, 0]),
@@ -86,7 +87,7 @@ def _ramp4(timings: Timings, rows: IntArray) -> Ramp4:
     return Ramp4(geometry, span_of(us, counts), *ratio_errors(us, errors, counts.sum(axis=1)), coef)
 
 
-FITS: dict[str, Callable[[Timings, IntArray], CostModel]] = {Local.name: _wave, Ramp4.name: _ramp4}
+FITS: dict[str, Callable[[Timings, IntArray], CostModel]] = {Wave.name: _wave, Ramp4.name: _ramp4}
 "How each of `MODELS` is fitted to the workloads `rows` of a table."
 
 

@@ -14,7 +14,7 @@ from rampwrap.errors import InputError, PlanError
 from rampwrap.kernel.grid import FloatArray, IntArray, max_blocks
 from rampwrap.model.base import CORRECTION_RANGE, CostModel
 from rampwrap.model.features import SCALES
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 
 MAX_IN_GRAPH = 4
 "Candidates of a bucket."
@@ -82,11 +82,11 @@ def pack(model: CostModel, choosing_us: float = 0.0, margin_steps: int | None = 
         margin_steps: least length of the table of margins; buckets of one plan share it, so that they share a kernel.
 
     Raises:
-        PlanError: another model than ``default``, more than `MAX_IN_GRAPH`, or numbers that are not finite or too
+        PlanError: another model than ``wave``, more than `MAX_IN_GRAPH`, or numbers that are not finite or too
             large to stay exact on the GPU.
     """
-    if not isinstance(model, Local):
-        raise PlanError(f"model {model.name!r} cannot choose on the GPU; make the plan with the model 'default'.")
+    if not isinstance(model, Wave):
+        raise PlanError(f"model {model.name!r} cannot choose on the GPU; make the plan with the model 'wave'.")
     count = model.num_configs
     if not 1 <= count <= MAX_IN_GRAPH:
         raise PlanError(f"{count} candidates cannot be packed; give a bucket of 1 to {MAX_IN_GRAPH}.")

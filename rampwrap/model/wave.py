@@ -15,8 +15,8 @@ from rampwrap.schema import LARGEST, MOST_SIZE
 
 
 @attrs.frozen(eq=False)
-class Local(CostModel):
-    """The default: a non-negative trend in waves, CTAs, active experts and slots, with a local correction.
+class Wave(CostModel):
+    """A non-negative trend in waves, CTAs, active experts and slots, with a local correction.
 
     Attributes:
         coef: int64 [C, 5] in `COEF_UNIT`: start, per wave, per CTA, per active expert, per slot; all zero where a
@@ -26,7 +26,7 @@ class Local(CostModel):
         block_ms: int64 [B], those of `support`.
     """
 
-    name: ClassVar[str] = "default"
+    name: ClassVar[str] = "wave"
     coef: IntArray
     weights: IntArray
     support: IntArray

@@ -36,7 +36,7 @@ _sources: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
 "Each with its number, which is never given again: a label of Prometheus' counters."
 _numbers = itertools.count()
 _changing = threading.Lock()
-"Held while `_sources` is changed or listed; threads of an engine make selectors while the log's thread reads."
+"Held while `_sources` is changed or listed; threads of an engine make graph dispatchers while the log's thread reads."
 _said: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _reading = threading.Lock()
 "Held while counters are read, and while the log is on also while a CUDA graph is captured."
@@ -55,7 +55,7 @@ os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release,
 
 
 def watch(source: Any) -> None:
-    """Counts a `Selector` or `Dispatcher` in, for as long as it lives; starts the log where $RAMPWRAP_STATS asks for it."""
+    """Counts a `GraphDispatcher` or `Dispatcher` in, for as long as it lives; starts the log where $RAMPWRAP_STATS asks for it."""
     with _changing:
         _sources.setdefault(source, next(_numbers))
     if _running is None and os.environ.get(INTERVAL):
@@ -72,7 +72,7 @@ def unwatch(source: Any) -> None:
 
 
 def stats() -> dict[str, Any]:
-    """What every `Selector` and `Dispatcher` of this process has launched so far. Waits for the GPU.
+    """What every `GraphDispatcher` and `Dispatcher` of this process has launched so far. Waits for the GPU.
 
     Returns:
         ``{"rampwrap": version, "sources": [...]}``, a source for each that launched something: ``kernel``, ``shape``,
@@ -103,7 +103,7 @@ Measured = list[tuple[Any, dict[str, Any]]]
 
 
 def _read() -> Measured:
-    found = [(s, _of_selector(s, n) if hasattr(s, "telemetry") else _of_dispatcher(s, n)) for s, n in _alive()]
+    found = [(s, _of_graph_dispatcher(s, n) if hasattr(s, "telemetry") else _of_dispatcher(s, n)) for s, n in _alive()]
     return [(source, its) for source, its in found if its["layers"]]
 
 
@@ -117,11 +117,11 @@ def _alive() -> list[tuple[Any, int]]:
     return sorted(alive, key=lambda its: (its[0].kernel.name, str(its[0].shape), its[1]))
 
 
-def _of_selector(selector: Any, number: int) -> dict[str, Any]:
-    plan, layers = selector.plan, []
-    serves = selector.policy
+def _of_graph_dispatcher(graph_dispatcher: Any, number: int) -> dict[str, Any]:
+    plan, layers = graph_dispatcher.plan, []
+    serves = graph_dispatcher.policy
     static = _static(serves)
-    for row in selector.telemetry():
+    for row in graph_dispatcher.telemetry():
         entry = _entry(row.layer, row.num_tokens, row.mode, row.counts, serves.configs, static)
         if row.observed:
             names = ("active_experts", "concentration", "outside")
@@ -133,7 +133,9 @@ def _of_selector(selector: Any, number: int) -> dict[str, Any]:
             entry |= {name: getattr(row, name) / row.steps for name in ("static_us", "chosen_us")}
             entry["predicted_gain"] = gain
         layers.append(entry)
-    return _source(selector, number, "selector", {**plan.provenance, "device": plan.device.name}, layers)
+    return _source(
+        graph_dispatcher, number, "graph dispatcher", {**plan.provenance, "device": plan.device.name}, layers
+    )
 
 
 def _static(policy: Any) -> Any:
@@ -256,17 +258,17 @@ def _steps(found: Mapping[str, Any]) -> int:
 
 
 def say_drift(measured: Measured) -> None:
-    """Warns, once for each selector, where launches lie beyond the range its plan was profiled on."""
-    for selector, its in measured:
+    """Warns, once for each graph dispatcher, where launches lie beyond the range its plan was profiled on."""
+    for graph_dispatcher, its in measured:
         moved = [
             entry for entry in its["layers"] if (entry["drift"] or 0.0) > DRIFTED and entry["observed"] >= ENOUGH_STEPS
         ]
         if not moved:
             continue
         with _changing:
-            if selector in _said:
+            if graph_dispatcher in _said:
                 continue
-            _said.add(selector)
+            _said.add(graph_dispatcher)
         most = max(moved, key=lambda entry: entry["drift"])
         _log.warning(
             "rampwrap serves routing that its plan for %s was not profiled on: %s at %s tokens has %.1f active experts "
@@ -278,7 +280,7 @@ def say_drift(measured: Measured) -> None:
             most["active_experts"],
             most["concentration"],
             most["drift"],
-            selector.plan.remedy(selector.kernel),
+            graph_dispatcher.plan.remedy(graph_dispatcher.kernel),
         )
 
 

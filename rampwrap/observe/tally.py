@@ -1,4 +1,4 @@
-"""`Telemetry`: what a layer of a `Selector` chose so far, read from the GPU after any number of replays."""
+"""`Telemetry`: what a layer of a `GraphDispatcher` chose so far, read from the GPU after any number of replays."""
 
 from collections.abc import Sequence
 

@@ -12,7 +12,7 @@ import attrs
 from rampwrap import schema
 from rampwrap.errors import FitError, PlanError, RampwrapError
 from rampwrap.model.base import CostModel
-from rampwrap.model.cost import MODELS
+from rampwrap.model.cost import MODELS, OLD_NAMES
 from rampwrap.model.features import Geometry
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.static import StaticTable
@@ -98,6 +98,7 @@ def converter() -> "Converter":
 
     def model(raw: Any, _: Any) -> CostModel:
         name = raw.get("name") if isinstance(raw, dict) else raw
+        name = OLD_NAMES.get(name, name) if isinstance(name, str) else name
         if not isinstance(name, str) or name not in MODELS:
             raise FitError(f"there is no model {name!r:.60}; fit again with one of {', '.join(sorted(MODELS))}.")
         own = {key: value for key, value in raw.items() if key != "name" and key not in _GEOMETRY}

@@ -12,7 +12,7 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.catalog import CHOOSES_IN_GRAPH
 from rampwrap.measure.timings import Timings
 from rampwrap.model.fit import fit
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.buckets import make_buckets
 from rampwrap.policy.graph_lists import COSTS, all_in_graph
@@ -25,7 +25,7 @@ from rampwrap.schema import dump
 def make_plan(
     timings: Timings,
     train: str = "train",
-    model: str = "default",
+    model: str = "wave",
     static: str = "uniform",
     choosing_us: float = 0.0,
     source: str = "",
@@ -88,7 +88,7 @@ def make_plan(
         choosing_us=choosing_us,
         profiled=profiled_ranges(fitted.num_tokens, fitted.counts),
         in_graph=all_in_graph(shipped, timings.shape, serves, few, COSTS if chooses else {})
-        if isinstance(shipped, Local)
+        if isinstance(shipped, Wave)
         else (),
         provenance=provenance,
     )

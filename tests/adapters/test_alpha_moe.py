@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 from rampwrap.adapters import alpha_moe as adapter
 from rampwrap.adapters.alpha_moe import CONFIGS, KEYS, AlphaMoE, deinterleave, interleave, refusal, shared_bytes
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Kernel
@@ -29,7 +29,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.model.features import Geometry, pass_over
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.policies import Bucket
@@ -102,7 +102,7 @@ def two_config_plan(kernel, configs):
     support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
     coef = (np.array([[10.0, 0, 0, 1.0, 0], [4.0, 0, 0, 3.0, 0]]) / 2.0**-30).astype(np.int64)
     nothing = np.zeros((2, len(support)), dtype=np.int64)
-    model = Local(geometry, np.array([[1, 999]] * 2), 0.004, (), coef, nothing, support, np.unique(geometry.block_m))
+    model = Wave(geometry, np.array([[1, 999]] * 2), 0.004, (), coef, nothing, support, np.unique(geometry.block_m))
     return Plan(
         kernel=kernel.name,
         kernel_version=kernel.version,
@@ -151,19 +151,19 @@ def test_candidates(alpha, chosen):
 
 @needs_kernels
 def test_selected(alpha):
-    """Behind a Selector: the configs follow the routing, and only the chosen one has rows."""
+    """Behind a GraphDispatcher: the configs follow the routing, and only the chosen one has rows."""
     configs = (config(8, 64, 4, 2), config(32, 32, 8, 5))
     plan = two_config_plan(alpha, configs)
     both = Shortlist(0, 8, (0, 1), 0, None, None, "for the test")
-    selector = Selector(alpha, attrs.evolve(plan, in_graph=(both,)), max_tokens=16)
+    graph_dispatcher = GraphDispatcher(alpha, attrs.evolve(plan, in_graph=(both,)), max_tokens=16)
     seen = set()
     for ids in (routing(9), torch.tensor([[0, 1]] * 9, dtype=torch.int32)):
         inputs = alpha.inputs(SHAPE, ids)
         index = plan.policy().index(np.bincount(ids.numpy().ravel(), minlength=4), 9)
-        assert torch.equal(selector(**inputs), alpha.launch(configs[index], **inputs))
+        assert torch.equal(graph_dispatcher(**inputs), alpha.launch(configs[index], **inputs))
         seen.add(index)
-    assert seen == {0, 1} and selector.bucket(9).shortlist.mode == "graph"
-    assert sum(selector.counts()[8].values()) == 2
+    assert seen == {0, 1} and graph_dispatcher.prepared(9).shortlist.mode == "graph"
+    assert sum(graph_dispatcher.counts()[8].values()) == 2
 
 
 @needs_kernels

@@ -50,10 +50,10 @@ def test_profile_fit_show_explain_compare_replay(
     counts = ",".join(["0"] * 63 + ["8"])
     assert run(capsys, "explain", "t.plan.json", "--expert-counts", counts)["num_tokens"] == 1
     live = run(capsys, "compare", "t.plan.json", "--batch-size", "48", "--quiet", "--csv", "ab.csv", "--plot", "ab.png")
-    assert live["policies"]["static-uniform"]["speedup"] == 1 and "default" in live["policies"]
+    assert live["policies"]["static-uniform"]["speedup"] == 1 and "wave" in live["policies"]
     assert {"ab.csv", "ab.png"} <= {path.name for path in tmp_path.iterdir()}
     replayed = run(capsys, "replay", "t.npz")
-    assert set(replayed["policies"]) == {"static-uniform", "static-averaged", "ramp4", "default", "oracle"}
+    assert set(replayed["policies"]) == {"static-uniform", "static-averaged", "ramp4", "wave", "oracle"}
     for command in (["show", "t.npz"], ["show", "t.plan.json"], ["replay", "t.npz"], ["fit", "t.npz"]):
         assert main(command) == 0
         assert capsys.readouterr().out.strip()

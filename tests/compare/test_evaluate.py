@@ -22,13 +22,13 @@ from rampwrap.policy.static import StaticTable
 
 def test_replay_reports_every_policy_as_fractions(sim_timings: Timings) -> None:
     result = json.loads(json.dumps(compare.replay(sim_timings).to_dict()))
-    assert list(result["policies"]) == ["static-uniform", "static-averaged", "ramp4", "default", "oracle"]
+    assert list(result["policies"]) == ["static-uniform", "static-averaged", "ramp4", "wave", "oracle"]
     for figures in result["policies"].values():
         assert {"regret_mean", "regret_p95", "regret_max", "captured_headroom", "slower_than_static_share"} <= set(
             figures
         )
         assert all(math.isfinite(value) for value in figures.values())
-    oracle, static, ours = (result["policies"][name] for name in ("oracle", "static-uniform", "default"))
+    oracle, static, ours = (result["policies"][name] for name in ("oracle", "static-uniform", "wave"))
     assert oracle["regret_max"] == 0 and oracle["captured_headroom"] == 1
     assert static["captured_headroom"] == 0 and static["slower_than_static_share"] == 0 and static["speedup"] == 1
     assert ours["regret_mean"] < static["regret_mean"] and ours["captured_headroom"] > 0.5
@@ -85,11 +85,11 @@ def test_what_cannot_be_judged_is_said(sim_timings: Timings) -> None:
 def test_reports_hold_the_same_figures(sim_timings: Timings, tmp_path: pathlib.Path) -> None:
     result = compare.replay(attrs.evolve(sim_timings, spread=np.full_like(sim_timings.us, 0.004)))
     shown = report.text(result)
-    assert "A/B by tokens: static-uniform -> default" in shown and "+-0.2%" in shown
+    assert "A/B by tokens: static-uniform -> wave" in shown and "+-0.2%" in shown
     rows = list(csv.DictReader(io.StringIO(report.csv_text(result))))
     assert len(rows) == 5 * 21
-    ours = [float(row["us"]) for row in rows if row["policy"] == "default"]
-    assert np.mean(ours) == pytest.approx(result.summary("default").mean_us, abs=0.01)
+    ours = [float(row["us"]) for row in rows if row["policy"] == "wave"]
+    assert np.mean(ours) == pytest.approx(result.summary("wave").mean_us, abs=0.01)
     report.picture(result, tmp_path / "ab.png")
     held_out = sim_timings.take(sim_timings.rows("eval"))
     report.model_picture(fit(sim_timings, rows=sim_timings.rows("train")), held_out, tmp_path / "fit.svg")

@@ -1,4 +1,4 @@
-"""`Selector` with the Triton kernel, on the GPU or in the interpreter; captures are in tests/gpu/kernels/test_select_gpu.py."""
+"""`GraphDispatcher` with the Triton kernel, on the GPU or in the interpreter; captures are in tests/gpu/kernels/test_select_gpu.py."""
 
 import gc
 import inspect
@@ -16,7 +16,7 @@ import numpy as np
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.dispatch import lane
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.lagged import Lagged
 from rampwrap.dispatch.torch_op import compiled
 from rampwrap.errors import CaptureError, FitError, InputError
@@ -28,7 +28,7 @@ from rampwrap.kernels.triton.moe.configs import splits
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.packed import pack
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import COSTS, Shortlist, all_in_graph, in_graph, serving, token_spans
@@ -69,7 +69,7 @@ def small_plan(kernel, shape=SHAPE, device=None, num_buckets=1, coef=COEF):
     support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
     # start, per wave, per CTA, per active expert, per slot, microseconds
     coef = np.array([[start, 0, 0, each, 0] for start, each in coef]) / 2.0**-30
-    model = Local(
+    model = Wave(
         geometry,
         np.array([[1, 4096]] * 3),
         0.004,
@@ -121,22 +121,22 @@ def ids_with(active, num_tokens, seed=0):
 
 def test_same_bits_as_the_chosen_config(kernel, plan):
     """Each routing runs the config that the host policy names, and gives its bits; all candidates get their turn."""
-    selector = Selector(kernel, every(plan), max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, every(plan), max_tokens=16)
     policy, seen = plan.policy(), set()
     for active in (1, 2, 4, 6, 8):
         inputs = kernel.inputs(SHAPE, ids_with(active, 12))
         counts = np.bincount(inputs["topk_ids"].cpu().numpy().ravel(), minlength=8)
         index = policy.index(counts, 12)
         want = kernel.launch(plan.configs[index], **inputs)
-        assert torch.equal(selector(**inputs), want)
+        assert torch.equal(graph_dispatcher(**inputs), want)
         assert torch.equal(
-            selector(*[inputs[n] for n in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")]), want
+            graph_dispatcher(*[inputs[n] for n in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")]), want
         )
         seen.add(index)
     assert seen == {0, 1, 2}
-    counted = selector.counts()[8]  # of the plan's only bucket
+    counted = graph_dispatcher.counts()[8]  # of the plan's only bucket
     assert sum(counted.values()) == 10 and all(counted.values())
-    text = selector.explain()
+    text = graph_dispatcher.explain()
     assert "graph: 3 candidates" in text and "(static)" in text
 
 
@@ -151,7 +151,7 @@ def test_split_candidates(chosen):
     geometry = Geometry.of(tuple(kernel.grid(config, shape) for config in configs), 132)
     nothing = np.zeros((3, 5), dtype=np.int64)
     support = np.array([[18, 6, 8]])
-    model = Local(geometry, np.array([[1, 99]] * 3), 0.01, (), nothing, nothing[:, :1], support, np.array([16]))
+    model = Wave(geometry, np.array([[1, 99]] * 3), 0.01, (), nothing, nothing[:, :1], support, np.array([16]))
     blocks = align_and_select(inputs["topk_ids"], Candidates.on(pack(model), DEVICE), chosen, 8)
     scratch = kernel.workspace(9, DEVICE)
     scratch.y.fill_(float("nan"))
@@ -164,25 +164,25 @@ def test_split_candidates(chosen):
 
 def test_small_batches_add_nothing(kernel, plan):
     """One token has no routing to choose by: the static config is launched alone."""
-    selector = Selector(kernel, every(plan), max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, every(plan), max_tokens=16)
     inputs = kernel.inputs(SHAPE, ids_with(8, 1))
-    assert torch.equal(selector(**inputs), kernel.launch(plan.configs[0], **inputs))
-    assert selector.bucket(1).candidates is None and selector.counts() == {}
+    assert torch.equal(graph_dispatcher(**inputs), kernel.launch(plan.configs[0], **inputs))
+    assert graph_dispatcher.prepared(1).candidates is None and graph_dispatcher.counts() == {}
     empty = kernel.inputs(SHAPE, ids_with(8, 1)[:0])
-    assert selector(**empty).shape == (0, SHAPE.hidden_size)
+    assert graph_dispatcher(**empty).shape == (0, SHAPE.hidden_size)
 
 
 def test_dear_choosing_switches_itself_off(kernel, plan):
     """Where choosing costs more than it gains, nothing is added."""
     dear = {1: 0.0, 2: 50.0, 3: 50.0}
-    selector = Selector(kernel, plan, max_tokens=16, costs=dear)
-    assert len(selector.bucket(12).configs) == 1
-    assert "choosing costs more than" in selector.bucket(12).shortlist.why
+    graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=16, costs=dear)
+    assert len(graph_dispatcher.prepared(12).configs) == 1
+    assert "choosing costs more than" in graph_dispatcher.prepared(12).shortlist.why
 
 
 def test_lagged(kernel, plan):
     """Lagged follows the host policy one step later, static before; all launches are known."""
-    lagged = Selector(kernel, plan, max_tokens=16, mode="lagged")
+    lagged = GraphDispatcher(kernel, plan, max_tokens=16, mode="lagged")
     skewed, even = kernel.inputs(SHAPE, ids_with(2, 12)), kernel.inputs(SHAPE, ids_with(8, 12))
     for inputs in (skewed, skewed, even, even):
         lagged(**inputs)
@@ -198,39 +198,39 @@ def test_lagged(kernel, plan):
 
 def test_a_capture_makes_nothing_new(kernel, plan, monkeypatch):
     """Layers and memory that a capture would need for the first time are asked for before it."""
-    selector = Selector(kernel, every(plan), max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, every(plan), max_tokens=16)
     monkeypatch.setattr(lane, "capturing", lambda: True)
     inputs = kernel.inputs(SHAPE, ids_with(2, 12))
     with pytest.raises(CaptureError, match="no layer 'another' yet"):
-        selector.layer("another")
+        graph_dispatcher.layer("another")
     with pytest.raises(CaptureError, match="no"):
-        selector.lane()(**inputs)
+        graph_dispatcher.lane()(**inputs)
 
 
 def test_lanes_have_memory_of_their_own(kernel, plan):
     """Two lanes share counters, not memory; what is held is stated."""
-    selector = Selector(kernel, every(plan), max_tokens=16)
-    tallies = selector.memory_bytes
+    graph_dispatcher = GraphDispatcher(kernel, every(plan), max_tokens=16)
+    tallies = graph_dispatcher.memory_bytes
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
-    first, second = selector.lane(), selector.lane()
+    first, second = graph_dispatcher.lane(), graph_dispatcher.lane()
     assert torch.equal(first(**inputs), second(**inputs))
     assert first.memory_bytes == second.memory_bytes > 0
-    assert selector.memory_bytes == 2 * first.memory_bytes + tallies
-    assert sum(selector.counts()[8].values()) == 2
+    assert graph_dispatcher.memory_bytes == 2 * first.memory_bytes + tallies
+    assert sum(graph_dispatcher.counts()[8].values()) == 2
 
 
 def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
     """Each layer reports what it chose, what was predicted, and how its tokens were spread."""
-    selector = Selector(kernel, every(plan), max_tokens=16)
-    first, second = selector.layer("model.0"), selector.layer("model.1")
-    assert selector.layer("model.0") is first and first._lane is second._lane
+    graph_dispatcher = GraphDispatcher(kernel, every(plan), max_tokens=16)
+    first, second = graph_dispatcher.layer("model.0"), graph_dispatcher.layer("model.1")
+    assert graph_dispatcher.layer("model.0") is first and first._lane is second._lane
     skewed, even = kernel.inputs(SHAPE, ids_with(2, 12)), kernel.inputs(SHAPE, ids_with(8, 12))
     first(**skewed)
-    held = selector.memory_bytes
+    held = graph_dispatcher.memory_bytes
     for inputs in (skewed, even):
-        assert torch.equal(second(**inputs), selector(**inputs))
-    assert selector.memory_bytes == held
-    rows = {row.layer: row for row in selector.telemetry()}
+        assert torch.equal(second(**inputs), graph_dispatcher(**inputs))
+    assert graph_dispatcher.memory_bytes == held
+    rows = {row.layer: row for row in graph_dispatcher.telemetry()}
     assert set(rows) == {"model.0", "model.1", ""}
     counts = np.array([12, 12, 0, 0, 0, 0, 0, 0])
     us, chosen = plan.model.predict(counts), plan.policy().index(counts, 12)
@@ -255,10 +255,10 @@ def test_nowhere_profiled_is_counted_and_static(kernel, plan):
     """No slot on this rank, and more slots than were profiled: the static config, counted as outside."""
     narrow = attrs.evolve(plan, model=attrs.evolve(plan.model, span=np.array([[1, 4], [1, 4], [1, 4]])))
     its = Shortlist(0, 8, (0, 1, 2), 0, None, None, "for the test")
-    selector = Selector(kernel, attrs.evolve(narrow, in_graph=(its,)), max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, attrs.evolve(narrow, in_graph=(its,)), max_tokens=16)
     inputs = kernel.inputs(SHAPE, ids_with(2, 12))
-    assert torch.equal(selector(**inputs), kernel.launch(plan.configs[0], **inputs))
-    (row,) = [row for row in selector.telemetry() if row.on_device]
+    assert torch.equal(graph_dispatcher(**inputs), kernel.launch(plan.configs[0], **inputs))
+    (row,) = [row for row in graph_dispatcher.telemetry() if row.on_device]
     assert (row.outside, row.steps, row.counts[0]) == (1, 1, 1)
 
 
@@ -314,27 +314,27 @@ def portfolio_plan(kernel, **more):
 def test_a_portfolio_shares_the_lanes_memory(kernel):
     """All members that take scratch memory get the lane's; others are called without."""
     portfolio, plan = portfolio_plan(kernel)
-    selector = Selector(portfolio, plan, max_tokens=16)
+    graph_dispatcher = GraphDispatcher(portfolio, plan, max_tokens=16)
     for place, config in enumerate(plan.configs):
-        bucket = selector.bucket(12)
+        bucket = graph_dispatcher.prepared(12)
         object.__setattr__(bucket, "configs", (config,))
         inputs = kernel.inputs(SHAPE, ids_with(4, 12))
         want = portfolio.launch(config, **inputs)
         for member in list(portfolio.members.values())[:2]:
             member.scratch.clear()
-        assert torch.equal(selector(**inputs), want)
+        assert torch.equal(graph_dispatcher(**inputs), want)
         used = [its for member in list(portfolio.members.values())[:2] for its in member.scratch]
-        assert all(its is selector._main._workspace.by_member["first"] for its in used)
+        assert all(its is graph_dispatcher._main._workspace.by_member["first"] for its in used)
         assert bool(used) == (config["kernel"] != "bare"), place
-    assert selector.memory_bytes > kernel.workspace(16, DEVICE).num_bytes
+    assert graph_dispatcher.memory_bytes > kernel.workspace(16, DEVICE).num_bytes
 
 
 def test_any_token_count_is_looked_up(kernel):
     """Hundreds of batch sizes share the plan's few buckets; the first and the last size beyond reach are static."""
     many = small_plan(kernel, num_buckets=4)
-    selector = Selector(kernel, every(many), max_tokens=4096)
-    buckets = [selector.bucket(tokens) for tokens in range(4097)]
-    assert len(set(map(id, buckets))) <= len(selector._buckets) < 20
+    graph_dispatcher = GraphDispatcher(kernel, every(many), max_tokens=4096)
+    buckets = [graph_dispatcher.prepared(tokens) for tokens in range(4097)]
+    assert len(set(map(id, buckets))) <= len(graph_dispatcher._spans) < 20
     assert [b.candidates is None for b in (buckets[0], buckets[1], buckets[3], buckets[128], buckets[129])] == [
         True,
         True,
@@ -352,23 +352,23 @@ def test_the_plan_brings_its_shortlists(kernel, plan):
     where = serving(lists, 12)
     odd = attrs.evolve(lists[where], candidates=(0, 2), why="because the file says so")
     stored = attrs.evolve(plan, in_graph=(*lists[:where], odd, *lists[where + 1 :]))
-    selector = Selector(kernel, stored, max_tokens=16)
-    assert selector.bucket(12).shortlist == odd and "because the file says so" in selector.explain()
+    graph_dispatcher = GraphDispatcher(kernel, stored, max_tokens=16)
+    assert graph_dispatcher.prepared(12).shortlist == odd and "because the file says so" in graph_dispatcher.explain()
     dear = {2: 1e3}
-    assert len(Selector(kernel, stored, max_tokens=16, costs=dear).bucket(12).configs) == 1
+    assert len(GraphDispatcher(kernel, stored, max_tokens=16, costs=dear).prepared(12).configs) == 1
     # Of a kernel that cannot let the GPU choose.
-    assert len(Selector(Deaf(kernel), stored, max_tokens=16).bucket(12).configs) == 1
-    assert Selector(kernel, plan, max_tokens=16).bucket(12).shortlist == lists[where]
+    assert len(GraphDispatcher(Deaf(kernel), stored, max_tokens=16).prepared(12).configs) == 1
+    assert GraphDispatcher(kernel, plan, max_tokens=16).prepared(12).shortlist == lists[where]
 
 
 def test_another_device(kernel):
     """A plan for another GPU: one warning, the static config alone."""
     other = small_plan(kernel, device=attrs.evolve(Device.current(), name="another"))
     with pytest.warns(RuntimeWarning, match="serves static configs"):
-        selector = Selector(kernel, other, max_tokens=16)
+        graph_dispatcher = GraphDispatcher(kernel, other, max_tokens=16)
     inputs = kernel.inputs(SHAPE, ids_with(2, 12))
-    assert torch.equal(selector(**inputs), kernel.launch(other.configs[0], **inputs))
-    assert selector.counts() == {}
+    assert torch.equal(graph_dispatcher(**inputs), kernel.launch(other.configs[0], **inputs))
+    assert graph_dispatcher.counts() == {}
 
 
 def test_refusals(kernel, plan):
@@ -376,20 +376,20 @@ def test_refusals(kernel, plan):
     with pytest.raises(FitError, match=r"error is nan"):
         attrs.evolve(plan, model=attrs.evolve(plan.model, error=float("nan")))
     with pytest.raises(InputError, match="mode 'fast' is unknown"):
-        Selector(kernel, plan, max_tokens=16, mode="fast")
-    selector = Selector(kernel, plan, max_tokens=16)
+        GraphDispatcher(kernel, plan, max_tokens=16, mode="fast")
+    graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=16)
     with pytest.raises(InputError, match="max_tokens=16"):
-        selector(**kernel.inputs(SHAPE, ids_with(4, 17)))
+        graph_dispatcher(**kernel.inputs(SHAPE, ids_with(4, 17)))
 
 
 def test_operator(kernel, plan):
-    """The custom op passes torch's own checks, traces into one graph and gives the selector's bits."""
-    selector = Selector(kernel, every(plan), max_tokens=16)
-    layer = compiled(selector)
+    """The custom op passes torch's own checks, traces into one graph and gives the graph dispatcher's bits."""
+    graph_dispatcher = GraphDispatcher(kernel, every(plan), max_tokens=16)
+    layer = compiled(graph_dispatcher)
     names = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
     args = [inputs[name] for name in names]
-    want = selector(**inputs)
+    want = graph_dispatcher(**inputs)
     assert torch.equal(layer(*args), want)
     graphs = []
 
@@ -401,12 +401,12 @@ def test_operator(kernel, plan):
     assert torch.equal(whole(*args), want + 1) and len(graphs) == 1
 
 
-def test_operator_needs_its_selector(kernel, plan):
-    """A selector that is gone is named in the error."""
-    layer = compiled(Selector(kernel, every(plan), max_tokens=16))
+def test_operator_needs_its_graph_dispatcher(kernel, plan):
+    """A graph dispatcher that is gone is named in the error."""
+    layer = compiled(GraphDispatcher(kernel, every(plan), max_tokens=16))
     gc.collect()
     inputs = kernel.inputs(SHAPE, ids_with(4, 12))
-    with pytest.raises(InputError, match="keep the Selector alive"):
+    with pytest.raises(InputError, match="keep the GraphDispatcher alive"):
         layer(**inputs)
 
 
@@ -417,12 +417,12 @@ def test_each_span_explains_itself(kernel, plan):
     lists = [attrs.evolve(its, static=table.index(its.first)) for its in every(cut).in_graph]
     pairs = {its.first: (0, 2) if table.index(its.first) == 0 else (1, 2) for its in lists if len(its.candidates) > 1}
     lists = [attrs.evolve(its, candidates=pairs.get(its.first, its.candidates)) for its in lists]
-    selector = Selector(kernel, attrs.evolve(cut, in_graph=tuple(lists)), max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, attrs.evolve(cut, in_graph=tuple(lists)), max_tokens=16)
     for tokens in (8, 16, 16, 16):
-        selector(**kernel.inputs(SHAPE, ids_with(2, tokens)))
-    low, high = (selector.bucket(tokens).shortlist for tokens in (8, 16))
+        graph_dispatcher(**kernel.inputs(SHAPE, ids_with(2, tokens)))
+    low, high = (graph_dispatcher.prepared(tokens).shortlist for tokens in (8, 16))
     assert low.num_tokens == high.num_tokens and (low.candidates, high.candidates) == ((0, 2), (1, 2))
-    text = selector.explain()
+    text = graph_dispatcher.explain()
 
     def share(first):
         after = text.split(f"from {first} tokens")[1].splitlines()[1:3]
@@ -433,46 +433,46 @@ def test_each_span_explains_itself(kernel, plan):
 
 def test_no_tokens_are_no_batch(kernel, plan):
     with pytest.raises(InputError, match="max_tokens is 0"):
-        Selector(kernel, plan, max_tokens=0)
+        GraphDispatcher(kernel, plan, max_tokens=0)
 
 
 def test_a_capture_with_other_alignment_is_refused(kernel, plan, monkeypatch):
     """Triton compiles another kernel for a tensor that does not start at a multiple of 16 bytes."""
-    selector = Selector(kernel, plan, max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=16)
     inputs = kernel.inputs(SHAPE, ids_with(8, 12))
     assert not any(tensor.data_ptr() % 16 for tensor in inputs.values())
-    selector(**inputs)
+    graph_dispatcher(**inputs)
     odd = inputs | {"topk_ids": torch.empty(13, 2, dtype=torch.int32, device=DEVICE)[1:].copy_(inputs["topk_ids"])}
     assert odd["topk_ids"].data_ptr() % 16 == 8 and odd["topk_ids"].is_contiguous()
     with monkeypatch.context() as captured:
         captured.setattr("rampwrap.dispatch.lane.capturing", lambda: True)
-        selector(**inputs)
+        graph_dispatcher(**inputs)
         with pytest.raises(CaptureError, match=r"same alignment \(topk_ids not at a multiple of 16"):
-            selector(**odd)
-    selector(**odd)
+            graph_dispatcher(**odd)
+    graph_dispatcher(**odd)
     monkeypatch.setattr("rampwrap.dispatch.lane.capturing", lambda: True)
-    selector(**odd)
+    graph_dispatcher(**odd)
 
 
 def test_warmth_does_not_depend_on_the_order_of_arguments(kernel, plan, monkeypatch):
     """Warmed by name in one order, captured by position: no refusal; and what failed is not warm."""
-    selector = Selector(kernel, plan, max_tokens=16)
+    graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=16)
     inputs = kernel.inputs(
         SHAPE, torch.zeros(12, 2, dtype=torch.int32, device=DEVICE) + torch.arange(2, device=DEVICE).int()
     )
-    selector.warm([12], lambda tokens: dict(reversed(list(inputs.items()))))
+    graph_dispatcher.warm([12], lambda tokens: dict(reversed(list(inputs.items()))))
     monkeypatch.setattr("rampwrap.dispatch.lane.capturing", lambda: True)
-    selector(*(inputs[name] for name in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")))
+    graph_dispatcher(*(inputs[name] for name in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")))
     monkeypatch.setattr("rampwrap.dispatch.lane.capturing", lambda: False)
     few = {name: value[:11] if len(value) == 12 else value for name, value in inputs.items()}
     with monkeypatch.context() as broken:
         broken.setattr(Small, "launch", lambda *a, **k: 1 / 0)
         broken.setattr(Small, "launch_candidates", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            selector(**few)
+            graph_dispatcher(**few)
     monkeypatch.setattr("rampwrap.dispatch.lane.capturing", lambda: True)
     with pytest.raises(CaptureError, match="not compiled"):
-        selector(**few)
+        graph_dispatcher(**few)
 
 
 def test_lagged_counts_what_the_kernel_counts():

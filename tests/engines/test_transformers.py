@@ -118,7 +118,9 @@ def ran() -> int:
     total = 0
     for service in engine.serving().services.values():
         total += sum(service.dispatcher.launch_counts)
-        total += 0 if service.selector is None else sum(row.steps for row in service.selector.telemetry())
+        total += (
+            0 if service.graph_dispatcher is None else sum(row.steps for row in service.graph_dispatcher.telemetry())
+        )
     return total
 
 
@@ -144,7 +146,7 @@ def test_a_model_gives_the_logits_of_the_built_in_experts(family: str, planned: 
         made = model.generate(ids, max_new_tokens=2, do_sample=False)
         assert made.shape == (2, 9) and ran() == 3 * layers
     (service,) = engine.serving().services.values()
-    assert service.shape == SHAPE and (service.selector is not None) == planned
+    assert service.shape == SHAPE and (service.graph_dispatcher is not None) == planned
 
 
 def test_the_plan_chooses_by_the_routing(tmp_path: pathlib.Path) -> None:
@@ -157,8 +159,8 @@ def test_the_plan_chooses_by_the_routing(tmp_path: pathlib.Path) -> None:
         for ids in (inputs(64)[1], torch.zeros_like(inputs(64)[1]) + torch.tensor([3, 5], device=DEVICE)):
             close(engine.experts_forward(module, x, ids, weights), theirs(module, x, ids, weights))
     (service,) = engine.serving().services.values()
-    assert service.selector is not None
-    (row,) = service.selector.telemetry()
+    assert service.graph_dispatcher is not None
+    (row,) = service.graph_dispatcher.telemetry()
     assert row.layer == "model.layers.0.mlp.experts" and row.steps == 2
     assert len([count for count in row.counts.values() if count]) == 2, row
     (source,) = [s for s in rampwrap.stats()["sources"] if row.layer in {entry["layer"] for entry in s["layers"]}]
@@ -173,8 +175,8 @@ def test_layers_keep_records_of_their_own(tmp_path: pathlib.Path) -> None:
     with torch.no_grad():
         model(tokens())
     (service,) = engine.serving().services.values()
-    assert service.selector is not None
-    assert {row.layer for row in service.selector.telemetry()} == {"experts.0", "experts.1"}
+    assert service.graph_dispatcher is not None
+    assert {row.layer for row in service.graph_dispatcher.telemetry()} == {"experts.0", "experts.1"}
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,7 @@ def test_the_command_makes_plans_that_the_layers_take(
     with torch.no_grad():
         engine.experts_forward(module, *given)
     (service,) = engine.serving().services.values()
-    assert service.selector is not None, command
+    assert service.graph_dispatcher is not None, command
 
 
 def test_what_the_layers_never_run_is_not_profiled(
@@ -371,7 +373,7 @@ def test_a_foreign_plan_leaves_the_defaults_with_the_reason(
     with torch.no_grad():
         engine.experts_forward(module, *inputs())
     (service,) = engine.serving().services.values()
-    assert service.selector is None and ran() == 1
+    assert service.graph_dispatcher is None and ran() == 1
     assert "tiny.plan.json" in caplog.text and "I=64" in caplog.text and "torn.plan.json" in caplog.text
 
 
@@ -387,7 +389,7 @@ def test_a_plan_replaced_while_serving_counts_from_the_next_start(tmp_path: path
         engine.register()
         engine.experts_forward(module, *inputs())
         (service,) = engine.serving().services.values()
-        assert service.selector is None
+        assert service.graph_dispatcher is None
 
 
 def test_large_batches_run_the_plans_static_configs(tmp_path: pathlib.Path) -> None:
@@ -399,8 +401,11 @@ def test_large_batches_run_the_plans_static_configs(tmp_path: pathlib.Path) -> N
             given = inputs(num_tokens)
             close(engine.experts_forward(module, *given), theirs(module, *given))
     (service,) = engine.serving().services.values()
-    assert service.selector is not None
-    assert sum(service.dispatcher.launch_counts) == 1 and sum(row.steps for row in service.selector.telemetry()) == 1
+    assert service.graph_dispatcher is not None
+    assert (
+        sum(service.dispatcher.launch_counts) == 1
+        and sum(row.steps for row in service.graph_dispatcher.telemetry()) == 1
+    )
 
 
 def test_two_models_in_one_process(tmp_path: pathlib.Path) -> None:
@@ -418,7 +423,7 @@ def test_two_models_in_one_process(tmp_path: pathlib.Path) -> None:
             for model, logits in zip(models, expected, strict=True):
                 close(model(tokens(1, 3)).logits, logits)
     assert {service.shape.num_experts for service in engine.serving().services.values()} == {4, 8}
-    assert all(service.selector is not None for service in engine.serving().services.values())
+    assert all(service.graph_dispatcher is not None for service in engine.serving().services.values())
 
 
 @pytest.mark.parametrize("how", ["switch", "version"])

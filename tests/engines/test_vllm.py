@@ -343,8 +343,8 @@ def test_a_layer_with_a_plan_runs_our_kernel(world):
     assert near(kernel.impl.apply(**its), its)
     assert kernel.impl.in_place and world.calls == []
     assert world.manager.asked[0][0] == (8 * 128, SHAPE.intermediate_size), "h in blocks of 128 rows, one an expert"
-    selector = kernel.impl._fused_experts.selector
-    assert {row.layer for row in selector.telemetry()} == {"model.layers.3.mlp.experts"}
+    graph_dispatcher = kernel.impl._fused_experts.graph_dispatcher
+    assert {row.layer for row in graph_dispatcher.telemetry()} == {"model.layers.3.mlp.experts"}
     (engine,) = plugin.engines()
     assert engine["layers"] == 1 and engine["plans"] == [str(world.folder / "tiny.plan.json")]
 
@@ -362,17 +362,17 @@ def test_the_choice_follows_the_routing_and_is_made_on_the_device(world, plan):
         assert torch.equal(out, TritonFusedMoE(SHAPE).launch(plan.configs[chosen], **renamed))
         seen[chosen] = out
     assert len(seen) == 2
-    (row,) = kernel.impl._fused_experts.selector.telemetry()
+    (row,) = kernel.impl._fused_experts.graph_dispatcher.telemetry()
     assert row.on_device and sorted(row.counts.values()) == [1, 1]
 
 
-def test_all_layers_of_an_engine_share_a_selector(world):
+def test_all_layers_of_an_engine_share_a_graph_dispatcher(world):
     plugin.register()
     layers = [world.kernel(name=f"layer {i}") for i in range(3)]
     for layer in layers:
         layer.impl.apply(**inputs())
-    assert len({id(layer.impl._fused_experts.selector) for layer in layers}) == 1
-    assert len(layers[0].impl._fused_experts.selector.telemetry()) == 3
+    assert len({id(layer.impl._fused_experts.graph_dispatcher) for layer in layers}) == 1
+    assert len(layers[0].impl._fused_experts.graph_dispatcher.telemetry()) == 3
 
 
 def test_two_engines_and_a_restarted_worker(world):
@@ -380,10 +380,10 @@ def test_two_engines_and_a_restarted_worker(world):
     plugin.register()
     first = world.kernel()
     (world.folder / "tiny.plan.json").unlink()
-    assert hasattr(world.kernel().impl._fused_experts, "selector"), "a plan is read at the engine's start only"
+    assert hasattr(world.kernel().impl._fused_experts, "graph_dispatcher"), "a plan is read at the engine's start only"
     config, world.config = world.config, world.new_config()
-    assert not hasattr(world.kernel().impl._fused_experts, "selector"), "the second engine finds no plan"
-    assert first.impl._fused_experts.selector is not None and len(plugin.engines()) == 2
+    assert not hasattr(world.kernel().impl._fused_experts, "graph_dispatcher"), "the second engine finds no plan"
+    assert first.impl._fused_experts.graph_dispatcher is not None and len(plugin.engines()) == 2
     del config
     import gc
 
@@ -564,7 +564,7 @@ def test_the_command_where_the_place_of_plans_is_one_file(world, caplog, obey, m
     assert obey(said) == 0
     monkeypatch.setenv(places.PLANS, str(world.folder))
     world.config = world.new_config()
-    assert hasattr(world.kernel().impl._fused_experts, "selector")
+    assert hasattr(world.kernel().impl._fused_experts, "graph_dispatcher")
 
 
 def test_plans_of_several_gpus_and_shapes_in_one_folder(world, plan):
@@ -654,7 +654,7 @@ def test_expert_parallel_layers_count_local_experts(world):
     its = inputs(shape=local)
     out = kernel.impl.apply(**its, expert_map=expert_map)
     assert near(out, its, expert_map=expert_map) and world.calls == []
-    assert kernel.impl._fused_experts.selector.shape.num_local_experts == 4
+    assert kernel.impl._fused_experts.graph_dispatcher.shape.num_local_experts == 4
     # Without a map nobody can say which experts these are.
     with contextlib.suppress(IndexError):
         kernel.impl.apply(**its)

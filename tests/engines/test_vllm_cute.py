@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 
 from rampwrap.adapters import cute_moe
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.engines import prepare as warming
 from rampwrap.engines import profile as profiling
 from rampwrap.engines import vllm as plugin
@@ -233,15 +233,19 @@ def test_one_config_a_bucket_and_the_best_over_skews(cute_plans):
     kernel = cute.kernel_of(FP8)
     plan = cute_plans[FP8]
     assert all(len(its.candidates) == 1 for its in plan.in_graph), "the kernel cannot choose in a graph"
-    selector = Selector(kernel, plan, max_tokens=32, device=SIMULATED, strict=True, where="cpu")
+    graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=32, device=SIMULATED, strict=True, where="cpu")
     for tokens in (1, 4, 8, 12, 16, 31, 32):
-        bucket = selector.bucket(tokens)
-        assert bucket.shortlist.mode == "single" and len(bucket.configs) == 1 and bucket is selector.bucket(tokens)
+        bucket = graph_dispatcher.prepared(tokens)
+        assert (
+            bucket.shortlist.mode == "single"
+            and len(bucket.configs) == 1
+            and bucket is graph_dispatcher.prepared(tokens)
+        )
     better = 0
     for span in token_spans(FP8, plan.static, plan.buckets):
         best = in_graph(plan.model, FP8, span, {})
         if 0 < span.first <= 32:
-            assert selector.bucket(span.first).shortlist == best
+            assert graph_dispatcher.prepared(span.first).shortlist == best
             better += best.static != plan.static.index(span.first)
     assert better
 
@@ -324,14 +328,14 @@ def test_what_the_library_lacks_is_compiled_in_another_process(monkeypatch, tmp_
     asked = []
     monkeypatch.setattr(warming, "_run", lambda path, tokens: (asked.append((path, tokens)), works)[1])
     plan = cute_plans[FP8]
-    selector = type("Asked", (), {"kernel": Compiling(asked, must), "plan": plan, "max_tokens": 64})()
+    graph_dispatcher = type("Asked", (), {"kernel": Compiling(asked, must), "plan": plan, "max_tokens": 64})()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert warming.ensure_compiled(selector, "x.plan.json") is must
+    assert warming.ensure_compiled(graph_dispatcher, "x.plan.json") is must
     count = len(plan.configs)
     ran = [("x.plan.json", 64)] if must else []
     assert asked == [("must", count), *ran, *([("load", count)] if works else [])]
     asked.clear()
-    assert warming.compile_plan(selector) == [] and asked == [("load", count)]
+    assert warming.compile_plan(graph_dispatcher) == [] and asked == [("load", count)]
 
 
 def test_both_kernels_of_a_plan_are_compiled_ahead(monkeypatch, tmp_path, built):
@@ -340,29 +344,31 @@ def test_both_kernels_of_a_plan_are_compiled_ahead(monkeypatch, tmp_path, built)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     plan = make_plan(both_timings(BF16))
     plan.save(tmp_path / "both.plan.json")
-    selector = Selector(make_kernel(plan.kernel, BF16), plan, max_tokens=64, device=SIMULATED, where="cpu")
+    graph_dispatcher = GraphDispatcher(
+        make_kernel(plan.kernel, BF16), plan, max_tokens=64, device=SIMULATED, where="cpu"
+    )
     asked, ran, compiled = [], [], []
-    selector.kernel.members["cute_moe"].must_compile = lambda configs: False
-    selector.kernel.members["cute_moe"].precompile = lambda configs: (
+    graph_dispatcher.kernel.members["cute_moe"].must_compile = lambda configs: False
+    graph_dispatcher.kernel.members["cute_moe"].precompile = lambda configs: (
         asked.append(list(configs)),
         [None] * len(configs),
     )[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(warming, "_run", lambda path, tokens: (ran.append(path), True)[1])
     path = str(tmp_path / "both.plan.json")
-    assert warming.ensure_compiled(selector, path) and ran == [path], "Triton's part, once"
-    assert not warming.ensure_compiled(selector, path) and ran == [path]
+    assert warming.ensure_compiled(graph_dispatcher, path) and ran == [path], "Triton's part, once"
+    assert not warming.ensure_compiled(graph_dispatcher, path) and ran == [path]
     cute_configs = [
         {k: v for k, v in config.items() if k != "kernel"} for config in plan.configs if config["kernel"] == "cute_moe"
     ]
     assert asked == [cute_configs] * 2 and cute_configs
     monkeypatch.setattr(warm, "warm", lambda shape, configs, **_: (compiled.extend(configs), ["one failed"])[1])
-    assert warming.compile_plan(selector) == ["one failed"]
+    assert warming.compile_plan(graph_dispatcher) == ["one failed"]
     assert len(compiled) == len(plan.configs) - len(cute_configs) and not any("kernel" in config for config in compiled)
     # Other members have their own way.
     compiled.clear()
-    selector.kernel.members["triton_fused_moe"].name = "another"
-    assert warming.compile_plan(selector) == [] and not compiled
+    graph_dispatcher.kernel.members["triton_fused_moe"].name = "another"
+    assert warming.compile_plan(graph_dispatcher) == [] and not compiled
 
 
 def test_first_use_is_kept_for_the_next_process(monkeypatch, tmp_path):

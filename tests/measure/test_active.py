@@ -76,7 +76,7 @@ class TestReplay:
         np.testing.assert_array_equal(sparse.us[held_out], table.us[held_out])
         known = np.isfinite(sparse.us)
         np.testing.assert_array_equal(sparse.us[known], table.us[known])
-        full, few = (compare.replay(t, models=("default",)).summary("default").regret_mean for t in (table, sparse))
+        full, few = (compare.replay(t, models=("wave",)).summary("wave").regret_mean for t in (table, sparse))
         assert few <= full + 0.01
 
     def test_deterministic(self, table: Timings) -> None:

@@ -18,7 +18,7 @@ from rampwrap.kernel.grid import IntArray
 from rampwrap.measure.timings import Timings
 from rampwrap.model import compiled as native
 from rampwrap.model.features import Geometry
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 from rampwrap.plan.make import make_plan
 from rampwrap.routing.counts import expert_counts
 from rampwrap.routing.workloads import Routing, Workload, workload_grid
@@ -67,7 +67,7 @@ def fitted(num_experts: int, seed: int) -> Plan:
     return make_plan(table)
 
 
-def random_model(seed: int) -> Local:
+def random_model(seed: int) -> Wave:
     """Numbers of every size that a fit could state, and then some."""
     rng = np.random.default_rng(seed)
     configs, launches = int(rng.integers(1, 40)), int(rng.integers(1, 4))
@@ -84,7 +84,7 @@ def random_model(seed: int) -> Local:
     weights = rng.integers(-(2**20), 2**20, (configs, len(points))) >> int(rng.integers(0, 12))
     span = np.sort(rng.integers(0, 2 ** rng.integers(1, 20), (configs, 2)), axis=1)
     local = tuple((int(s), float(e)) for s, e in zip(np.unique(points[:, 0])[::7], rng.random(99) / 10, strict=False))
-    return Local(
+    return Wave(
         geometry, span, float(rng.random() / 10), local[: int(rng.integers(0, 9))], coef, weights, points, block_ms
     )
 
@@ -110,7 +110,7 @@ def histograms(num_experts: int) -> st.SearchStrategy[IntArray]:
     return st.builds(made, kinds, st.integers(0, 2**32 - 1), st.integers(0, 43))
 
 
-def assert_same(model: Local, counts: IntArray, fallback: int, choosing_us: float) -> None:
+def assert_same(model: Wave, counts: IntArray, fallback: int, choosing_us: float) -> None:
     expected = numpy_only(lambda: (model.choose(counts, fallback, choosing_us), model.predict(counts)))
     # Beyond 2**40 slots numpy serves.
     assert (native.choose(model._packed, counts, 0, fallback, choosing_us) is None) == (counts.sum() > 1 << 40)
@@ -130,7 +130,7 @@ def test_fitted_plans_choose_and_predict_the_same_bits(data: st.DataObject) -> N
     assert policy.select(counts, tokens) == numpy_only(lambda: policy.select(counts, tokens))
     model, candidates = policy._part(tokens)
     for some, size in ((model, len(candidates)), (plan.model, len(plan.configs))):
-        assert isinstance(some, Local) and some._packed
+        assert isinstance(some, Wave) and some._packed
         if size > 1:
             assert_same(some, counts, data.draw(st.integers(0, size - 1)), policy.choosing_us)
 
@@ -155,7 +155,7 @@ def test_ties_and_edges(slots: int, chosen: int) -> None:
     geometry = Geometry(10, np.full(3, 16), np.ones((3, 1), dtype=np.int64), np.ones(3, dtype=np.int64))
     coef = np.outer([100 << 30, 100 << 30, 103 << 30], [1, 0, 0, 0, 0])
     span, local = np.array([[10, 20], [10, 20], [0, 99]]), ((10, 0.0), (20, 0.09), (50, 0.0))
-    model = Local(
+    model = Wave(
         geometry,
         span,
         0.0,
@@ -252,7 +252,7 @@ def test_one_candidate_still_has_its_ids_checked() -> None:
 
 def test_a_model_that_cannot_be_exact_is_left_to_numpy() -> None:
     model = fitted(64, 0).model
-    assert isinstance(model, Local)
+    assert isinstance(model, Wave)
     heavy = attrs.evolve(model, weights=model.weights + (1 << 31))
     assert heavy._packed == b""
     assert heavy.choose_ids(np.zeros((1, 8), dtype=np.int32), 64, 0) is None

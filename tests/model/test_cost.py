@@ -21,7 +21,7 @@ from rampwrap.model.cost import MODELS
 from rampwrap.model.features import Geometry, float_log2, pass_over
 from rampwrap.model.fit import fit
 from rampwrap.model.ramp4 import Ramp4
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 from rampwrap.plan import file as plan_file
 
 SMS = 132
@@ -140,11 +140,11 @@ class TestPrediction:
         """Both fits see one half of what they are judged by: nothing."""
         best = unseen.us.min(axis=1)
         regret = {}
-        for name, model in {"default": default, "ramp4": fit(profiled, "ramp4")}.items():
+        for name, model in {"wave": default, "ramp4": fit(profiled, "ramp4")}.items():
             chosen = model.predict(unseen.counts).argmin(axis=1)
             regret[name] = float((unseen.us[np.arange(len(best)), chosen] / best - 1).mean())
-        assert regret["default"] < 0.008
-        assert regret["default"] < 0.5 * regret["ramp4"]
+        assert regret["wave"] < 0.008
+        assert regret["wave"] < 0.5 * regret["ramp4"]
 
     def test_stated_error_is_of_the_size_of_the_real_one(self, default, unseen):
         near = unseen.us <= 1.1 * unseen.us.min(axis=1, keepdims=True)
@@ -289,10 +289,17 @@ class TestFile:
         assert np.array_equal(some.predict(profiled.counts), model.predict(profiled.counts)[:, [7, 2, 23]])
 
     def test_an_unknown_model_is_refused(self, profiled):
-        with pytest.raises(FitError, match="choose one of default, ramp4"):
+        with pytest.raises(FitError, match="choose one of ramp4, wave"):
             fit(profiled, "forest")
         with pytest.raises(FitError, match="ramp9"):
             read_model({"name": "ramp9"})
+
+    def test_the_name_of_earlier_versions_is_read_and_not_written(self, profiled, unseen):
+        model = fit(profiled, "default")
+        written = dump_model(model)
+        assert written["name"] == model.name == "wave"
+        again = read_model({**written, "name": "default"})
+        assert np.array_equal(again.predict(unseen.counts), model.predict(unseen.counts))
 
 
 class TestPoorTables:
@@ -352,13 +359,13 @@ class TestPoorTables:
         counts = profiled.counts.copy()
         counts[:3] = 0
         model = fit(attrs.evolve(profiled, counts=counts))
-        assert isinstance(model, Local)
+        assert isinstance(model, Wave)
         assert model.support[:, 0].min() > 0
 
     def test_more_workloads_than_support_points(self, unseen):
         many = table(skews=(None, 3.0, 2.0, 1.0, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05))
         model = fit(many)
-        assert isinstance(model, Local)
+        assert isinstance(model, Wave)
         assert len(model.support) == 96 < len(many.us)
         best = many.us.min(axis=1)
         chosen = model.predict(many.counts).argmin(axis=1)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import rampwrap
 from rampwrap import Dispatcher, Plan, schema
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.errors import CaptureError, InputError, PlanError
 from rampwrap.measure.timings import Timings
 from rampwrap.observe import registry as observe
@@ -57,7 +57,7 @@ ON_EIGHT = np.repeat([64, 0], [8, 56])
 
 
 class Counted:
-    """A selector whose GPU counted; `rows` is its telemetry."""
+    """A graph dispatcher whose GPU counted; `rows` is its telemetry."""
 
     def __init__(self, plan: Plan, rows: list[Telemetry]) -> None:
         self.kernel, self.shape, self.plan, self.rows = SimKernel(plan.shape), plan.shape, plan, rows
@@ -94,18 +94,18 @@ def test_a_dispatchers_launches_count(sim_plan: Plan) -> None:
     assert not rampwrap.stats()["sources"]
 
 
-def test_a_selectors_launches_count_once_and_by_layer(sim_plan: Plan) -> None:
-    selector = Selector(SimKernel(sim_plan.shape), sim_plan, max_tokens=64, mode="lagged")
+def test_a_graph_dispatchers_launches_count_once_and_by_layer(sim_plan: Plan) -> None:
+    graph_dispatcher = GraphDispatcher(SimKernel(sim_plan.shape), sim_plan, max_tokens=64, mode="lagged")
     for layer in ("a", "b", "b"):
-        selector.layer(layer)(topk_ids=torch.from_numpy(ids()))
+        graph_dispatcher.layer(layer)(topk_ids=torch.from_numpy(ids()))
     (source,) = rampwrap.stats()["sources"]
-    assert source["kind"] == "selector" and source["plan"]["train_workloads"] == 40
+    assert source["kind"] == "graph dispatcher" and source["plan"]["train_workloads"] == 40
     assert {entry["layer"]: entry["steps"] for entry in source["layers"]} == {"a": 1, "b": 2}
     assert {entry["mode"] for entry in source["layers"]} == {"lagged"}
 
 
 def test_what_the_gpu_counted(sim_plan: Plan) -> None:
-    selector = Counted(sim_plan, [row(sim_plan), row(sim_plan, layer='odd "name"\\')])
+    graph_dispatcher = Counted(sim_plan, [row(sim_plan), row(sim_plan, layer='odd "name"\\')])
     found = json.loads(json.dumps(rampwrap.stats()))
     entry = found["sources"][0]["layers"][0]
     assert (entry["layer"], entry["num_tokens"], entry["steps"]) == ("layers.3", 64, 100)
@@ -113,7 +113,7 @@ def test_what_the_gpu_counted(sim_plan: Plan) -> None:
     assert [(ran["share"], ran["static"]) for ran in entry["configs"]] == [(0.7, True), (0.3, False)]
     assert entry["drift"] == 0 and entry["outside"] == 0
     text = observe.prometheus(found)
-    assert text == observe.prometheus() and text.endswith("\n") and selector.rows
+    assert text == observe.prometheus() and text.endswith("\n") and graph_dispatcher.rows
     assert "# TYPE rampwrap_launches_total counter\n" in text
     assert 'layer="layers.3",tokens="64",mode="graph"} 0.1\n' in text and r'layer="odd \"name\"\\"' in text
     names = {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}
@@ -184,7 +184,7 @@ def test_drift_is_said_once_with_the_command(sim_plan: Plan, caplog: pytest.LogC
     assert len(lines) == 4 and "predicted gain 10.0%" in lines[-1] and "not the static config" in lines[-1]
 
 
-def test_drift_is_said_of_the_selector_that_has_it(sim_plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+def test_drift_is_said_of_the_graph_dispatcher_that_has_it(sim_plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
     """Of several for one shape: those that are silent, or stay inside, are not blamed, before and after."""
     others = [Counted(sim_plan, []), Counted(sim_plan, [row(sim_plan)])]
     far = Counted(attrs.evolve(sim_plan), [row(sim_plan, "eight", "layers.9")])
@@ -219,7 +219,7 @@ def test_lagged_launches_have_drift(sim_plan: Plan) -> None:
     """The host has seen the routing, so it says how far it lies outside."""
     kernel = SimKernel(sim_plan.shape)
     kernel.launch = lambda config, /, topk_ids: 0.0  # type: ignore[method-assign,assignment]
-    selector = Selector(kernel, sim_plan, max_tokens=64, mode="lagged")
+    graph_dispatcher = GraphDispatcher(kernel, sim_plan, max_tokens=64, mode="lagged")
     inside, outside = torch.from_numpy(ids("uniform")), torch.arange(8).repeat(64, 1)
     layers = {
         "even": (inside, 3),
@@ -229,7 +229,7 @@ def test_lagged_launches_have_drift(sim_plan: Plan) -> None:
     }
     for name, (topk_ids, steps) in layers.items():
         for _ in range(steps):
-            selector.layer(name)(topk_ids=topk_ids)
+            graph_dispatcher.layer(name)(topk_ids=topk_ids)
     entries = {entry["layer"]: entry for entry in rampwrap.stats()["sources"][0]["layers"]}
     assert {name: its["observed"] for name, its in entries.items()} == {"even": 2, "eight": 2, "once": 0, "none": 1}
     assert entries["even"]["drift"] == 0 and entries["eight"]["drift"] > observe.DRIFTED
@@ -259,9 +259,9 @@ def test_static_is_what_serves_where_the_plan_is_refused(sim_plan: Plan) -> None
     kernel = SimKernel(sim_plan.shape)
     foreign = attrs.evolve(sim_plan, kernel="another", static=StaticTable("uniform", (1,), (3,)))
     with pytest.warns(RuntimeWarning, match="serves static configs"):
-        selector = Selector(kernel, foreign, max_tokens=64)
-    assert selector.policy.table.index(64) == 0  # type: ignore[attr-defined]
-    selector(topk_ids=ids())
+        graph_dispatcher = GraphDispatcher(kernel, foreign, max_tokens=64)
+    assert graph_dispatcher.policy.table.index(64) == 0  # type: ignore[attr-defined]
+    graph_dispatcher(topk_ids=ids())
     (entry,) = rampwrap.stats()["sources"][0]["layers"]
     assert [ran["static"] for ran in entry["configs"]] == [True]
 
@@ -284,7 +284,7 @@ def test_a_source_keeps_its_number(sim_plan: Plan) -> None:
 
 
 def test_sources_may_come_while_they_are_read(sim_plan: Plan) -> None:
-    """Threads of an engine make selectors while the log's thread lists them."""
+    """Threads of an engine make graph_dispatchers while the log's thread lists them."""
     over, kept = threading.Event(), [Counted(sim_plan, []) for _ in range(300)]
     rest = sys.getswitchinterval()
 

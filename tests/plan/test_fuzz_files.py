@@ -187,7 +187,7 @@ def works(plan: Plan) -> None:
             str(policy.select(counts, tokens))
         us = plan.model.predict(counts)
         assert not np.isnan(us).any()
-        if plan.model.name == "default" and counts.any():
+        if plan.model.name == "wave" and counts.any():
             assert (us > 0).all() and np.isfinite(us[plan.model._fast.unfitted == 0]).all()  # type: ignore[attr-defined]
     plan.static_policy().index(counts, 3)
     again = json.loads(plan.to_json(), parse_constant=pytest.fail)
@@ -198,7 +198,7 @@ samples = pytest.mark.parametrize("share", [0.03, pytest.param(1, marks=pytest.m
 
 
 @samples
-@pytest.mark.parametrize("model", ["default", "ramp4"])
+@pytest.mark.parametrize("model", ["wave", "ramp4"])
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 def test_damaged_plans(table: Timings, tmp_path: pathlib.Path, model: str, share: float) -> None:
     plan, path = make_plan(table, model=model), tmp_path / "p.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rampwrap import Dispatcher, MoEShape, Plan
-from rampwrap.dispatch.spans import Buckets
+from rampwrap.dispatch.spans import Spans
 from rampwrap.kernel.protocol import Config
 from rampwrap.measure.full import profile
 from rampwrap.plan.make import make_plan
@@ -60,15 +60,15 @@ def test_graphs_hold_the_same_beyond() -> None:
     kernel = Own(MoEShape(64, 8, 2048, 1024))
     plan = planned(kernel, [4, 8, 16, 32], "uniform", "zipf:1.2")
     policy = Dispatcher(kernel, plan).policy
-    buckets = Buckets(plan, policy, False, None, 4, torch.device("cpu"))
+    spans = Spans(plan, policy, False, None, 4, torch.device("cpu"))
     for tokens in (1, 2, 64, 65, 128, 1024, 50_000):
-        bucket = buckets.of(tokens)
+        bucket = spans.of(tokens)
         if policy.beyond(tokens):  # type: ignore[attr-defined]
             assert bucket.configs == (policy.configs[policy.index(counts(kernel.shape, tokens, "uniform"), tokens)],)
             assert "beyond the profiled batches" in bucket.shortlist.why
         else:
             assert all(config in plan.configs for config in bucket.configs)
-    assert len({bucket.position for bucket in buckets}) == len(list(buckets))
+    assert len({bucket.position for bucket in spans}) == len(list(spans))
 
 
 def test_too_few_active_experts_run_the_default_on_both_paths() -> None:

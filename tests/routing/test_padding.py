@@ -110,7 +110,7 @@ def test_c_and_numpy_choose_alike_with_padding(tokens: int, seed: int, pad: int,
 
 
 @pytest.mark.parametrize("pad", [-1, 64])
-@pytest.mark.parametrize("model", ["default", "ramp4"])
+@pytest.mark.parametrize("model", ["wave", "ramp4"])
 def test_a_step_of_padding_alone_runs_the_static_config(pad: int, model: str, sim_timings: Any) -> None:
     plan = make_plan(sim_timings, model=model)
     moe = Dispatcher(SimKernel(plan.shape), plan)

@@ -95,7 +95,7 @@ def test_layers_give_what_grouped_mm_gives(model: Any, planned: bool) -> None:
             expected = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, x, ids, weights)
             assert off(engine.experts_forward(module, x, ids, weights), expected) < 0.01, num_tokens
     (service,) = engine.serving().services.values()
-    assert (service.selector is not None) == planned
+    assert (service.graph_dispatcher is not None) == planned
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -110,8 +110,8 @@ def test_a_compiled_model_replays_its_graphs(model: Any, planned: bool, mode: st
                 assert off(compiled(tokens(rows)).logits, logits) < 0.02
     if planned:
         (service,) = engine.serving().services.values()
-        assert service.selector is not None
-        steps = sum(row.steps for row in service.selector.telemetry())
+        assert service.graph_dispatcher is not None
+        steps = sum(row.steps for row in service.graph_dispatcher.telemetry())
         assert steps > 0, "replays count where something is chosen"
 
 

@@ -84,7 +84,7 @@ def place(monkeypatch, tmp_path):
     monkeypatch.setenv(places.PLANS, str(tmp_path))
     monkeypatch.setattr(plugin, "_engines", {})
     monkeypatch.setattr(plugin, "_warn", places.OneWarning(plugin.logger))
-    monkeypatch.setattr(plugin, "ensure_compiled", lambda selector, path: False)
+    monkeypatch.setattr(plugin, "ensure_compiled", lambda graph_dispatcher, path: False)
     from vllm.v1.worker import workspace
 
     workspace.reset_workspace_manager()
@@ -171,9 +171,9 @@ def test_same_result_as_vllm(place, monkeypatch, case):
     monkeypatch.setenv(places.DISABLE, "1")
     plain, theirs = layer(shape, scales)
     assert "_fused_experts" not in vars(plain.impl)
-    assert made.impl._fused_experts.selector.kernel.name == name
+    assert made.impl._fused_experts.graph_dispatcher.kernel.name == name
     assert error_of(ours, theirs(its)) < (3e-2 if fp8 else 1e-2)
-    assert sum(row.steps for row in made.impl._fused_experts.selector.telemetry()) == 1
+    assert sum(row.steps for row in made.impl._fused_experts.graph_dispatcher.telemetry()) == 1
 
 
 def test_one_graph_follows_the_routing(place):
@@ -183,7 +183,7 @@ def test_one_graph_follows_the_routing(place):
     kernel = make_kernel("triton_fused_moe", SHAPE)
     its = kernel.inputs(SHAPE, ids_over(16))
     made, apply = layer(SHAPE)
-    assert len(made.impl._fused_experts.selector.bucket(TOKENS).configs) == 2
+    assert len(made.impl._fused_experts.graph_dispatcher.prepared(TOKENS).configs) == 2
     apply(its)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -198,7 +198,7 @@ def test_one_graph_follows_the_routing(place):
         assert torch.equal(out, kernel.launch(plan.configs[chosen], **its))
         seen.add(chosen)
     assert len(seen) == 2
-    counted = [row for row in made.impl._fused_experts.selector.telemetry() if row.on_device]
+    counted = [row for row in made.impl._fused_experts.graph_dispatcher.telemetry() if row.on_device]
     assert sum(row.steps for row in counted) == 7
 
 
@@ -211,7 +211,7 @@ def test_cute_kernels_in_a_graph(place, caplog, dtype):
     plan.save(place / "x.plan.json")
     its = kernel.inputs(shape, ids_over(16))
     made, apply = layer(shape, (its["w13_scale"], its["w2_scale"]) if dtype == "fp8" else ())
-    (config,) = made.impl._fused_experts.selector.bucket(TOKENS).configs
+    (config,) = made.impl._fused_experts.graph_dispatcher.prepared(TOKENS).configs
     apply(its)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -260,7 +260,7 @@ prompts = [{"prompt_token_ids": [7 + i, 11, 13 + i]} for i in range(40)] + [{"pr
 outputs = llm.generate(prompts, params, use_tqdm=False)
 assert all(len(output.outputs[0].token_ids) == 24 for output in outputs)
 from rampwrap.engines import vllm as plugin
-rows = [row for _, its in plugin._engines.values() for s in its.selectors.values() for row in s.telemetry()]
+rows = [row for _, its in plugin._engines.values() for s in its.graph_dispatchers.values() for row in s.telemetry()]
 print("FOUND", json.dumps({
     "engines": plugin.engines(),
     "names": sorted({row.layer for row in rows}),

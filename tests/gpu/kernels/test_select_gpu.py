@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from rampwrap.adapters.alpha_moe import AlphaMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE
-from rampwrap.dispatch.graph import Selector
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.torch_op import compiled
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.shape import MoEShape
@@ -64,10 +64,10 @@ def plan(kernel):
     return made
 
 
-def selecting(kernel, plan, **more):
-    """A selector that chooses from all three configs at every token count."""
+def choosing(kernel, plan, **more):
+    """A graph dispatcher that chooses from all three configs at every token count."""
     every = Shortlist(0, 64, (0, 1, 2), 0, None, None, "for the test")
-    return Selector(kernel, attrs.evolve(plan, in_graph=(every,)), max_tokens=64, **more)
+    return GraphDispatcher(kernel, attrs.evolve(plan, in_graph=(every,)), max_tokens=64, **more)
 
 
 def histogram_of(ids):
@@ -92,9 +92,9 @@ def captured(run):
     return graph
 
 
-def chosen(plan, selector, ids):
-    """Index of the config that the host takes from the selector's candidates."""
-    its = selector.bucket(len(ids)).shortlist
+def chosen(plan, graph_dispatcher, ids):
+    """Index of the config that the host takes from the graph dispatcher's candidates."""
+    its = graph_dispatcher.prepared(len(ids)).shortlist
     return its.candidates[plan.model.take(its.candidates).choose(histogram_of(ids), its.fallback)]
 
 
@@ -113,22 +113,22 @@ def test_twenty_thousand_choices_equal_the_hosts():
 
 def test_replays_follow_the_routing(kernel, plan):
     """Routing changes between replays: each has the bits of an eager launch of the config that the host names."""
-    selector = selecting(kernel, plan)
+    graph_dispatcher = choosing(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(ACTIVE[0]).clone())
     out = torch.empty_like(inputs["hidden_states"])
-    selector(**inputs, out=out)
-    graph = captured(lambda: selector(**inputs, out=out))
-    assert len(selector.bucket(TOKENS).configs) == 3
+    graph_dispatcher(**inputs, out=out)
+    graph = captured(lambda: graph_dispatcher(**inputs, out=out))
+    assert len(graph_dispatcher.prepared(TOKENS).configs) == 3
     seen = []
     for step, active in enumerate(ACTIVE):
         inputs["topk_ids"].copy_(routing(active, seed=step))
         out.fill_(float("nan"))
         graph.replay()
-        index = chosen(plan, selector, inputs["topk_ids"])
+        index = chosen(plan, graph_dispatcher, inputs["topk_ids"])
         assert torch.equal(out, kernel.launch(plan.configs[index], **inputs)), (step, index)
         seen.append(index)
     assert set(seen) == {0, 1, 2}
-    (row,) = selector.telemetry()
+    (row,) = graph_dispatcher.telemetry()
     # The eager launch, of ACTIVE[0], and every replay.
     assert row.on_device and row.steps == 1 + len(seen) and row.outside == 0
     assert row.counts == {index: seen.count(index) + (index == seen[0]) for index in (0, 1, 2)}
@@ -139,28 +139,28 @@ def test_replays_follow_the_routing(kernel, plan):
 
 def test_64_layers_in_one_graph(kernel, plan):
     """Each layer chooses for itself and keeps its own record; all share one lane's memory."""
-    selector = selecting(kernel, plan)
+    graph_dispatcher = choosing(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(64))
     ids = [routing(8 + layer % 57, seed=layer) for layer in range(64)]
     outs = [torch.empty_like(inputs["hidden_states"]) for _ in ids]
-    layers = [selector.layer(f"layer {place}") for place in range(64)]
+    layers = [graph_dispatcher.layer(f"layer {place}") for place in range(64)]
 
     def run():
         for layer, its, out in zip(layers, ids, outs, strict=True):
             layer(**{**inputs, "topk_ids": its, "out": out})
 
     run()
-    held = selector.memory_bytes
+    held = graph_dispatcher.memory_bytes
     graph = captured(run)
-    assert selector.memory_bytes == held
+    assert graph_dispatcher.memory_bytes == held
     for out in outs:
         out.fill_(float("nan"))
     graph.replay()
-    taken = [chosen(plan, selector, its) for its in ids]
+    taken = [chosen(plan, graph_dispatcher, its) for its in ids]
     for its, out, index in zip(ids, outs, taken, strict=True):
         assert torch.equal(out, kernel.launch(plan.configs[index], **{**inputs, "topk_ids": its}))
     assert set(taken) == {0, 1, 2}
-    rows = {row.layer: row for row in selector.telemetry()}
+    rows = {row.layer: row for row in graph_dispatcher.telemetry()}
     for place, index in enumerate(taken):
         row = rows[f"layer {place}"]
         assert row.steps == 2 and row.counts[index] == 2
@@ -168,14 +168,14 @@ def test_64_layers_in_one_graph(kernel, plan):
 
 def test_graphs_share_a_plan_and_end_in_any_order(kernel, plan):
     """Two sizes, captured three times over; the first graph is destroyed before the second is replayed."""
-    selector = selecting(kernel, plan)
+    graph_dispatcher = choosing(kernel, plan)
     for turn in range(3):
         graphs = {}
         for tokens in (16, 48):
             inputs = kernel.inputs(SHAPE, routing(30, tokens, seed=turn))
             out = torch.empty_like(inputs["hidden_states"])
-            selector(**inputs, out=out)
-            graphs[tokens] = captured(lambda inputs=inputs, out=out: selector(**inputs, out=out)), inputs, out
+            graph_dispatcher(**inputs, out=out)
+            graphs[tokens] = captured(lambda inputs=inputs, out=out: graph_dispatcher(**inputs, out=out)), inputs, out
         gone, kept = (16, 48) if turn % 2 else (48, 16)
         graphs[gone][0].reset()
         graph, inputs, out = graphs[kept]
@@ -183,22 +183,22 @@ def test_graphs_share_a_plan_and_end_in_any_order(kernel, plan):
             inputs["topk_ids"].copy_(routing(active, kept, seed=turn))
             out.zero_()
             graph.replay()
-            want = kernel.launch(plan.configs[chosen(plan, selector, inputs["topk_ids"])], **inputs)
+            want = kernel.launch(plan.configs[chosen(plan, graph_dispatcher, inputs["topk_ids"])], **inputs)
             assert torch.equal(out, want)
 
 
-def test_the_selector_may_go_before_its_graph_is_destroyed(kernel, plan):
-    """Destroying a graph after its selector is gone touches nothing that was freed; a new selector starts clean."""
+def test_the_graph_dispatcher_may_go_before_its_graph_is_destroyed(kernel, plan):
+    """Destroying a graph after its graph dispatcher is gone touches nothing that was freed; a new graph dispatcher starts clean."""
     for _ in range(2):
-        selector = selecting(kernel, plan)
+        graph_dispatcher = choosing(kernel, plan)
         inputs = kernel.inputs(SHAPE, routing(30))
         out = torch.empty_like(inputs["hidden_states"])
-        selector(**inputs, out=out)
-        graph = captured(lambda s=selector, i=inputs, o=out: s(**i, out=o))
+        graph_dispatcher(**inputs, out=out)
+        graph = captured(lambda s=graph_dispatcher, i=inputs, o=out: s(**i, out=o))
         graph.replay()
-        want = kernel.launch(plan.configs[chosen(plan, selector, inputs["topk_ids"])], **inputs)
-        assert torch.equal(out, want) and selector.telemetry()[0].steps == 2
-        del selector
+        want = kernel.launch(plan.configs[chosen(plan, graph_dispatcher, inputs["topk_ids"])], **inputs)
+        assert torch.equal(out, want) and graph_dispatcher.telemetry()[0].steps == 2
+        del graph_dispatcher
         gc.collect()
         graph.reset()
         torch.cuda.synchronize()
@@ -206,10 +206,10 @@ def test_the_selector_may_go_before_its_graph_is_destroyed(kernel, plan):
 
 def test_two_streams(kernel, plan):
     """Two lanes replay at the same time and disturb each other in nothing."""
-    selector = selecting(kernel, plan)
+    graph_dispatcher = choosing(kernel, plan)
     runs = []
     for seed in range(2):
-        lane = selector.lane()
+        lane = graph_dispatcher.lane()
         inputs = kernel.inputs(SHAPE, routing(10 + 40 * seed, seed=seed))
         out = torch.empty_like(inputs["hidden_states"])
         lane(**inputs, out=out)
@@ -222,57 +222,57 @@ def test_two_streams(kernel, plan):
                 graph.replay()
     torch.cuda.synchronize()
     for _, _, inputs, out, _ in runs:
-        want = kernel.launch(plan.configs[chosen(plan, selector, inputs["topk_ids"])], **inputs)
+        want = kernel.launch(plan.configs[chosen(plan, graph_dispatcher, inputs["topk_ids"])], **inputs)
         assert torch.equal(out, want)
-    assert sum(row.steps for row in selector.telemetry()) == 2 + 100
+    assert sum(row.steps for row in graph_dispatcher.telemetry()) == 2 + 100
 
 
 def test_a_capture_with_other_alignment_is_refused(kernel, plan):
     """Triton has another kernel for ids that do not start at a multiple of 16 bytes; after an eager step it is there."""
-    selector = selecting(kernel, plan)
+    graph_dispatcher = choosing(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(20))
-    selector(**inputs)
+    graph_dispatcher(**inputs)
     memory = torch.empty(TOKENS * 8 + 1, dtype=torch.int32, device="cuda")
     odd = inputs | {"topk_ids": memory[1:].view(TOKENS, 8).copy_(inputs["topk_ids"])}
     with pytest.raises(CaptureError, match="topk_ids not at a multiple of 16 bytes"):
-        captured(lambda: selector(**odd))
-    want, held = selector(**odd), {}
-    captured(lambda: held.update(out=selector(**odd))).replay()
+        captured(lambda: graph_dispatcher(**odd))
+    want, held = graph_dispatcher(**odd), {}
+    captured(lambda: held.update(out=graph_dispatcher(**odd))).replay()
     assert torch.equal(held["out"], want)
 
 
 def test_capture_of_what_is_not_ready(kernel, plan):
     """An unprepared size, and unwarmed types, are refused with the fix; the stream is left usable."""
-    selector = selecting(kernel, plan)
+    graph_dispatcher = choosing(kernel, plan)
     inputs = kernel.inputs(SHAPE, routing(20))
     with pytest.raises(CaptureError, match="run one eager step"):
-        captured(lambda: selector(**inputs))
-    selector(**inputs)
+        captured(lambda: graph_dispatcher(**inputs))
+    graph_dispatcher(**inputs)
     wide = {**inputs, "topk_ids": inputs["topk_ids"].long()}
     with pytest.raises(CaptureError, match="not compiled before this capture"):
-        captured(lambda: selector(**wide))
+        captured(lambda: graph_dispatcher(**wide))
     with pytest.raises(CaptureError, match="no workspace yet"):
-        lane = selector.lane()
+        lane = graph_dispatcher.lane()
         captured(lambda: lane(**inputs))
-    lagged = Selector(kernel, plan, max_tokens=64, mode="lagged")
+    lagged = GraphDispatcher(kernel, plan, max_tokens=64, mode="lagged")
     lagged(**inputs)
     with pytest.raises(CaptureError, match="freeze the choice"):
         captured(lambda: lagged(**inputs))
-    selector.warm([TOKENS], lambda tokens: wide)
-    captured(lambda: selector(**wide)).replay()
+    graph_dispatcher.warm([TOKENS], lambda tokens: wide)
+    captured(lambda: graph_dispatcher(**wide)).replay()
 
 
 def test_lagged_never_waits(kernel, plan):
     """While the GPU is busy a step is launched at once, with the last histogram that has arrived."""
-    selector = Selector(kernel, plan, max_tokens=64, mode="lagged")
+    graph_dispatcher = GraphDispatcher(kernel, plan, max_tokens=64, mode="lagged")
     inputs = kernel.inputs(SHAPE, routing(8))
     for _ in range(3):
-        selector(**inputs)
+        graph_dispatcher(**inputs)
         torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
     before = torch.cuda.Event()
     before.record()
-    selector(**inputs)
+    graph_dispatcher(**inputs)
     assert not before.query()
     torch.cuda.synchronize()
 
@@ -280,11 +280,11 @@ def test_lagged_never_waits(kernel, plan):
 @pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
 def test_torch_compile(kernel, plan, compile_mode):
     """The operator compiles into one graph, and under CUDA graph trees the routing still decides."""
-    selector = selecting(kernel, plan)
-    layer = compiled(selector)
+    graph_dispatcher = choosing(kernel, plan)
+    layer = compiled(graph_dispatcher)
     inputs = kernel.inputs(SHAPE, routing(64))
     w13, w2 = inputs["w13"], inputs["w2"]
-    selector(**inputs)  # memory made inside the first compiled call would belong to its graph
+    graph_dispatcher(**inputs)  # memory made inside the first compiled call would belong to its graph
 
     def run(x, weights, ids):
         return layer(x * 2, w13, w2, weights, ids) + 1
@@ -293,13 +293,13 @@ def test_torch_compile(kernel, plan, compile_mode):
     taken = set()
     for step, active in enumerate(ACTIVE):
         ids = routing(active, seed=step)
-        taken.add(chosen(plan, selector, ids))
+        taken.add(chosen(plan, graph_dispatcher, ids))
         torch.compiler.cudagraph_mark_step_begin()
         got = whole(inputs["hidden_states"], inputs["topk_weights"], ids).clone()
-        config = plan.configs[chosen(plan, selector, ids)]
+        config = plan.configs[chosen(plan, graph_dispatcher, ids)]
         given = {**inputs, "hidden_states": inputs["hidden_states"] * 2, "topk_ids": ids}
         assert torch.equal(got, kernel.launch(config, **given) + 1)
-    assert taken == {0, 1, 2} and selector.telemetry()[0].steps >= 1 + len(ACTIVE)
+    assert taken == {0, 1, 2} and graph_dispatcher.telemetry()[0].steps >= 1 + len(ACTIVE)
 
 
 @pytest.mark.parametrize("experts", [64, 128, 256, 512])
@@ -343,17 +343,17 @@ def test_other_peoples_kernels(kind):
     heights = sorted({its.grid(config, shape).block_m for config in its.configs})[:3]
     its.configs = tuple(next(c for c in its.configs if its.grid(c, shape).block_m == m) for m in heights)
     plan = small.small_plan(its, shape, num_buckets=5, coef=COEF)
-    selector = selecting(its, plan)
+    graph_dispatcher = choosing(its, plan)
     inputs = its.inputs(shape, routing(ACTIVE[0]).clone())
-    selector(**inputs)
+    graph_dispatcher(**inputs)
     held = []
-    graph = captured(lambda: held.append(selector(**inputs)))
+    graph = captured(lambda: held.append(graph_dispatcher(**inputs)))
     seen = set()
     for step, active in enumerate(ACTIVE):
         inputs["topk_ids"].copy_(routing(active, seed=step))
         held[0].fill_(float("nan"))
         graph.replay()
-        index = chosen(plan, selector, inputs["topk_ids"])
+        index = chosen(plan, graph_dispatcher, inputs["topk_ids"])
         want = its.launch(plan.configs[index], **inputs)
         if kind == "alpha":
             assert float((held[0] - want).double().norm() / want.double().norm()) < 0.01

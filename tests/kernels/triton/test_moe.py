@@ -143,7 +143,7 @@ def test_remote_experts_contribute_zero(num_tokens):
 
 @needs_kernels
 def test_given_alignment():
-    """An alignment made before (by the selector) is used as it is, and gives the same bits."""
+    """An alignment made before (by the graph dispatcher) is used as it is, and gives the same bits."""
     kernel = TritonFusedMoE(BF16)
     inputs = kernel.inputs(BF16, routing(BF16, 9))
     row = LAYERS[0][1]

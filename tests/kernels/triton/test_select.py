@@ -28,7 +28,7 @@ from rampwrap.kernels.triton.select.host import (
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.packed import MAX_SLOTS, TALLY, pack
 from rampwrap.model.ramp4 import Ramp4
-from rampwrap.model.wave import Local
+from rampwrap.model.wave import Wave
 
 if not INTERPRETED.value and not torch.cuda.is_available():
     pytest.skip("Triton was imported before TRITON_INTERPRET=1 and there is no GPU", allow_module_level=True)
@@ -76,7 +76,7 @@ def random_model(rng, num_candidates, num_experts=64):
     span = np.sort(rng.integers(1, 2**15, (num_candidates, 2)), axis=1)
     span[rng.random(num_candidates) < 0.7] = (1, 2**16)
     local = tuple((int(s), float(rng.choice([0.001, 0.01, 0.03]))) for s in np.unique(rng.integers(1, 2**14, 6)))
-    return Local(geometry, span, 0.01, local if rng.random() < 0.8 else (), coef, weights, support, block_ms)
+    return Wave(geometry, span, 0.01, local if rng.random() < 0.8 else (), coef, weights, support, block_ms)
 
 
 @settings(parent=relaxed, max_examples=20)
