@@ -8,7 +8,7 @@ import torch
 
 from rampwrap.checkpoint.model import Layers
 from rampwrap.dispatch.graph import chooses_in_graph
-from rampwrap.engines.vllm import preference
+from rampwrap.engines.vllm_layer import preference
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.files import make_folder
 from rampwrap.kernel.catalog import make_kernel

@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 import rampwrap
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import transformers as engine
+from rampwrap.engines import transformers_layer
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
@@ -106,7 +107,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[N
     monkeypatch.delenv("RAMPWRAP_DISABLE", raising=False)
     (tmp_path / "plans").mkdir()
     monkeypatch.setattr(engine, "_serving", None)
-    engine._installation.cache_clear()
+    transformers_layer._installation.cache_clear()
     monkeypatch.setattr(engine, "_warn", OneWarning(logging.getLogger("rampwrap")))
     torch._dynamo.reset()
     ExpertsInterface.register("rampwrap", engine.experts_forward)
@@ -255,7 +256,7 @@ def parameter(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = Fal
 def test_a_refusal_names_what_is_different(differently: dict[str, Any], said: str | None) -> None:
     layer = Layer(**differently).to(DEVICE)
     x, ids, _ = inputs(3)
-    found = engine.refusal(layer, x, ids)
+    found = transformers_layer.refusal(layer, x, ids)
     assert found is None if said is None else said in str(found)
 
 
@@ -264,7 +265,7 @@ def test_a_gate_of_its_own_is_refused() -> None:
         def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
             return gate_up
 
-    assert "gate of its own" in str(engine.refusal(Clamped().to(DEVICE), *inputs(3)[:2]))
+    assert "gate of its own" in str(transformers_layer.refusal(Clamped().to(DEVICE), *inputs(3)[:2]))
 
 
 def test_float32_falls_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -437,7 +438,7 @@ def test_what_keeps_the_kernel_away(
         version: Callable[[str], str] = importlib.metadata.version
         other = {"transformers": "6.0.1"}
         monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or version(name))
-        engine._installation.cache_clear()
+        transformers_layer._installation.cache_clear()
         with pytest.raises(InputError, match=r"6\.0\.1 was not tested with rampwrap; use 5\.17"):
             engine.register()
     given = inputs()
@@ -445,7 +446,7 @@ def test_what_keeps_the_kernel_away(
         out = engine.experts_forward(module, *given)
         torch.testing.assert_close(out, ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *given), rtol=0, atol=0)
     assert ("RAMPWRAP_DISABLE is set" if how == "switch" else "6.0.1") in caplog.text
-    engine._installation.cache_clear()
+    transformers_layer._installation.cache_clear()
 
 
 def test_warm_prepares_sizes(tmp_path: pathlib.Path) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import vllm as plugin
+from rampwrap.engines import vllm_layer
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.device import SIMULATED, Device
 from rampwrap.kernel.shape import MoEShape
@@ -758,11 +759,14 @@ def test_plans_place(monkeypatch, tmp_path, plan):
     assert places.Plans.read().found == ()
     places.default_folder().mkdir(parents=True)
     plan.save(places.default_folder() / "x.plan.json")
-    fit = places.Plans.read().find(SHAPE, SIMULATED, plugin.KERNELS)
+    fit = places.Plans.read().find(SHAPE, SIMULATED, vllm_layer.KERNELS)
     assert fit is not None and fit.kernel.name == "triton_fused_moe"
     plan.save(tmp_path / "any-name.json")
-    assert places.Plans.read(tmp_path / "any-name.json").find(SHAPE, SIMULATED, plugin.KERNELS) is not None
-    assert places.Plans.read(tmp_path / "any-name.json").find(SHAPE, Device("NVIDIA H200", 132), plugin.KERNELS) is None
+    assert places.Plans.read(tmp_path / "any-name.json").find(SHAPE, SIMULATED, vllm_layer.KERNELS) is not None
+    assert (
+        places.Plans.read(tmp_path / "any-name.json").find(SHAPE, Device("NVIDIA H200", 132), vllm_layer.KERNELS)
+        is None
+    )
 
 
 def vllm_source(*parts):

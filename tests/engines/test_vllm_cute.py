@@ -22,6 +22,7 @@ from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.engines import prepare as warming
 from rampwrap.engines import profile as profiling
 from rampwrap.engines import vllm as plugin
+from rampwrap.engines import vllm_layer
 from rampwrap.errors import InputError
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import SIMULATED
@@ -141,7 +142,7 @@ def test_preference_by_dtype(world, built, cute_plans, triton_plans, caplog, sha
     plugin.register()
     engine_layer(world, shape, inputs(shape))
     assert plugin.engines()[0]["kernels"] == [kernel] and not base.messages(caplog)
-    assert set(plugin.KERNELS) == set(plugin.FP8_KERNELS)
+    assert set(vllm_layer.KERNELS) == set(vllm_layer.FP8_KERNELS)
 
 
 def both_timings(shape, first="triton_fused_moe"):
@@ -212,7 +213,7 @@ def test_an_older_plan_of_the_preferred_kernel_is_named(world, built, cute_plans
     (said,) = base.messages(caplog)
     assert "old.plan.json" in said and f"kernel version 0 but this is {CUTE_VERSION}" in said
     cute_plans[FP8].save(world.folder / "new.plan.json")
-    fit = places.Plans.read(world.folder).find(FP8, SIMULATED, plugin.preference(FP8))
+    fit = places.Plans.read(world.folder).find(FP8, SIMULATED, vllm_layer.preference(FP8))
     assert fit.kernel.name == "cute_moe" and fit.passed_over == ()
 
 
@@ -406,7 +407,7 @@ def test_first_use_is_kept_for_the_next_process(monkeypatch, tmp_path):
     [
         ("vllm", FP8, True, "cute_moe", ""),
         ("vllm", FP8, False, "triton_fused_moe", "build-kernels"),
-        ("vllm", BF16, True, plugin.BOTH, ""),
+        ("vllm", BF16, True, vllm_layer.BOTH, ""),
         ("vllm", BF16, False, "triton_fused_moe", ""),
         ("sglang", FP8, True, "vllm_fused_moe", ""),
         (None, FP8, True, "triton_fused_moe", ""),

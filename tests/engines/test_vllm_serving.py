@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.checkpoint.model import read_layers
-from rampwrap.engines import vllm
+from rampwrap.engines import vllm_layer
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
@@ -162,7 +162,7 @@ def test_the_bf16_models_cross_kernels(scripts, name):
     """Tables of both kernels, of this version, over the same workloads."""
     setup = scripts["serve_vllm_setup"]
     timings = join([Timings.load(setup.ROOT / table) for table in setup.MODELS[name].timings])
-    assert timings.kernel == vllm.BOTH and len(timings.us) == 130 and not np.isnan(timings.us).any()
+    assert timings.kernel == vllm_layer.BOTH and len(timings.us) == 130 and not np.isnan(timings.us).any()
     current = "+".join((TritonFusedMoE.version, CuteFusedMoE.version))
     assert timings.kernel_version == current
 

@@ -1,0 +1,96 @@
+"""A layer of vLLM as we see it: its shape or why it stays with vLLM, whose plans may serve it, and the command that makes one."""
+
+import logging
+import shlex
+from typing import Any
+
+import attrs
+import torch
+
+from rampwrap.checkpoint.model import Ranks, read_layers
+from rampwrap.errors import InputError
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.plan.plan import shape_arguments
+
+BOTH = "portfolio:triton_fused_moe+cute_moe"
+KERNELS = (BOTH, "triton_fused_moe", "cute_moe", "vllm_fused_moe")
+"""In order of preference where plans for several fit: our Triton kernel is 1.12x faster than vLLM's on an H200 in
+geometric mean, the CuTe kernels are level with it: 5 % ahead at 3 to 8 tokens, 6 % behind from 1536 on (OLMoE). A plan for
+both names a kernel and one config for each batch size; on rows it never saw it is 1.01x ahead of one for Triton alone."""
+FP8_KERNELS = ("cute_moe", BOTH, "triton_fused_moe", "vllm_fused_moe")
+"""The same for FP8, where the CuTe kernels are 1.09x faster than our Triton kernel and 1.29x faster than vLLM's, and behind at
+no token count by more than 1 %."""
+_FP8 = torch.float8_e4m3fn
+_GROUP = 128
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def preference(shape: MoEShape) -> tuple[str, ...]:
+    """Kernels whose plans may serve a layer, the fastest first."""
+    return FP8_KERNELS if shape.dtype == "fp8" else KERNELS
+
+
+@attrs.frozen
+class Refusal:
+    """Why a layer stays with vLLM; `level` says who needs to know."""
+
+    reason: str
+    level: int = logging.DEBUG
+
+
+def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
+    """The shape of a layer on this rank by vLLM's `FusedMoEConfig` and `FusedMoEQuantConfig`, or why we cannot run it."""
+    activation = getattr(config.activation, "value", config.activation)
+    if activation != "silu":
+        return Refusal(f"its activation is {activation}, not silu")
+    if config.has_bias or quant.w1_bias is not None or quant.w2_bias is not None:
+        return Refusal("its experts have biases")
+    if any(getattr(quant, name, None) is not None for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")):
+        return Refusal("its activation is clamped or scaled")
+    if config.is_lora_enabled:
+        return Refusal("LoRA is enabled")
+    if config.in_dtype not in _DTYPES:
+        return Refusal(f"its activations are {config.in_dtype}")
+    if quant.quant_dtype is None and quant.weight_quant_dtype is None:
+        dtype = _DTYPES[config.in_dtype]
+    elif quant.quant_dtype == _FP8 and quant.weight_quant_dtype == _FP8 and quant.block_shape == [_GROUP, _GROUP]:
+        if quant.a1_scale is not None or quant.a2_scale is not None:
+            return Refusal("its activations have static scales")
+        if config.in_dtype != torch.bfloat16:
+            return Refusal(f"its FP8 layers take {config.in_dtype}, not bfloat16")
+        dtype = "fp8"
+    else:
+        return Refusal(f"it is quantised as {quant.weight_quant_dtype} with {quant.quant_dtype} activations")
+    return MoEShape(
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_dim,
+        config.intermediate_size_per_partition,
+        dtype,
+        config.num_local_experts,
+    )
+
+
+def command(model: str, config: Any, shape: MoEShape | None = None) -> str:
+    """The command that makes the plans of a model for this parallelism.
+
+    Args:
+        shape: what the plans must serve; a layer that the model's config does not give, or whose config is not here, is
+            named by its own sizes. None trusts the config.
+    """
+    ranks = config.ep_size if config.use_ep else config.tp_size
+    expert_parallel = bool(config.use_ep and config.ep_size > 1)
+    redundant = config.num_experts - (getattr(config, "num_logical_experts", None) or config.num_experts)
+    profile = "rampwrap profile --engine vllm"
+    options = f"{profile} --model {shlex.quote(model)}" + (f" --tp-size {ranks}" if ranks > 1 else "")
+    options += (" --ep" if expert_parallel else "") + (f" --num-redundant-experts {redundant}" if redundant else "")
+    if shape is None:
+        return options
+    for dtype in (None, shape.dtype):
+        try:
+            found = read_layers(model, Ranks(ranks, expert_parallel, redundant), dtype=dtype, engine="vllm")
+        except InputError:
+            continue
+        if shape in found.shapes:
+            return options + (f" --dtype {dtype}" if dtype else "")
+    return f"{profile} {shape_arguments(shape)}"
