@@ -68,7 +68,7 @@ class Model:
     timings: tuple[str, ...]
     "Of our kernels, for the plan."
     static: str
-    "Of vLLM's kernel, for the static table: a timing table, or triton_vs_vllm's results."
+    "Of vLLM's kernel, for the static table: a timing table, or the results of the race that was triton_vs_vllm.py."
     kv_gb: float
 
 
