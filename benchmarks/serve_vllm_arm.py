@@ -8,6 +8,7 @@ popularities, of which each step takes a window that moves on from step to step.
 every arm, in place of vLLM's top-k kernel, and the pool is replaced between measurements without a new capture.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -334,6 +335,7 @@ def shares(kernels: Any, steps: int) -> dict[str, Any]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     settings = json.loads(sys.stdin.readline())

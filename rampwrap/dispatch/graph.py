@@ -9,7 +9,7 @@ nothing is added to the graph. Modes:
     lagged      the host chooses by the histogram of the step before, copied back without waiting; any kernel, but
                 a graph would freeze the choice, so for eager and piecewise execution
 
-The bits of a choice are tested against the host's. `graph_lists.COSTS` were measured on an H200; `benchmarks/in_graph.py`
+The bits of a choice are tested against the host's. `graph_lists.COSTS` were measured on an H200; `benchmarks/graph.py`
 measures them on the machine at hand, to be given as `costs`.
 """
 

@@ -1,11 +1,7 @@
-"""The scripts in benchmarks/: each says what it does, and what runs without a GPU is run."""
+"""benchmarks/race.py without a GPU: simulated kernels, and our Triton kernel by the clock of the CPU."""
 
 import argparse
 import functools
-import importlib
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -14,29 +10,10 @@ pytest.importorskip("triton")
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.measure.timer import HostTimer
 from rampwrap.testing.sim import SimKernel
 
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
-if not FOLDER.exists():
-    pytest.skip("the wheel is tested without benchmarks", allow_module_level=True)
-
 SHAPE = MoEShape(4, 2, 128, 64)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A script as a module, finding its neighbours as when it is run."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_says_what_it_does(path):
-    if "__main__" not in path.read_text(encoding="utf-8"):
-        pytest.skip("a part of another script")
-    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: " + path.name)
 
 
 class Twice(SimKernel):
@@ -69,11 +46,11 @@ class Wrong(Few):
         return out.mul_(1.1) if config == self.configs[1] and len(out) > 1 else out
 
 
-def raced(race, *names, tokens=(2,), most_configs=0):
+def raced(race, *names, tokens=(2,), routings=("uniform", "zipf:1.2"), most_configs=0):
     return race.race(
         SHAPE,
         argparse.Namespace(
-            kernels=names, tokens=list(tokens), routings=["uniform", "zipf:1.2"], most_configs=most_configs, rounds=2,
+            kernels=names, tokens=list(tokens), routings=list(routings), most_configs=most_configs, rounds=2,
             budget_seconds=None, seed=0,
         ),
     )  # fmt: skip
@@ -93,13 +70,15 @@ def test_a_race_is_of_best_against_best(script, capsys):
     assert "sim over twice: 2.000x" in capsys.readouterr().out
 
 
-def test_what_is_wrong_does_not_race(script):
+def test_what_is_wrong_does_not_race(script, monkeypatch):
     """Checked against float64 on poisoned memory; the clock of the CPU times the rest."""
     race = script("race")
-    found = raced(race, f"{__name__}:Few", f"{__name__}:Wrong")
+    monkeypatch.setattr(race, "CHECK_TOKENS", (1, 3))
+    monkeypatch.setattr(race, "profile", functools.partial(race.profile, timer=HostTimer(samples=1)))
+    found = raced(race, f"{__name__}:Few", f"{__name__}:Wrong", routings=["uniform"])
     tagged = [race.format_config({"kernel": "wrong", **config}) for config in Few(SHAPE).configs]
     assert sorted(found["wrong"]) == sorted(tagged[1:])
-    assert found["wrong"][tagged[1]].startswith("relative error 0.1 at 64 tokens")
+    assert found["wrong"][tagged[1]].startswith("relative error 0.1 at 3 tokens")
     assert found["wrong"][tagged[2]] == "AssertionError: out of order"
     for row in found["rows"]:
         assert row["best"]["wrong"]["config"] == dict(Few(SHAPE).configs[0])
