@@ -134,7 +134,9 @@ def main() -> int:
     if a.only != "align":
         kernel = make_kernel(a.kernel or plan.kernel, plan.shape)
         if not chooses_in_graph(kernel):
-            parser.error(f"kernel {kernel.name!r} cannot choose in a graph; give a plan of one that can, or --only align.")
+            parser.error(
+                f"kernel {kernel.name!r} cannot choose in a graph; give a plan of one that can, or --only align."
+            )
         print("layer: microseconds")
         found["layer"] = rows = [layer(kernel, plan, tokens, a.rounds) for tokens in a.tokens or LAYER_TOKENS]
         numbers = sorted({count for row in rows for count in row["added"]})

@@ -36,7 +36,9 @@ def test_says_what_it_does(path, script, monkeypatch, capsys):
 
 
 def test_results_are_in_the_index():
-    rows = [line.split("|")[1:-1] for line in (RESULTS / "README.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|")[1:-1] for line in (RESULTS / "README.md").read_text().splitlines() if line.startswith("| `")
+    ]
     named = [name for row in rows for name in re.findall(r"`([^`]+)`", row[0])]
     assert sorted(named) == sorted(path.name for path in RESULTS.iterdir() if path.name != "README.md")
     for row in rows:
