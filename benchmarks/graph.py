@@ -6,7 +6,7 @@ align   one launch that aligns, against one that also chooses among four configs
 layer   a layer that chooses among two to four configs of the plan, against the same layer with the config that it chooses
 
 All are replayed in CUDA graphs, in turn, weights not in L2. The last line is the median over token counts, to be given to
-`rampwrap.selector` as `costs`. Without a GPU the clock of the CPU times Triton's interpreter, which only shows that it runs.
+`rampwrap.GraphDispatcher` as `costs`. Without a GPU the clock of the CPU times Triton's interpreter, which only shows that it runs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from common import stamp
 
-from rampwrap.dispatch.graph import Selector, chooses_in_graph
+from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import device_of
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
-from rampwrap.measure.timer import GraphTimer, HostTimer, Measurement, Timer, default_timer
+from rampwrap.measure.graph_timer import GraphTimer, default_timer
+from rampwrap.measure.timer import HostTimer, Measurement, Timer
 from rampwrap.model.packed import MAX_IN_GRAPH, pack
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import Shortlist
@@ -42,7 +43,7 @@ ROUTING = Routing.parse("lognormal:1.0")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def interleaved(timer: Timer, calls: dict[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
+def interleaved(timer: Timer, calls: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
     """Median microseconds of each, sampled in turn."""
     try:
         ready = {name: timer.prepare(some) for name, some in calls.items()}
@@ -93,7 +94,7 @@ def layer(kernel: Kernel, plan: Plan, num_tokens: int, rounds: int) -> dict[str,
     shape, timer = plan.shape, default_timer(device_of(kernel), plan.shape, simulated=False)
     ids = Workload(num_tokens, ROUTING).topk_ids(shape.num_experts, shape.top_k)
     counts = np.bincount(ids.ravel(), minlength=shape.num_experts).astype(np.int64)
-    turns = timer.rotations(shape.weight_bytes * np.count_nonzero(counts) // shape.num_experts)
+    turns = timer.rotations(shape.weight_bytes * int(np.count_nonzero(counts)) // shape.num_experts)
     turned = [((ids + turn * shape.num_experts // turns) % shape.num_experts).astype(np.int32) for turn in range(turns)]
     first = kernel.inputs(shape, torch.from_numpy(ids).to(DEVICE))  # type: ignore[attr-defined]
     inputs = [first | {"topk_ids": torch.from_numpy(its).to(DEVICE)} for its in turned]
@@ -104,8 +105,8 @@ def layer(kernel: Kernel, plan: Plan, num_tokens: int, rounds: int) -> dict[str,
         alone[count] = f"config {chosen}"
         for name, indices, static in ((f"{count} candidates", few, order[0]), (alone[count], (chosen,), chosen)):
             its = attrs.evolve(plan, in_graph=(Shortlist(0, num_tokens, indices, static, None, None, "measured"),))
-            selector = Selector(kernel, its, max_tokens=num_tokens, strict=True, where=DEVICE)
-            calls[name] = [functools.partial(selector, **given) for given in inputs]
+            dispatcher = GraphDispatcher(kernel, its, max_tokens=num_tokens, strict=True, where=DEVICE)
+            calls[name] = [functools.partial(dispatcher, **given) for given in inputs]
     us = interleaved(timer, calls, rounds)
     added = {count: us[f"{count} candidates"] - us[name] for count, name in alone.items()}
     print(f"  {num_tokens:5d} tokens  " + text(us) + "  added " + text({str(n): its for n, its in added.items()}))

@@ -35,9 +35,8 @@ from rampwrap.kernel.device import Device, device_of
 from rampwrap.kernel.portfolio import Memory, Portfolio
 from rampwrap.kernel.protocol import Config, Kernel, format_config, kernel_version, refusal
 from rampwrap.kernel.shape import SHAPES, MoEShape
-from rampwrap.measure.full import profile
+from rampwrap.measure.full import profile, roofline_us
 from rampwrap.measure.sweep import sweep
-from rampwrap.measure.timer import roofline_us
 from rampwrap.measure.timings import Timings
 from rampwrap.routing.workloads import Routing, Workload, workload_grid
 from rampwrap.testing.conformance import TOLERANCE
@@ -54,7 +53,7 @@ def measured(device: Device) -> Device:
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
     target, best = torch.empty_like(source), float("inf")
     for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         target.copy_(source)
         end.record()
