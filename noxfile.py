@@ -9,7 +9,19 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 EXTRAS = "triton,cute,plot,transformers,dev"
-SHOWN = ("attrs", "cattrs", "filelock", "numpy", "scipy", "torch", "tqdm", "triton", "apache-tvm-ffi", "matplotlib")
+SHOWN = (
+    "attrs",
+    "cattrs",
+    "click",
+    "filelock",
+    "numpy",
+    "scipy",
+    "torch",
+    "tqdm",
+    "triton",
+    "apache-tvm-ffi",
+    "matplotlib",
+)
 
 
 def run(session: nox.Session, resolution: str) -> None:

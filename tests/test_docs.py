@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 import rampwrap
-from rampwrap.cli.main import main
+from rampwrap.cli.main import PLACES, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES if page.exists()]
-COMMANDS = ("profile", "fit", "show", "seal", "explain", "compare", "replay", "build-kernels", "regions")
 FENCE = re.compile(r"^(<!-- run -->\n)?```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the documentation is not beside the tests")
@@ -54,8 +53,8 @@ def test_the_api_page_names_what_is_public() -> None:
 
 def test_every_command_has_its_help_on_the_page() -> None:
     listed = re.findall(r"^\{\{ help (.*?) \}\}$", read("docs/cli.md"), re.MULTILINE)
-    assert sorted(listed) == sorted(COMMANDS)
-    for command in COMMANDS:
+    assert sorted(listed) == sorted(PLACES)
+    for command in PLACES:
         assert command in said_by(["--help"])
 
 
@@ -63,7 +62,7 @@ def test_every_command_has_its_help_on_the_page() -> None:
 def options() -> dict[str, set[str]]:
     """The options of each command, as its help names them."""
     return {
-        command: {*re.findall(r"(?<![\w-])(--?[a-zA-Z][\w-]*)", said_by([command, "--help"]))} for command in COMMANDS
+        command: {*re.findall(r"(?<![\w-])(--?[a-zA-Z][\w-]*)", said_by([command, "--help"]))} for command in PLACES
     }
 
 

@@ -15,6 +15,7 @@ With an `expert_map` ids stay those of all ranks, and experts of other ranks (-1
 
 import pathlib
 import re
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -155,7 +156,7 @@ class Workload:
 
 
 def workload_grid(
-    token_counts: list[int], routings: list[Routing], split: str = "train", seed: int = 0
+    token_counts: Sequence[int], routings: Sequence[Routing], split: str = "train", seed: int = 0
 ) -> list[Workload]:
     """Every token count with every routing, token counts outermost."""
     return [Workload(tokens, routing, split, seed) for tokens in token_counts for routing in routings]

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from typing import Any
 
+import attrs
+import click
 import pytest
 
-from rampwrap.cli.main import main
+from rampwrap.cli.command import Command
+from rampwrap.cli.main import COMMANDS, PLACES, main
+from rampwrap.cli.tables import COST_MODEL
 from rampwrap.cli.types import seconds
 from rampwrap.measure.timings import Timings
 
@@ -93,6 +97,63 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["profiel"], "Did you mean 'profile'?"),
+        (["xyz"], "Use one of profile, fit,"),
+        (["profile", "--batchsize", "3"], "--batch-size"),
+        (["profile", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["profile", "--eval-batch-size", "8", "x"], "'x' is not a whole number of at least 1"),
+        (["profile", "--budget", "soon"], "'soon' is no duration; write 90s, 3m or 1h"),
+        (["profile", "--out", "--quiet"], "'--out' requires a value"),
+        (["profile", "--engine", "vlm"], "'vllm', 'sglang', 'transformers'"),
+        (["explain", "p.json", "--expert-counts", "1,x"], "'1,x' is no list of whole numbers; write 3,0,5,..."),
+        (["explain", "p.json", "q.json"], "q.json"),
+        (["replay"], "TABLE.npz"),
+        (["fit", "t.npz", "--fit", "ramp"], "'ramp4'"),
+        (["fit", "t.npz", "--model", "ramp4"], "--fit"),
+        (["replay", "t.npz", "--model", "default"], "--fit"),
+        (["build-kernels", "--form", "two", "tow"], "'tow' is not one of"),
+    ],
+)
+def test_wrong_usage_names_the_value_and_what_to_write(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and not out and said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_each_command_has_help_and_a_request_for_all_its_options(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert not ended.value.code and PLACES[name][1].split()[0] in capsys.readouterr().out
+    command = COMMANDS.get_command(click.Context(COMMANDS), name)
+    assert isinstance(command, Command)
+    options = {its.name for its in command.params if its.expose_value}
+    assert options - {"as_json"} == set(fields(command.kind))
+
+
+def fields(kind: type[Any]) -> list[str]:
+    """Of a request and those inside it."""
+    its = [(field.name, field.type) for field in attrs.fields(kind)]
+    return [one for name, inner in its for one in (fields(inner) if attrs.has(inner) else [name])]
+
+
+def test_a_cost_model_is_chosen_by_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, sim_timings: Timings
+) -> None:
+    table, plan = str(tmp_path / "t.npz"), str(tmp_path / "t.plan.json")
+    sim_timings.save(table)
+    for options, name in (([], COST_MODEL), (["--fit", "ramp4"], "ramp4"), (["--fit", "default"], COST_MODEL)):
+        run(capsys, "fit", table, *options)
+        assert run(capsys, "show", plan)["model"]["name"] == name
+    assert "ramp4" in run(capsys, "replay", table, "--fit", "ramp4")["policies"]
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
