@@ -29,19 +29,25 @@ def weights_of(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return w.double() * scale.double().repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
 
 
-def activate(x: torch.Tensor, w13: torch.Tensor) -> torch.Tensor:
-    """silu(x W_gate^T) * (x W_up^T) of one expert, float64 [n, H] x [2I, H] -> [n, I]."""
-    gate, up = (x @ w13.T).chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+def activate(x: torch.Tensor, w13: torch.Tensor, through: torch.dtype = torch.float64) -> torch.Tensor:
+    """silu(x W_gate^T) * (x W_up^T) of one expert, float64 [n, H] x [2I, H] -> [n, I].
+
+    Gate, up and their product are rounded to `through`, as by kernels that pass them through memory.
+    """
+    gate, up = (x @ w13.T).to(through).double().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(through).double()
 
 
-def layer(shape: MoEShape, inputs: dict[str, Any], h_group: int = GROUP) -> torch.Tensor:
+def layer(
+    shape: MoEShape, inputs: dict[str, Any], h_group: int = GROUP, *, through: torch.dtype = torch.float64
+) -> torch.Tensor:
     """The layer, expert by expert, in float64.
 
     Args:
         shape: what the inputs are of.
         inputs: keyword arguments of `CuteFusedMoE.launch`.
         h_group: columns of h that share a scale, in FP8.
+        through: of `activate`.
 
     Returns:
         float64 [T, H].
@@ -59,7 +65,8 @@ def layer(shape: MoEShape, inputs: dict[str, Any], h_group: int = GROUP) -> torc
         token, k = torch.nonzero(ids == expert, as_tuple=True)
         if token.numel() == 0:
             continue
-        h = activate(x[token], weights_of(inputs["w13"][expert], None if w13_scale is None else w13_scale[expert]))
+        w13 = weights_of(inputs["w13"][expert], None if w13_scale is None else w13_scale[expert])
+        h = activate(x[token], w13, through)
         h = dequantise(*quantise(h, h_group)) if fp8 else h.to(torch.bfloat16).double()
         w2 = weights_of(inputs["w2"][expert], None if w2_scale is None else w2_scale[expert])
         out.index_add_(0, token, (h @ w2.T) * routing[token, k, None])

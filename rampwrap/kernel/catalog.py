@@ -18,10 +18,11 @@ KERNELS = {
     "cute_moe": "rampwrap.adapters.cute_moe:CuteFusedMoE",
     "vllm_fused_moe": "rampwrap.adapters.vllm_fused_moe:VllmFusedMoE",
     "alpha_moe": "rampwrap.adapters.alpha_moe:AlphaMoE",
+    "deep_gemm": "rampwrap.adapters.deep_gemm:DeepGemmMoE",
     "torch_grouped_mm": "rampwrap.adapters.torch_grouped_mm:TorchGroupedMM",
     "sim": "rampwrap.testing.sim:SimKernel",
 }
-GPU_ONLY = {"triton_fused_moe", "cute_moe", "vllm_fused_moe", "alpha_moe"}
+GPU_ONLY = {"triton_fused_moe", "cute_moe", "vllm_fused_moe", "alpha_moe", "deep_gemm"}
 CHOOSES_IN_GRAPH = ("triton_fused_moe", "vllm_fused_moe", "alpha_moe")
 "Those that can run candidates of which the GPU lets one run; plans for others hold one config for each graph."
 

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 import attrs
 
 from rampwrap.adapters.alpha_moe import AlphaMoE
+from rampwrap.adapters.deep_gemm import DeepGemmMoE
 from rampwrap.adapters.torch_grouped_mm import TorchGroupedMM
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE, config_file_name
@@ -187,6 +188,35 @@ def test_every_config_of_alpha():
         out = kernel.launch(config, **inputs)
         assert torch.equal(out, alpha_directly(config, inputs, shape)), format_config(config)
         assert (out.double() - reference).norm() < kernel.tolerance * reference.norm(), format_config(config)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, FP8], ids=str)
+def test_deep_gemm(shape):
+    """The suite with every config; in CUDA graphs too."""
+    kernel = make(DeepGemmMoE, shape)
+    report = check(kernel, num_tokens=BATCHES)
+    print(report)
+    assert set(report.skipped) == {"grid"} and report.worst_error < 6e-3
+
+
+@pytest.mark.parametrize("shape", [SHAPE, FP8], ids=str)
+def test_deep_gemm_in_a_graph(shape):
+    """Every config follows its inputs; a batch size that was never launched is refused."""
+    kernel = make(DeepGemmMoE, shape)
+    for config in kernel.configs:
+        inputs = kernel.inputs(shape, routing(shape, 70))
+        memory, out = kernel.workspace(70), torch.empty_like(inputs["hidden_states"])
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(CaptureError, match="never launched with 70 tokens"), torch.cuda.graph(graph):
+            kernel.launch(config, **inputs, out=out, workspace=memory)
+        kernel.launch(config, **inputs, out=out, workspace=memory)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kernel.launch(config, **inputs, out=out, workspace=memory)
+        for seed in range(3):
+            inputs["topk_ids"].copy_(routing(shape, 70, seed))
+            graph.replay()
+            assert torch.equal(out.clone(), kernel.launch(config, **inputs)), format_config(config)
 
 
 def test_grouped_mm():
