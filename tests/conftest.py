@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
+import json
 import os
+import pathlib
 import re
 import shlex
 import signal
@@ -120,6 +122,39 @@ def sim_timings(sim_kernel: SimKernel) -> Timings:
 def sim_plan(sim_timings: Timings) -> Plan:
     """A plan fitted to `sim_timings`."""
     return make_plan(sim_timings)
+
+
+def difference(found: Any, record: Any, place: str = "") -> str | None:
+    """The first place where two JSON values differ; numbers that another machine may round otherwise are alike."""
+    if isinstance(found, dict) and isinstance(record, dict) and found.keys() == record.keys():
+        pairs = [(f"{place}.{key}", found[key], record[key]) for key in record]
+    elif isinstance(found, list) and isinstance(record, list) and len(found) == len(record):
+        pairs = [(f"{place}[{number}]", *both) for number, both in enumerate(zip(found, record, strict=True))]
+    else:
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (found, record))
+        same = found == pytest.approx(record, rel=1e-4) if numbers else found == record
+        return None if same else f"{place}: {found!r} was {record!r}"
+    return next(filter(None, (difference(its, was, where) for where, its, was in pairs)), None)
+
+
+@pytest.fixture(scope="session")
+def is_recorded() -> Callable[[str, Any], None]:
+    """``is_recorded(name, value)``: a JSON value is that of ``data/NAME.json``; REFRESH_RECORDS=1 writes it anew.
+
+    For what long arithmetic makes of inputs that never change, where every constant was chosen by measurements.
+    """
+
+    def check(name: str, value: Any) -> None:
+        path = pathlib.Path(__file__).parent / "data" / f"{name}.json"
+        value = json.loads(json.dumps(value))
+        if os.environ.get("REFRESH_RECORDS"):
+            path.write_text(
+                json.dumps(value, separators=(",", ":")).replace('],"', '],\n"').replace("},{", "},\n{") + "\n"
+            )
+        changed = difference(value, json.loads(path.read_text()))
+        assert changed is None, f"{changed}; where that is meant, run again with REFRESH_RECORDS=1"
+
+    return check
 
 
 class Simulated(SimKernel):

@@ -3,6 +3,8 @@
 import json
 import math
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import pytest
@@ -21,6 +23,19 @@ shapes = st.sampled_from(sorted(SHAPES)).map(SHAPES.__getitem__)
 tiles = st.builds(
     Tile, st.sampled_from((16, 32, 64, 128)), st.sampled_from((64, 128, 256)), st.sampled_from((32, 64, 128))
 )
+
+
+def test_regions_of_published_layers(is_recorded: Callable[[str, Any], None]) -> None:
+    """All on an H200; some on every GPU, with few and many tokens, in FP8, with the best tile and with given ones."""
+    olmoe, qwen, deepseek = (SHAPES[name] for name in ("olmoe", "qwen3-30b", "deepseek-v3-tp8"))
+    fp8 = attrs.evolve(deepseek, dtype="fp8")
+    cases: list[tuple[MoEShape, Device, int, Tile | None]] = [(shape, H200, 64, None) for shape in SHAPES.values()]
+    for device in DEVICES.values():
+        cases += [(olmoe, device, 1, None), (olmoe, device, 256, None), (qwen, device, 4096, None)]
+        cases += [(deepseek, device, 2048, Tile(64, 128, 128))]
+        cases += [(fp8, device, 16, None), (fp8, device, 4096, Tile(16, 64, 256))] if device.fp8_tflops else []
+    found = [regions(shape, device, tokens, tile).to_dict() for shape, device, tokens, tile in cases]
+    is_recorded("regions", found)
 
 
 class TestPublished:
