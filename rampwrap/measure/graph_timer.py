@@ -189,15 +189,14 @@ class GraphTimer:
     def _replay(self, graph: Any, repeats: int, samples: int) -> list[float]:
         """Microseconds of one launch, one value a replay."""
         cuda = self._torch.cuda
-        marks = [cuda.Event(enable_timing=True) for _ in range(samples + 2)]
+        marks = [cuda.Event(enable_timing=True) for _ in range(samples + 1)]
         with cuda.stream(self._stream):
-            marks[0].record()
-            for mark in marks[1:]:
+            for mark in marks:
                 graph.replay()
                 mark.record()
             marks[-1].synchronize()
         # The first replay is left out: the GPU idles in it until the host has launched the graph.
-        spans = [a.elapsed_time(b) * 1e3 / repeats for a, b in itertools.pairwise(marks[1:])]
+        spans = [a.elapsed_time(b) * 1e3 / repeats for a, b in itertools.pairwise(marks)]
         return [max(span - self._flush_us, 0.01) for span in spans]
 
 
