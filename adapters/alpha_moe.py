@@ -25,18 +25,17 @@ from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, check_configs, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.branches import run_beside
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import FP8
+from rampwrap.kernels.common.sm90 import MAX_GRID_Y, MAX_SHARED, SM_REGISTERS, SM_SHARED, SM_THREADS
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
-from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
+from rampwrap.kernels.triton.quantise import quantise_rows
 
 KEYS = ("block_m", "block_n", "warp_n", "stages")
 PAIRS = ((64, 4), (32, 8))
 "(block_n, warp_n): 256 rows of the gate+up weights either way, on one or two warpgroups."
 TILE = 256
 "Gate+up rows of a CTA, and output columns of one step of its down GEMM."
-MAX_SHARED = 227 * 1024
-SM_SHARED = 228 * 1024
-MAX_GRID_Y = 65_535
-FP8 = torch.float8_e4m3fn
 ABSENT = (
     "Alpha-MoE is not installed ({}); get it with 'pip install --no-build-isolation "
     "git+https://github.com/Aleph-Alpha/Alpha-MoE' on a machine with nvcc and a Hopper GPU."
@@ -180,7 +179,7 @@ class AlphaMoE:
         # bf16 sums and float32 products of a thread, and about 60 for the rest.
         registers = min(255, 60 + 6 * (config["block_n"] // 16) * (config["block_m"] // 8))
         by_shared = SM_SHARED // (shared_bytes(config) + 1024)
-        resident = max(1, min(by_shared, 65_536 // (threads * registers), 2048 // threads))
+        resident = max(1, min(by_shared, SM_REGISTERS // (threads * registers), SM_THREADS // threads))
         return CtaGrid(config["block_m"], -(-2 * shape.intermediate_size // TILE), ctas_per_sm=resident)
 
     def launch(

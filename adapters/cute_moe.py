@@ -16,6 +16,7 @@ from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, check_configs, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES, Operands
 from rampwrap.kernels.cute.build.library import Library, load
 from rampwrap.kernels.cute.configs import (
     FORMS,
@@ -29,9 +30,7 @@ from rampwrap.kernels.cute.configs import (
 )
 from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
 from rampwrap.kernels.triton.align.host import TokenBlocks
-from rampwrap.kernels.triton.moe.workspace import TORCH_DTYPES, Workspace, workspace
-
-FP8 = torch.float8_e4m3fn
+from rampwrap.kernels.triton.moe.workspace import Workspace, workspace
 
 
 class CuteFusedMoE:
@@ -210,15 +209,7 @@ class CuteFusedMoE:
             ready[1],
             config["group_m"],
             self._most_ctas(ready[0].ctas_per_sm * (self.waves if waves is None else waves), device),
-            hidden_states,
-            w13,
-            w2,
-            topk_weights,
-            topk_ids,
-            w13_scale=w13_scale,
-            w2_scale=w2_scale,
-            expert_map=expert_map,
-            out=out,
+            Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out),
             workspace=workspace,
             blocks=blocks,
         )
@@ -313,4 +304,4 @@ class CuteFusedMoE:
 
     def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
         """The layer in float64, expert by expert, with the same quantisation steps."""
-        return reference.layer(shape, inputs)
+        return reference.layer(shape, inputs, h_dtype=torch.float32 if shape.dtype == "fp8" else torch.bfloat16)

@@ -33,8 +33,9 @@ from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, check_configs, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, blocks_in
-from rampwrap.kernels.triton.quantise import GROUP
 from rampwrap.kernels.triton.rows import CONTIGUOUS, MASKED, PSUM, Routed, place, rows_needed
 
 PLACES = ("deep_gemm", "vllm.third_party.deep_gemm")
@@ -45,7 +46,6 @@ ABSENT = (
 )
 GLUE = "1"
 "Version of what stands around the GEMMs; changes with every change that moves timings."
-FP8 = torch.float8_e4m3fn
 
 CONFIGS: tuple[Config, ...] = tuple(
     {"layout": layout, "block_m": block_m}
@@ -379,7 +379,7 @@ class DeepGemmMoE:
 
         From a layer without that rounding FP8 is off by 1 to 3 %: values of h fall to the other side of FP8's steps.
         """
-        return reference.layer(shape, inputs, through=torch.bfloat16)
+        return reference.layer(shape, inputs, h_dtype=torch.bfloat16, gate_up_dtype=torch.bfloat16)
 
 
 def _masked_room(num_slots: int) -> int:

@@ -9,15 +9,15 @@ from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, check_configs, format_config
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common import reference
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES, Operands
 from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import configs as tuning
 from rampwrap.kernels.triton.moe.host import fused_moe, fused_moe_candidates
 from rampwrap.kernels.triton.moe.warm import warm
-from rampwrap.kernels.triton.moe.workspace import TORCH_DTYPES, Workspace, workspace
-from rampwrap.kernels.triton.quantise import FP8_MAX, GROUP, MIN_ABS
-
-FP8 = torch.float8_e4m3fn
+from rampwrap.kernels.triton.moe.workspace import Workspace, workspace
 
 
 class TritonFusedMoE:
@@ -39,7 +39,7 @@ class TritonFusedMoE:
             raise ConfigError(f"No config of {self.name} runs {shape}: {reason}")
         self.configs: tuple[Config, ...] = check_configs(usable, self.name)
         self._legal = {tuple(config.values()) for config in usable}
-        self._weights: tuple[Any, dict[str, torch.Tensor]] | None = None
+        self._random = reference.RandomInputs()
 
     def default_config(self, num_tokens: int) -> Config:
         """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
@@ -139,15 +139,7 @@ class TritonFusedMoE:
         self._check_memory(topk_ids, [config], [] if blocks is None else [blocks], workspace)
         return fused_moe(
             config,
-            hidden_states,
-            w13,
-            w2,
-            topk_weights,
-            topk_ids,
-            w13_scale=w13_scale,
-            w2_scale=w2_scale,
-            expert_map=expert_map,
-            out=out,
+            Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out),
             workspace=workspace,
             blocks=blocks,
             most_ctas=self.most_ctas(config, waves, topk_ids.device),
@@ -192,15 +184,7 @@ class TritonFusedMoE:
             configs,
             blocks,
             choice,
-            hidden_states,
-            w13,
-            w2,
-            topk_weights,
-            topk_ids,
-            w13_scale=w13_scale,
-            w2_scale=w2_scale,
-            expert_map=expert_map,
-            out=out,
+            Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out),
             workspace=workspace,
             most_ctas=[self.most_ctas(config, waves, topk_ids.device) for config in configs],
             streams=streams,
@@ -278,52 +262,11 @@ class TritonFusedMoE:
         The weights are made once for a shape, device and seed and stay with the adapter; they are drawn expert
         by expert, so that memory peaks at the weights plus one expert.
         """
-        key = (shape, topk_ids.device, seed)
-        if self._weights is None or self._weights[0] != key:
-            self._weights = None
-            self._weights = (key, _random_weights(shape, topk_ids.device, seed))
-        tokens = topk_ids.shape[0]
-        generator = torch.Generator(topk_ids.device).manual_seed(seed + 1)
-        device = topk_ids.device
-        hidden_states = torch.randn(tokens, shape.hidden_size, generator=generator, device=device)
-        logits = torch.randn(topk_ids.shape, generator=generator, device=device)
-        made = {
-            "hidden_states": hidden_states.to(TORCH_DTYPES[shape.dtype]),
-            "topk_weights": logits.softmax(-1),
-            "topk_ids": topk_ids,
-            **self._weights[1],
-        }
-        if shape.num_local_experts < shape.num_experts:
-            # The first experts are here, as in the histograms that a rank is profiled with.
-            here = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
-            made["expert_map"] = torch.where(here < shape.num_local_experts, here, -1)
-        return made
+        return self._random.make(shape, topk_ids, seed)
 
     def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
         """The layer in float64, expert by expert, in plain torch; FP8 with the same quantisation steps."""
-        x, ids = inputs["hidden_states"], inputs["topk_ids"].long()
-        weights, expert_map = inputs["topk_weights"].double(), inputs.get("expert_map")
-        fp8 = shape.dtype == "fp8"
-        x = _quantised(x) if fp8 else x.double()
-        limit = shape.num_local_experts
-        if expert_map is not None:
-            inside = (ids >= 0) & (ids < expert_map.numel())
-            ids = torch.where(inside, expert_map.long()[ids.clamp(0, expert_map.numel() - 1)], -1)
-        out = torch.zeros(x.shape[0], shape.hidden_size, dtype=torch.float64, device=x.device)
-        for expert in range(limit):
-            token, k = torch.nonzero(ids == expert, as_tuple=True)
-            if token.numel() == 0:
-                continue
-            w13, w2 = inputs["w13"][expert].double(), inputs["w2"][expert].double()
-            if fp8:
-                w13 = w13 * _spread(inputs["w13_scale"][expert])
-                w2 = w2 * _spread(inputs["w2_scale"][expert])
-            gate, up = (x[token] @ w13.T).chunk(2, dim=-1)
-            h = torch.nn.functional.silu(gate) * up
-            if fp8:
-                h = _quantised(h.to(TORCH_DTYPES[shape.dtype]))
-            out.index_add_(0, token, (h @ w2.T) * weights[token, k, None])
-        return out
+        return reference.layer(shape, inputs)
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -334,41 +277,3 @@ def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tup
             f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}{layout}; "
             f"give contiguous {kinds} {shape}."
         )
-
-
-def _random_weights(shape: MoEShape, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
-    weights: dict[str, torch.Tensor] = {}
-    for name, rows, columns, gain in (("w13", 2 * inter, hidden, 1.0), ("w2", hidden, inter, 3.0)):
-        std = gain * columns**-0.5
-        if shape.dtype != "fp8":
-            w = torch.empty(experts, rows, columns, dtype=TORCH_DTYPES[shape.dtype], device=device)
-            for expert in w:
-                expert.normal_(0.0, std, generator=generator)
-            weights[name] = w
-            continue
-        w = torch.empty(experts, rows, columns, dtype=FP8, device=device)
-        for expert in w:
-            # A standard deviation of 64 uses e4m3's range to 448 = 7 sigma.
-            expert.copy_(
-                torch.randn(rows, columns, generator=generator, device=device).mul_(64).clamp_(-FP8_MAX, FP8_MAX)
-            )
-        scale = torch.rand(experts, rows // GROUP, columns // GROUP, generator=generator, device=device)
-        weights[name] = w
-        weights[f"{name}_scale"] = (scale + 0.5) * (std / 64)
-    return weights
-
-
-def _quantised(x: torch.Tensor) -> torch.Tensor:
-    """x through e4m3 and back, with one scale for each 128 values, in float64."""
-    groups = x.float().view(*x.shape[:-1], -1, GROUP)
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(MIN_ABS) / FP8_MAX
-    q = (groups / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return (q.double() * scale.double()).flatten(-2)
-
-
-def _spread(scale: torch.Tensor) -> torch.Tensor:
-    """Block scales as one number per weight."""
-    wide: torch.Tensor = scale.double().repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
-    return wide

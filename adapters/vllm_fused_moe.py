@@ -26,11 +26,12 @@ from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, check_configs, config_key, format_config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.triton.moe import configs as sm90
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.sm90 import MAX_SHARED
+from rampwrap.kernels.triton.moe import configs as tiles
 
 KEYS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 PACKAGE = "vllm.model_executor.layers.fused_moe"
-GROUP = 128  # side of the scale blocks of block-scaled FP8
 _TRITON_DEFAULTS = {"GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}  # where vLLM's config does not say
 _ALLOWED = {
     "BLOCK_SIZE_M": (8, 16, 32, 64, 128, 256),
@@ -56,7 +57,7 @@ def swaps_ab(config: Config, dtype: str) -> bool:
 
 def _as_ours(config: Config, dtype: str) -> dict[str, Any]:
     """The config in the words of `rampwrap.kernels.triton.moe.configs`, whose tiles occupy the same memory."""
-    return dict(zip(sm90.KEYS, (*(config[key] for key in KEYS), swaps_ab(config, dtype)), strict=True))
+    return dict(zip(tiles.KEYS, (*(config[key] for key in KEYS), swaps_ab(config, dtype)), strict=True))
 
 
 def refusal(config: Config, dtype: str) -> str | None:
@@ -71,11 +72,11 @@ def refusal(config: Config, dtype: str) -> str | None:
     if config["BLOCK_SIZE_M"] < 16 and dtype != "fp8":
         return f"BLOCK_SIZE_M={config['BLOCK_SIZE_M']} is known to run in FP8 only, not in {dtype}; use 16."
     ours = _as_ours(config, dtype)
-    if sm90.accumulators(ours, "bf16") > MAX_ACCUMULATORS:
+    if tiles.accumulators(ours, "bf16") > MAX_ACCUMULATORS:
         return f"A {ours['block_m']}x{ours['block_n']} tile does not fit the registers of {ours['num_warps']} warps; use more warps or a smaller tile."
-    shared = sm90.shared_bytes(ours, dtype)
-    if shared > sm90.MAX_SHARED:
-        return f"The config needs {shared} bytes of shared memory, an SM gives {sm90.MAX_SHARED}; use fewer stages or a smaller tile."
+    shared = tiles.shared_bytes(ours, dtype)
+    if shared > MAX_SHARED:
+        return f"The config needs {shared} bytes of shared memory, an SM gives {MAX_SHARED}; use fewer stages or a smaller tile."
     return None
 
 
@@ -269,7 +270,7 @@ class VllmFusedMoE:
         """
         up = -(-2 * shape.intermediate_size // config["BLOCK_SIZE_N"])
         down = -(-shape.hidden_size // config["BLOCK_SIZE_N"])
-        resident = sm90.ctas_per_sm(_as_ours(self._cut(config), shape.dtype), shape.dtype)
+        resident = tiles.ctas_per_sm(_as_ours(self._cut(config), shape.dtype), shape.dtype)
         return CtaGrid(config["BLOCK_SIZE_M"], up + down, launches=(up, down), ctas_per_sm=resident)
 
     def launch(
@@ -389,6 +390,6 @@ class VllmFusedMoE:
         """The layer in float64, quantised as the kernel does by block; with `per_tensor` only the weights are."""
         if self.per_tensor:
             plain = {name: inputs[name].double() * inputs[f"{name}_scale"][:, None, None] for name in ("w13", "w2")}
-            shape, inputs = attrs.evolve(shape, dtype="bf16"), inputs | plain
+            shape, inputs = attrs.evolve(shape, dtype="bf16"), {**inputs, **plain, "w13_scale": None, "w2_scale": None}
         out: torch.Tensor = self._layer.reference(shape, inputs)
         return out

@@ -1,13 +1,69 @@
-"""The layer in float64, in plain torch, with the quantisation steps of the CuTe kernels."""
+"""Random inputs of a layer, and the layer in float64 in plain torch with a kernel's quantisation steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.triton.quantise import FP8_MAX, GROUP, MIN_ABS
+from rampwrap.kernels.common.fp8 import FP8_MAX, GROUP, MIN_ABS
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
 
-FP8 = torch.float8_e4m3fn
+
+class RandomInputs:
+    """Random keyword arguments of a launch, of order one; weights are made once for a shape, device and seed."""
+
+    def __init__(self) -> None:
+        self._weights: tuple[Any, dict[str, torch.Tensor]] | None = None
+
+    def make(self, shape: MoEShape, topk_ids: torch.Tensor, seed: int = 0) -> dict[str, Any]:
+        """For these ids, on their device.
+
+        Weights are drawn expert by expert, so that memory peaks at the weights plus one expert.
+        """
+        device = topk_ids.device
+        key = (shape, device, seed)
+        if self._weights is None or self._weights[0] != key:
+            self._weights = None
+            self._weights = (key, random_weights(shape, device, seed))
+        generator = torch.Generator(device).manual_seed(seed + 1)
+        hidden_states = torch.randn(topk_ids.shape[0], shape.hidden_size, generator=generator, device=device)
+        logits = torch.randn(topk_ids.shape, generator=generator, device=device)
+        made = {
+            "hidden_states": hidden_states.to(TORCH_DTYPES[shape.dtype]),
+            "topk_weights": logits.softmax(-1),
+            "topk_ids": topk_ids,
+            **self._weights[1],
+        }
+        if shape.num_local_experts < shape.num_experts:
+            # The first experts are here, as in the histograms that a rank is profiled with.
+            here = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
+            made["expert_map"] = torch.where(here < shape.num_local_experts, here, -1)
+        return made
+
+
+def random_weights(shape: MoEShape, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """w13 and w2 of a layer, in FP8 with their scales."""
+    generator = torch.Generator(device).manual_seed(seed)
+    experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+    weights: dict[str, torch.Tensor] = {}
+    for name, rows, columns, gain in (("w13", 2 * inter, hidden, 1.0), ("w2", hidden, inter, 3.0)):
+        std = gain * columns**-0.5
+        if shape.dtype != "fp8":
+            w = torch.empty(experts, rows, columns, dtype=TORCH_DTYPES[shape.dtype], device=device)
+            for expert in w:
+                expert.normal_(0.0, std, generator=generator)
+            weights[name] = w
+            continue
+        w = torch.empty(experts, rows, columns, dtype=FP8, device=device)
+        for expert in w:
+            # A standard deviation of 64 uses e4m3's range to 448 = 7 sigma.
+            drawn = torch.randn(rows, columns, generator=generator, device=device)
+            expert.copy_(drawn.mul_(64).clamp_(-FP8_MAX, FP8_MAX))
+        scale = torch.rand(experts, rows // GROUP, columns // GROUP, generator=generator, device=device)
+        weights[name] = w
+        weights[f"{name}_scale"] = (scale + 0.5) * (std / 64)
+    return weights
 
 
 def quantise(x: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,32 +85,33 @@ def weights_of(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return w.double() * scale.double().repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
 
 
-def activate(x: torch.Tensor, w13: torch.Tensor, through: torch.dtype = torch.float64) -> torch.Tensor:
-    """silu(x W_gate^T) * (x W_up^T) of one expert, float64 [n, H] x [2I, H] -> [n, I].
-
-    Gate, up and their product are rounded to `through`, as by kernels that pass them through memory.
-    """
-    gate, up = (x @ w13.T).to(through).double().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(through).double()
+def activate(x: torch.Tensor, w13: torch.Tensor, gate_up_dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """silu(x W_gate^T) * (x W_up^T) of one expert, float64 [n, H] x [2I, H] -> [n, I]; both factors are rounded first."""
+    gate, up = (x @ w13.T).to(gate_up_dtype).double().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def layer(
-    shape: MoEShape, inputs: dict[str, Any], h_group: int = GROUP, *, through: torch.dtype = torch.float64
+    shape: MoEShape,
+    inputs: Mapping[str, Any],
+    *,
+    h_dtype: torch.dtype | None = None,
+    gate_up_dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """The layer, expert by expert, in float64.
 
     Args:
         shape: what the inputs are of.
-        inputs: keyword arguments of `CuteFusedMoE.launch`.
-        h_group: columns of h that share a scale, in FP8.
-        through: of `activate`.
+        inputs: what `RandomInputs` makes.
+        h_dtype: what h is rounded to, in FP8 before it is quantised; where absent bf16 in FP8, and float64 in other types.
+        gate_up_dtype: what gate and up are rounded to, by kernels that pass them through memory.
 
     Returns:
         float64 [T, H].
     """
     x, ids = inputs["hidden_states"], inputs["topk_ids"].long()
     routing, expert_map = inputs["topk_weights"].double(), inputs.get("expert_map")
-    fp8 = shape.dtype == "fp8"
+    fp8, h_dtype = shape.dtype == "fp8", h_dtype or (torch.bfloat16 if shape.dtype == "fp8" else torch.float64)
     x = dequantise(*quantise(x)) if fp8 else x.double()
     if expert_map is not None:
         inside = (ids >= 0) & (ids < expert_map.numel())
@@ -66,8 +123,8 @@ def layer(
         if token.numel() == 0:
             continue
         w13 = weights_of(inputs["w13"][expert], None if w13_scale is None else w13_scale[expert])
-        h = activate(x[token], w13, through)
-        h = dequantise(*quantise(h, h_group)) if fp8 else h.to(torch.bfloat16).double()
         w2 = weights_of(inputs["w2"][expert], None if w2_scale is None else w2_scale[expert])
+        h = activate(x[token], w13, gate_up_dtype).to(h_dtype)
+        h = dequantise(*quantise(h)) if fp8 else h.double()
         out.index_add_(0, token, (h @ w2.T) * routing[token, k, None])
     return out

@@ -13,14 +13,10 @@ import torch
 
 import triton
 import triton.language as tl
+from rampwrap.kernels.common.fp8 import FP8_MAX, GROUP, MIN_ABS
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
-
-GROUP = 128
-FP8_MAX = 448.0
-# Keeps the scale of an all-zero group finite; far below any real activation.
-MIN_ABS = 1e-10
 
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _MIN_ABS = tl.constexpr(MIN_ABS)

@@ -24,12 +24,13 @@ import torch
 import triton
 import triton.language as tl
 from rampwrap.kernel.grid import max_blocks
+from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align.by_expert import local_expert_ids
 from rampwrap.kernels.triton.align.host import TokenBlocks, histogram_bins
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
-from rampwrap.kernels.triton.quantise import GROUP, quantise_groups
+from rampwrap.kernels.triton.quantise import quantise_groups
 
 LAYOUTS = CONTIGUOUS, PSUM, MASKED = ("contiguous", "psum", "masked")
 UNITS = 16

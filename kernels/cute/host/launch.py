@@ -11,6 +11,7 @@ import torch
 
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import max_blocks
+from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.configs import CuteConfig
 from rampwrap.kernels.cute.host.prepare import narrow_rows, prepare, sum_rows
 from rampwrap.kernels.triton.align.host import TokenBlocks, allocate_blocks
@@ -25,44 +26,30 @@ def run_layer(
     functions: Sequence[Callable[..., Any]],
     group_m: int,
     max_ctas: int,
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
+    operands: Operands,
     *,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     blocks: TokenBlocks | None = None,
 ) -> torch.Tensor:
-    """Launches a layer; arguments are taken as they are (the adapter checks them).
+    """Launches a layer and returns [T, H].
 
     Args:
         config: legal for the layer.
         functions: the compiled kernels of ``config.variants``.
         group_m: M blocks whose tiles run side by side.
         max_ctas: CTAs of a launch; each goes on to further tiles. `MAX_CTAS` for one a tile.
-        hidden_states: bf16 [T, H]; quantised here where the config is FP8.
-        w13: [E, 2I, H], gate rows first.
-        w2: [E, H, I].
-        topk_weights: [T, top_k]; float32 is read as it is, other types are converted first.
-        topk_ids: int32 or int64 [T, top_k].
-        w13_scale, w2_scale: float32, for FP8.
-        expert_map: int32 [num_experts], local expert of each global one, -1 for those elsewhere.
-        out: bf16 [T, H], written and returned.
+        operands: taken as they are (the adapter checks them); topk_weights of another type than float32 are
+            converted first.
         workspace: from `rampwrap.kernels.triton.moe.workspace`, for a call that allocates nothing but an absent `out`.
-        blocks: an alignment of these topk_ids with the config's block_m; made here where absent.
+        blocks: an alignment of the topk_ids with the config's block_m; made here where absent.
 
     Raises:
         InputError: the batch has more tiles than a launch has CTAs.
     """
+    hidden_states, topk_ids, expert_map = operands.hidden_states, operands.topk_ids, operands.expert_map
     (num_tokens, top_k), num_slots = topk_ids.shape, topk_ids.numel()
-    experts, hidden, intermediate = w2.shape
-    if out is None:
-        out = torch.empty_like(hidden_states)
+    experts, hidden, intermediate = operands.w2.shape
+    out = operands.output()
     if num_tokens == 0:
         return out
     num_blocks = max_blocks(num_slots, experts, config.block_m)
@@ -102,10 +89,10 @@ def run_layer(
     )
     tokens: tuple[Any, ...] = quantised or (hidden_states,)
     routing = (memory.sorted_token_ids, memory.expert_ids, memory.num_tokens_post_padded)
-    weights = topk_weights.view(-1) if topk_weights.dtype == torch.float32 else topk_weights.float().view(-1)
+    weights = operands.topk_weights.float().view(-1)
     numbers = (top_k, group_m, num_blocks, max_ctas)
-    first = (w13, w13_scale) if fp8 else (w13,)
-    second = (w2, w2_scale) if fp8 else (w2,)
+    first = (operands.w13, operands.w13_scale) if fp8 else (operands.w13,)
+    second = (operands.w2, operands.w2_scale) if fp8 else (operands.w2,)
     if sums is not None:
         functions[0](*tokens, *first, *second, *routing, weights, sums, *numbers)
         narrow_rows(out, sums)

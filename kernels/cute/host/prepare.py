@@ -14,13 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
+from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align.by_expert import ids_and_histogram, place_expert
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens, fits_one_launch, histogram_bins, one_launch
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.moe.gemm import sum_kernel
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
-from rampwrap.kernels.triton.quantise import GROUP, quantise_at, quantise_rows
+from rampwrap.kernels.triton.quantise import quantise_at, quantise_rows
 
 # Groups of 128 columns of a CTA that quantises or zeroes: few CTAs, so that all run beside those that align, of which
 # three fit on an SM (74 registers x 256 threads). With 8 instead of 32 it takes 5.8 us for 4.3 (OLMoE, 256 tokens).

@@ -16,6 +16,8 @@ A config is a dict of
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rampwrap.kernels.common.sm90 import MAX_SHARED, SM_REGISTERS, SM_SHARED, SM_THREADS
+
 KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
 SPLITS = (1, 2, 4)
 MAX_BLOCK_M = 128
@@ -23,11 +25,6 @@ MAX_BLOCK_M = 128
 # without them: above so many slots a config runs unsplit.
 SPLIT_MAX_SLOTS = 512
 
-# sm_90: shared memory one CTA may have, and what an SM has in all; each resident CTA costs 1 KB of the latter.
-MAX_SHARED = 227 * 1024
-SM_SHARED = 228 * 1024
-SM_REGISTERS = 65_536
-SM_THREADS = 2048
 # Accumulators a thread may hold. 128 is 128x256 at 8 warps in bf16: 254 registers, no spill; FP8 block scales
 # need a second set, because each step's product is scaled before it is added.
 MAX_ACCUMULATORS = 128

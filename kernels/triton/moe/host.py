@@ -19,6 +19,7 @@ import torch
 import triton
 from rampwrap.kernel.grid import max_blocks
 from rampwrap.kernels.common.branches import run_beside
+from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
 from rampwrap.kernels.triton.moe.configs import quantises_h, splits
@@ -38,76 +39,43 @@ def is_direct(num_slots: int, num_experts: int) -> bool:
 
 @attrs.frozen(eq=False)
 class _Layer:
-    """The tensors of one call, from which each config's launches are made."""
+    """The operands of one call with what is made of them, from which each config's launches follow."""
 
+    operands: Operands
     x: torch.Tensor
     x_scale: torch.Tensor | None
-    w13: torch.Tensor
-    w2: torch.Tensor
-    w13_scale: torch.Tensor | None
-    w2_scale: torch.Tensor | None
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
-    expert_map: torch.Tensor | None
     out: torch.Tensor
     workspace: Workspace
     launch: dict[str, Any]
     "`pdl.arguments` of all launches."
 
     @classmethod
-    def make(
-        cls,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        w13_scale: torch.Tensor | None,
-        w2_scale: torch.Tensor | None,
-        expert_map: torch.Tensor | None,
-        out: torch.Tensor | None,
-        workspace: Workspace | None,
-        several: bool,
-    ) -> "_Layer":
+    def make(cls, operands: Operands, workspace: Workspace | None, several: bool) -> "_Layer":
         """Allocates what is absent and, for FP8 weights, quantises the hidden states."""
         launch = pdl.arguments(several)
-        num_tokens, hidden = hidden_states.shape
-        fp8 = w13_scale is not None
-        if out is None:
-            out = torch.empty_like(hidden_states)
+        x, x_scale, num_tokens = operands.hidden_states, None, operands.num_tokens
+        fp8 = operands.w13_scale is not None
         if workspace is None:
             workspace = allocate(
                 num_tokens,
-                topk_ids.shape[1],
-                hidden,
-                w2.shape[2],
-                hidden_states.dtype,
+                operands.top_k,
+                operands.hidden_size,
+                operands.intermediate_size,
+                x.dtype,
                 fp8=fp8,
-                device=hidden_states.device,
+                device=x.device,
             )
-        x, x_scale = hidden_states, None
         if fp8 and num_tokens:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
             x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
-            quantise_rows(hidden_states, x, x_scale, launch=launch)
-        scales = (w13_scale, w2_scale)
-        return cls(x, x_scale, w13, w2, *scales, topk_weights, topk_ids, expert_map, out, workspace, launch)
-
-    @property
-    def num_slots(self) -> int:
-        return self.topk_ids.numel()
-
-    @property
-    def experts(self) -> tuple[int, int]:
-        """Ids that the map knows, and experts on this rank."""
-        local = self.w2.shape[0]
-        return local if self.expert_map is None else self.expert_map.numel(), local
+            quantise_rows(operands.hidden_states, x, x_scale, launch=launch)
+        return cls(operands, x, x_scale, operands.output(), workspace, launch)
 
     def gemms(self, config: Mapping[str, Any], blocks: TokenBlocks | None, most_ctas: int | None) -> None:
         """Up and down; without `blocks` every slot is a block of its own. `most_ctas` as in `fused_moe`."""
-        num_slots, workspace = self.num_slots, self.workspace
-        num_experts, local = self.experts
-        _, hidden, intermediate = self.w2.shape
+        its, workspace = self.operands, self.workspace
+        num_slots, local = its.num_slots, its.num_local_experts
+        hidden, intermediate = its.hidden_size, its.intermediate_size
         block_n, split_k = config["block_n"], splits(config, num_slots)
         post_padded = None if blocks is None else blocks.num_tokens_post_padded
         routing = (
@@ -115,10 +83,10 @@ class _Layer:
             None if blocks is None else blocks.expert_ids,
             post_padded,
             # With blocks of its own a slot needs topk_ids to find its expert; otherwise the blocks say it.
-            self.topk_ids if blocks is None else None,
-            self.expert_map if blocks is None else None,
+            its.topk_ids if blocks is None else None,
+            its.expert_map if blocks is None else None,
             num_slots,
-            num_experts,
+            its.num_experts,
             local,
         )
         capacity = num_slots if blocks is None else max_blocks(num_slots, local, config["block_m"])
@@ -140,10 +108,10 @@ class _Layer:
             h_scale if in_epilogue else None,
             self.x,
             self.x_scale,
-            self.w13,
-            self.w13_scale,
+            its.w13,
+            its.w13_scale,
             *routing,
-            TOP_K=self.topk_ids.shape[1],
+            TOP_K=its.top_k,
             HIDDEN=hidden,
             INTERMEDIATE=intermediate,
             **tuning,
@@ -157,9 +125,9 @@ class _Layer:
             workspace.y,
             h,
             h_scale,
-            self.w2,
-            self.w2_scale,
-            self.topk_weights,
+            its.w2,
+            its.w2_scale,
+            its.topk_weights,
             *routing,
             HIDDEN=hidden,
             INTERMEDIATE=intermediate,
@@ -169,18 +137,19 @@ class _Layer:
 
     def sum(self, all_splits: Sequence[int], choice: torch.Tensor | None = None) -> torch.Tensor:
         """Sums the rows of the config that ran: the only one, or candidate `choice` (int32 [1]) of several."""
-        hidden = self.w2.shape[1]
+        its, hidden = self.operands, self.operands.hidden_size
         same = len(set(all_splits)) == 1
         block_h = min(1024, triton.next_power_of_2(hidden))
-        sum_kernel[(self.topk_ids.shape[0], triton.cdiv(hidden, block_h))](
+        sum_kernel[(its.num_tokens, triton.cdiv(hidden, block_h))](
             self.out,
             self.workspace.y,
-            self.topk_ids,
-            self.expert_map,
+            its.topk_ids,
+            its.expert_map,
             None if same else choice,
-            self.num_slots,
-            *self.experts,
-            TOP_K=self.topk_ids.shape[1],
+            its.num_slots,
+            its.num_experts,
+            its.num_local_experts,
+            TOP_K=its.top_k,
             HIDDEN=hidden,
             SPLIT_K=max(all_splits),
             SPLIT_OF=0 if same else sum(count << 4 * place for place, count in enumerate(all_splits)),
@@ -192,65 +161,39 @@ class _Layer:
 
 def fused_moe(
     config: Mapping[str, Any],
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
+    operands: Operands,
     *,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     blocks: TokenBlocks | None = None,
     most_ctas: int | None = None,
 ) -> torch.Tensor:
-    """One MoE layer; arguments are taken as they are (the adapter checks them).
+    """One MoE layer; returns [T, H].
 
     Args:
         config: block_m, block_n, block_k, group_m, num_warps, num_stages, swap_ab; split_k where it is not 1.
-        hidden_states: bf16 or fp16 [T, H]; quantised here where the weights are FP8.
-        w13: [E, 2I, H], gate rows first.
-        w2: [E, H, I].
-        topk_weights: [T, top_k], any float type.
-        topk_ids: int32 or int64 [T, top_k]; ids out of range contribute zero.
-        w13_scale: float32 [E, 2I/128, H/128] with FP8 weights.
-        w2_scale: float32 [E, H/128, I/128] with FP8 weights.
-        expert_map: int32, local expert of each global one, -1 for experts of other ranks.
-        out: [T, H], written and returned.
+        operands: taken as they are (the adapter checks them).
         workspace: from `workspace.allocate`, for a call that allocates nothing but an absent `out`.
-        blocks: an alignment of these topk_ids with the config's block_m; made here where absent.
+        blocks: an alignment of the topk_ids with the config's block_m; made here where absent.
         most_ctas: grids of at most so many CTAs, each of which goes on to further tiles; same bits. Not used where
             the batch is so small that it runs without an alignment.
     """
-    tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
-    layer = _Layer.make(*tensors, several=blocks is not None)
-    num_tokens, top_k = topk_ids.shape
+    layer = _Layer.make(operands, workspace, several=blocks is not None)
+    num_tokens, local, block_m = operands.num_tokens, operands.num_local_experts, config["block_m"]
     if num_tokens == 0:
         return layer.out
-    num_experts, local = layer.experts
-    if blocks is None and not is_direct(layer.num_slots, num_experts):
-        memory = layer.workspace.token_blocks(num_tokens, top_k, local, config["block_m"])
-        blocks = align_tokens(topk_ids, config["block_m"], local, expert_map=expert_map, blocks=memory)
+    if blocks is None and not is_direct(operands.num_slots, operands.num_experts):
+        memory = layer.workspace.token_blocks(num_tokens, operands.top_k, local, block_m)
+        blocks = align_tokens(operands.topk_ids, block_m, local, expert_map=operands.expert_map, blocks=memory)
     layer.gemms(config, blocks, most_ctas)
-    return layer.sum([splits(config, layer.num_slots)])
+    return layer.sum([splits(config, operands.num_slots)])
 
 
 def fused_moe_candidates(
     configs: Sequence[Mapping[str, Any]],
     blocks: Sequence[TokenBlocks],
     choice: torch.Tensor,
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
+    operands: Operands,
     *,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     most_ctas: Sequence[int | None] = (),
     streams: Sequence[Any] = (),
@@ -263,14 +206,14 @@ def fused_moe_candidates(
         most_ctas: for each config; absent means grids sized from capacity.
         streams: CUDA streams for the configs after the first, as in `branches.run_beside`.
     """
-    tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, workspace)
-    layer = _Layer.make(*tensors, several=True)
-    if layer.num_slots == 0:
+    layer = _Layer.make(operands, workspace, several=True)
+    num_slots = operands.num_slots
+    if num_slots == 0:
         return layer.out
     limits = most_ctas or [None] * len(configs)
     each = zip(configs, blocks, limits, strict=True)
     run_beside(streams, [functools.partial(layer.gemms, *its) for its in each])
-    return layer.sum([splits(config, layer.num_slots) for config in configs], choice)
+    return layer.sum([splits(config, num_slots) for config in configs], choice)
 
 
 def tuning_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

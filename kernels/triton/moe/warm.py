@@ -9,11 +9,10 @@ import torch
 
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.operands import TORCH_DTYPES, WEIGHT_DTYPES, Operands, scale_shapes
 from rampwrap.kernels.common.workers import main_hidden
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.moe.host import DIRECT_FACTOR, fused_moe
-from rampwrap.kernels.triton.moe.workspace import TORCH_DTYPES
-from rampwrap.kernels.triton.quantise import GROUP
 
 
 def warm(
@@ -58,7 +57,7 @@ def run_once(
     shape: MoEShape, configs: Sequence[Config], ids_dtype: torch.dtype, device: str = "cuda", persistent: bool = False
 ) -> list[str | None]:
     """Runs each config with and without alignment; for each None, or the first line of the error."""
-    arguments = [_zeros(shape, num_tokens, ids_dtype, device) for num_tokens in _batches(shape)]
+    batches = [_zeros(shape, num_tokens, ids_dtype, device) for num_tokens in _batches(shape)]
     ways: list[tuple[str, int | None]] = [(pdl.setting(), None)]
     if persistent:
         # Candidates are launched as those of several.
@@ -67,16 +66,10 @@ def run_once(
     reasons: list[str | None] = []
     for config in configs:
         with _reason(reasons, device):
-            for args, scales in arguments:
+            for operands in batches:
                 for setting, most_ctas in ways:
                     with pdl.using(setting):
-                        fused_moe(
-                            config,
-                            *args,
-                            w13_scale=scales.get("w13_scale"),
-                            w2_scale=scales.get("w2_scale"),
-                            most_ctas=most_ctas,
-                        )
+                        fused_moe(config, operands, most_ctas=most_ctas)
     return reasons
 
 
@@ -98,26 +91,20 @@ def _batches(shape: MoEShape) -> list[int]:
     return [aligned] if aligned == 1 else [1, aligned]
 
 
-def _zeros(
-    shape: MoEShape, num_tokens: int, ids_dtype: torch.dtype, device: str
-) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-    """Arguments of `fused_moe` whose weights are one expert, seen as many; every token goes to the first."""
+def _zeros(shape: MoEShape, num_tokens: int, ids_dtype: torch.dtype, device: str) -> Operands:
+    """Operands whose weights are one expert, seen as many; every token goes to the first."""
     hidden, inter, experts = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
-    fp8 = shape.dtype == "fp8"
-    weight = torch.float8_e4m3fn if fp8 else TORCH_DTYPES[shape.dtype]
+    weight = WEIGHT_DTYPES[shape.dtype]
 
     def expert(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(1, rows, columns, dtype=dtype, device=device).zero_().expand(experts, -1, -1)
 
-    scales = {}
-    if fp8:
-        scales["w13_scale"] = expert(2 * inter // GROUP, hidden // GROUP, torch.float32)
-        scales["w2_scale"] = expert(hidden // GROUP, inter // GROUP, torch.float32)
-    args = (
-        torch.zeros(num_tokens, hidden, dtype=TORCH_DTYPES[shape.dtype], device=device),
-        expert(2 * inter, hidden, weight),
-        expert(hidden, inter, weight),
-        torch.zeros(num_tokens, shape.top_k, device=device),
-        torch.zeros(num_tokens, shape.top_k, dtype=ids_dtype, device=device),
+    scales = scale_shapes(shape) if shape.dtype == "fp8" else {}
+    return Operands(
+        hidden_states=torch.zeros(num_tokens, hidden, dtype=TORCH_DTYPES[shape.dtype], device=device),
+        w13=expert(2 * inter, hidden, weight),
+        w2=expert(hidden, inter, weight),
+        topk_weights=torch.zeros(num_tokens, shape.top_k, device=device),
+        topk_ids=torch.zeros(num_tokens, shape.top_k, dtype=ids_dtype, device=device),
+        **{name: expert(*its[1:], torch.float32) for name, its in scales.items()},
     )
-    return args, scales

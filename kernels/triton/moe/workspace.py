@@ -6,12 +6,10 @@ import torch
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import max_blocks
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
 from rampwrap.kernels.triton.align.host import TokenBlocks, alignment_ints, blocks_in
 from rampwrap.kernels.triton.moe.configs import partial_rows
-from rampwrap.kernels.triton.quantise import GROUP
-
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"Type of hidden states and output for each `MoEShape.dtype`; FP8 layers take and return bf16."
 
 ORDERED_BLOCK_M = 128
 "Of the kernels that keep h in the order of the blocks."
@@ -63,7 +61,7 @@ class Workspace:
         if rows > min(2 * self.h.shape[0], self.h_scale.shape[0]):
             raise InputError(_too_small(rows, min(2 * self.h.shape[0], self.h_scale.shape[0])))
         # FP8 layers of this order have no use for the bf16 rows, which have room for twice as many.
-        h = self.h.view(-1).view(torch.float8_e4m3fn)[: rows * columns].view(rows, columns)
+        h = self.h.view(-1).view(FP8)[: rows * columns].view(rows, columns)
         scale = self.h_scale.view(-1)[: rows * (columns // GROUP)].view(columns // GROUP, rows)
         return h, scale
 
@@ -141,8 +139,8 @@ def allocate(
         h,
         y,
         alignment,
-        x_fp8=empty(num_tokens, hidden, torch.float8_e4m3fn),
+        x_fp8=empty(num_tokens, hidden, FP8),
         x_scale=empty(num_tokens, hidden // GROUP, torch.float32),
-        h_fp8=empty(num_slots, intermediate, torch.float8_e4m3fn),
+        h_fp8=empty(num_slots, intermediate, FP8),
         h_scale=empty(max(num_slots, ordered), intermediate // GROUP, torch.float32),
     )

@@ -1,0 +1,163 @@
+"""The operands of one MoE layer: `Operands` holds them, a `Contract` says what they must be."""
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+
+from rampwrap.errors import InputError
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.fp8 import GROUP
+
+FP8 = torch.float8_e4m3fn
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"Type of hidden states and output for each `MoEShape.dtype`; FP8 layers take and return bf16."
+WEIGHT_DTYPES = {**TORCH_DTYPES, "fp8": FP8}
+IDS = (torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@attrs.frozen(eq=False)
+class Operands:
+    """The tensors of one call, taken as they are: `Contract.check` is who checks them.
+
+    Attributes:
+        hidden_states: [T, H], bf16 or fp16 (bf16 for an FP8 layer, which quantises them itself).
+        w13: [E, 2I, H], gate rows first.
+        w2: [E, H, I].
+        topk_weights: [T, top_k], floating point.
+        topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
+        w13_scale: float32 [E, 2I/128, H/128], FP8 only.
+        w2_scale: float32 [E, H/128, I/128], FP8 only.
+        expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
+        out: [T, H], written and returned; None lets the layer allocate it.
+    """
+
+    hidden_states: torch.Tensor
+    w13: torch.Tensor
+    w2: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.topk_ids.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        return self.topk_ids.numel()
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts whose weights are here."""
+        return self.w2.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """Ids that mean an expert, here or on another rank."""
+        return self.w2.shape[0] if self.expert_map is None else self.expert_map.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w2.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.w2.shape[2]
+
+    def output(self) -> torch.Tensor:
+        """`out`, allocated where it is absent."""
+        return torch.empty_like(self.hidden_states) if self.out is None else self.out
+
+
+def scale_shapes(shape: MoEShape) -> dict[str, tuple[int, int, int]]:
+    """Shapes of the block scales of an FP8 layer's weights, by name: one number for each 128x128 block."""
+    experts, hidden, inter = shape.num_local_experts, shape.hidden_size // GROUP, shape.intermediate_size // GROUP
+    return {
+        "w13_scale": (experts, 2 * shape.intermediate_size // GROUP, hidden),
+        "w2_scale": (experts, hidden, inter),
+    }
+
+
+class Contract:
+    """What the operands of a layer must be for a kernel: made once for a layer, checked at each call.
+
+    Args:
+        shape: the layer.
+        topk_weights: types of the routing weights that the kernel reads.
+        contiguous: whether all operands must be.
+        aligned: operands that must start at a multiple of 16 bytes.
+    """
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        *,
+        topk_weights: Sequence[torch.dtype] = FLOATS,
+        contiguous: bool = True,
+        aligned: Sequence[str] = (),
+    ) -> None:
+        self.shape, self.contiguous, self.aligned = shape, contiguous, tuple(aligned)
+        self._activations, self._routing = (TORCH_DTYPES[shape.dtype],), tuple(topk_weights)
+        weights = (WEIGHT_DTYPES[shape.dtype],)
+        experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+        fixed: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "w13": ((experts, 2 * inter, hidden), weights),
+            "w2": ((experts, hidden, inter), weights),
+            "expert_map": ((shape.num_experts,), (torch.int32,)),
+        }
+        if shape.dtype == "fp8":
+            fixed |= {name: (its, (torch.float32,)) for name, its in scale_shapes(shape).items()}
+        self._fixed = tuple((name, *its) for name, its in fixed.items())
+
+    def check(self, operands: Operands) -> None:
+        """Nothing, where all is as the kernel needs it.
+
+        Raises:
+            InputError: an operand is missing, or has the wrong shape, dtype, layout or alignment.
+        """
+        shape, x = self.shape, operands.hidden_states
+        if x.dim() != 2:
+            raise InputError(f"hidden_states has shape {tuple(x.shape)}; give [num_tokens, {shape.hidden_size}].")
+        if shape.dtype == "fp8":
+            if operands.w13_scale is None or operands.w2_scale is None:
+                raise InputError("FP8 weights come with scales; give w13_scale and w2_scale.")
+        elif operands.w13_scale is not None or operands.w2_scale is not None:
+            raise InputError(
+                f"Scales were given for a {shape.dtype} layer; leave them out or use a shape with dtype='fp8'."
+            )
+        if operands.expert_map is None and shape.num_local_experts != shape.num_experts:
+            raise InputError(
+                f"{shape.num_local_experts} of {shape.num_experts} experts are on this rank; give expert_map to say which."
+            )
+        tokens = x.shape[0]
+        rows, slots = (tokens, shape.hidden_size), (tokens, shape.top_k)
+        self._expect("hidden_states", x, rows, self._activations)
+        for name, expected, dtypes in self._fixed:
+            tensor = getattr(operands, name)
+            if tensor is not None:
+                self._expect(name, tensor, expected, dtypes)
+        self._expect("topk_ids", operands.topk_ids, slots, IDS)
+        self._expect("topk_weights", operands.topk_weights, slots, self._routing)
+        if operands.out is not None:
+            self._expect("out", operands.out, rows, self._activations)
+        for name in self.aligned:
+            if getattr(operands, name).data_ptr() % 16:
+                raise InputError(f"{name} does not start at a multiple of 16 bytes, as its copies need; give a copy.")
+
+    def _expect(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> None:
+        strided = self.contiguous and not tensor.is_contiguous()
+        if tensor.shape != shape or tensor.dtype not in dtypes or strided:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise InputError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+                f"{' and not contiguous' if strided else ''}; give {'contiguous ' if self.contiguous else ''}{kinds} {shape}."
+            )
