@@ -1,15 +1,21 @@
 """The command ``rampwrap explain``: which config a plan chooses for a routing, and why."""
 
+import sys
+import warnings
+
 import attrs
 import click
 
 from rampwrap.cli.command import Answer, command
 from rampwrap.cli.types import counts
 from rampwrap.cli.workloads import recorded_said, routings_of, routings_option, seed_option, tokens_option
-from rampwrap.errors import InputError
+from rampwrap.dispatch.host import Dispatcher
+from rampwrap.errors import InputError, RampwrapError
+from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.grid import IntArray
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import Plan
+from rampwrap.policy.policies import Policy
 from rampwrap.routing.counts import check_counts, expert_counts
 from rampwrap.routing.workloads import Routing, workload_grid
 
@@ -19,6 +25,7 @@ class ExplainRequest:
     """A plan, and the routings whose configs are asked for."""
 
     plan: str
+    kernel: str | None = None
     expert_counts: tuple[int, ...] = ()
     batch_size: tuple[int, ...] = ()
     routing: tuple[Routing, ...] = attrs.field(default=(Routing("uniform"),), converter=routings_of)
@@ -50,17 +57,44 @@ class ExplainRequest:
 
 @command("explain", ExplainRequest)
 @click.argument("plan", metavar="PLAN.json")
+@click.option("--kernel", help="whose own default serves beyond the plan, when it is not one of the built-in names")
 @click.option("--expert-counts", type=counts, metavar="3,0,5,...", help="the histogram itself")
 @tokens_option()
 @routings_option()
 @seed_option
 def explain(its: ExplainRequest) -> Answer:
-    """Which config each routing would get, and why."""
+    """Which config a `Dispatcher` would launch for each routing, and why."""
     plan = Plan.load(its.plan)
-    policy = plan.policy()
-    choices = [(label, tokens, policy.select(counts, tokens)) for label, counts, tokens in its.asked(plan.shape)]
-    found = [{**attrs.asdict(choice), "num_tokens": tokens, "routing": label} for label, tokens, choice in choices]
-    recorded = recorded_said(plan.shape, its.routing)
-    if len(choices) == 1:
-        return Answer(str(choices[0][2]), {**found[0], **recorded})
-    return Answer("\n".join(f"{label}: {choice}" for label, _, choice in choices), {"choices": found, **recorded})
+    own, asked, unknown = plan.policy(), its.asked(plan.shape), ""
+    policy: Policy = own
+    # The kernel is imported, which takes seconds, only where the plan alone does not say what serves.
+    if its.kernel or not all(own.speaks(histogram, tokens) for _, histogram, tokens in asked):
+        policy, unknown = _serving(plan, its.kernel)
+    found, lines = [], []
+    for label, histogram, tokens in asked:
+        choice = policy.select(histogram, tokens)
+        values, text = attrs.asdict(choice), str(choice)
+        if unknown and not own.speaks(histogram, tokens):
+            text = f"{choice.why}, and which that is cannot be asked here: {unknown}"
+            values |= {"index": None, "config": None, "why": text}
+        found.append({**values, "num_tokens": tokens, "routing": label})
+        lines.append(text if len(asked) == 1 else f"{label}: {text}")
+    values = found[0] if len(asked) == 1 else {"choices": found}
+    return Answer("\n".join(lines), {**values, **recorded_said(plan.shape, its.routing)})
+
+
+def _serving(plan: Plan, kernel: str | None) -> tuple[Policy, str]:
+    """What a `Dispatcher` on the plan's GPU chooses by, and why the kernel's own default is not known; "" where it is."""
+    try:
+        made = make_kernel(kernel or plan.kernel, plan.shape)
+    except RampwrapError as error:
+        if kernel:
+            raise
+        policy = plan.policy()
+        return attrs.evolve(policy, reach=policy.reach and attrs.evolve(policy.reach, own=True)), str(error)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        served = Dispatcher(made, plan, device=plan.device).policy
+    for warning in said:
+        print(f"rampwrap: {warning.message}", file=sys.stderr)
+    return served, ""

@@ -160,6 +160,14 @@ class WaveCost:
         """Whether so many tokens are far from every profiled batch."""
         return self.reach is not None and not self.reach.inside(num_tokens)
 
+    def speaks(self, expert_counts: IntArray, num_tokens: int) -> bool:
+        """Whether a batch is within all that is known, so that what serves depends on nothing else than the plan."""
+        return not (self.beyond(num_tokens) or self._too_few(expert_counts, num_tokens))
+
+    def _too_few(self, expert_counts: IntArray, num_tokens: int) -> bool:
+        """Whether fewer experts are active than any workload had."""
+        return 0 < int(np.count_nonzero(expert_counts)) < self._part(num_tokens)[0]._least_active
+
     def _outside(self, num_tokens: int) -> int:
         """What serves where fewer experts are active than were ever profiled."""
         return (
@@ -200,7 +208,7 @@ class WaveCost:
         if self.reach is not None and not self.reach.inside(num_tokens):
             return Choice(index, self.configs[index], self.reach.beyond())
         model, candidates = self._part(num_tokens)
-        few = int(np.count_nonzero(expert_counts)) < model._least_active
+        few = self._too_few(expert_counts, num_tokens)
         if few and self.reach is not None and self.reach.own:
             why = f"outside the profiled spread (fewer active experts than any workload had): {self.reach.serves}"
             return Choice(index, self.configs[index], why)
