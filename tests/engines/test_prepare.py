@@ -1,5 +1,6 @@
 """What is compiled before an engine needs it: each span's configs once, in a process that imports this rampwrap."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -170,3 +171,25 @@ def test_one_process_at_a_time_compiles_and_larger_batches_again(
     assert ensure(66) and mark.read_text() == "65"
     mark.write_text("")
     assert ensure(1) and len(ran) == 4
+
+
+@pytest.mark.parametrize(("must", "works"), [(True, True), (True, False), (False, True)])
+def test_the_library_is_filled_by_one_process_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, must: bool, works: bool
+) -> None:
+    """Who comes second waits for as long as it takes, and loads what the first has compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done: list[Any] = []
+
+    @contextlib.contextmanager
+    def locked(path: pathlib.Path, wait_s: float = 0.0) -> Any:
+        done.append((path.relative_to(tmp_path).as_posix(), path.parent.is_dir(), wait_s))
+        yield
+        done.append("unlocked")
+
+    monkeypatch.setattr(prepare, "locked", locked)
+    monkeypatch.setattr(prepare, "_run", lambda path, tokens: (done.append((path, tokens)), works)[1])
+    kernel = types.SimpleNamespace(must_compile=lambda configs: configs if must else [], precompile=done.append)
+    assert prepare._ensure_cute(kernel, [A, B], 64, "p") is must
+    compiled = [("rampwrap/cute/warming", True, -1), ("p", 64), "unlocked"] if must else []
+    assert done == compiled + ([[A, B]] if works else [])

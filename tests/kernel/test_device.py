@@ -3,7 +3,7 @@
 import pytest
 
 from rampwrap.errors import InputError
-from rampwrap.kernel.device import DEVICES, SIMULATED, Device, device_of, find_device
+from rampwrap.kernel.device import DEVICES, SIMULATED, Device, device_of, find_device, no_gpu
 from rampwrap.schema import dump, read
 
 
@@ -119,3 +119,43 @@ def test_the_device_of_a_kernel_is_what_it_says_else_torchs(monkeypatch):
     assert device_of(object()) == Device("NVIDIA Unheard", 16, 7, None, 233_472)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of(type("Kernel", (), {"device": "cuda"})) is SIMULATED
+
+
+def test_why_there_is_no_gpu(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for cuda, hip, said in (
+        (None, None, "this torch is built without CUDA"),
+        ("13.0", None, "no driver or device was found"),
+        (None, "7.0", "no driver or device was found"),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert no_gpu() == said
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert no_gpu() == f"CUDA_VISIBLE_DEVICES is {hidden!r}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert no_gpu() is None
+
+
+def test_numbers_that_no_device_has():
+    """Each constant within its range, a share of a byte a second too; what nobody stated is None."""
+    for name, most in (("num_sms", 1 << 16), ("copy_gbps", 1e9), ("bf16_tflops", 1e9), ("fp8_tflops", 1e9)):
+        made = {"name": "x", "num_sms": 1}
+        assert getattr(Device(**made | {name: most}), name) == most
+        for wrong in (-1, most + 1, float("nan"), "1"):
+            with pytest.raises(InputError, match=name):
+                Device(**made | {name: wrong})
+    for name in ("l2_bytes", "smem_bytes_per_sm"):
+        assert getattr(Device("x", 1, **{name: 0}), name) == 0
+        for wrong in (-1, 1.5):
+            with pytest.raises(InputError, match=name):
+                Device("x", 1, **{name: wrong})
+    assert Device("x", 1, copy_gbps=0.5).copy_gbps == 0.5
+    with pytest.raises(InputError, match="num_sms"):
+        Device("x", 1.5)
+    assert [
+        getattr(Device("x", 1), name) for name in ("copy_gbps", "smem_bytes_per_sm", "bf16_tflops", "fp8_tflops")
+    ] == [None] * 4

@@ -19,6 +19,7 @@ from rampwrap.errors import ConfigError, DeviceFault, InputError, TableError
 from rampwrap.kernel.device import find_device
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.measure import session
 from rampwrap.measure.full import plan_profile, profile, roofline_us
 from rampwrap.measure.graph_timer import default_timer
 from rampwrap.measure.journal import journal_path, read_journal
@@ -165,6 +166,20 @@ class TestFailures:
 
         with pytest.raises(ConfigError, match="bad tile"):
             run(Recording(before))
+
+    def test_want_of_a_gpu_is_said_unless_the_kernel_is_simulated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No time at all may have that reason, besides the kernel's own."""
+
+        def before(launches: int, index: int) -> None:
+            raise ValueError("bad tile")
+
+        monkeypatch.setattr(session, "no_gpu", lambda: "none here")
+        kernel = Recording(before)
+        with pytest.raises(ConfigError, match="^no config of kernel 'sim' can run .*bad tile"):
+            run(kernel)
+        del kernel.device
+        with pytest.raises(ConfigError, match=r"^there is no GPU \(none here\), and no config of kernel 'sim' can run"):
+            run(kernel)
 
     def test_a_lost_device_is_remembered(self, tmp_path: pathlib.Path) -> None:
         """The run ends with an error; the next goes on without the config that did it."""

@@ -240,7 +240,14 @@ def test_a_renumbered_policy_chooses_in_its_numbering() -> None:
     ids = Workload(256, Routing.parse("dirichlet:0.3")).topk_ids(64, 8)
     chosen = inner.index(expert_counts(ids, 64), 256)
     assert outer.index_of_ids(ids, 64) == where[chosen]
-    assert Renumbered(outer.configs, plan.static_policy(), where).index_of_ids(ids, 64) is None
+    explained = outer.select(expert_counts(ids, 64), 256)
+    own = inner.select(expert_counts(ids, 64), 256)
+    assert (
+        explained == attrs.evolve(own, index=where[chosen])
+        and outer.index(expert_counts(ids, 64), 256) == where[chosen]
+    )
+    static = Renumbered(outer.configs, plan.static_policy(), where)
+    assert static.index_of_ids(ids, 64) is None and outer.needs_counts and not static.needs_counts
 
 
 def test_one_candidate_still_has_its_ids_checked() -> None:
