@@ -175,7 +175,7 @@ class TestFailures:
 
         monkeypatch.setattr(session, "no_gpu", lambda: "none here")
         kernel = Recording(before)
-        with pytest.raises(ConfigError, match="^no config of kernel 'sim' can run .*bad tile"):
+        with pytest.raises(ConfigError, match=r"^no config of kernel 'sim' can run .*bad tile"):
             run(kernel)
         del kernel.device
         with pytest.raises(ConfigError, match=r"^there is no GPU \(none here\), and no config of kernel 'sim' can run"):
