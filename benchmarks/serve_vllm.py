@@ -7,6 +7,7 @@ Arms, each an engine in a process of its own:
 
     installed   vLLM as it comes, with the table it ships for the shape where there is one
     static      vLLM with a table tuned under uniform routing and exported for it (VLLM_TUNED_CONFIG_FOLDER)
+    deep_gemm   vLLM told to run its experts on DeepGEMM (with --deep-gemm, which leaves DeepGEMM on in all arms)
     plugin      vLLM with rampwrap and a plan, and nothing else changed
 
 As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the same
@@ -20,11 +21,9 @@ needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY).
 import argparse
 import itertools
 import json
-import math
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+from serve_vllm_report import report
 from serve_vllm_setup import ARMS, MODELS, environment_of, free_gb, needed_gb, prepare, settings_of
 
 PROFILED = 6
@@ -106,6 +105,9 @@ def measure_group(
             break
         for routing, batch in itertools.product(arguments.routing, arguments.batch_size):
             rows += [{"round": number, **row} for row in decode(arms, order, routing, batch, arguments)]
+        for routing, prompt in itertools.product(arguments.routing, arguments.prompts):
+            rows += [{"round": number, **row} for row in prefill(arms, order, routing, prompt, arguments)]
+            say(start, f"{name}: prompts of {prompt} tokens, {routing}")
         for routing in arguments.routing if arguments.mixed else ():
             settle(arms, arguments.cpus)
             for arm in order:
@@ -163,15 +165,33 @@ def decode(
         arms[arm]("end")
 
 
+def prefill(
+    arms: dict[str, Arm], order: list[str], routing: str, prompt: int, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Prompts of one length: as many as fill a step of 8192 tokens for tokens/s, and one alone for the time to its token."""
+    settle(arms, arguments.cpus)
+    for requests in dict.fromkeys((max(1, 8192 // prompt), 1)):
+        where = {"routing": routing, "prompt": prompt, "requests": requests}
+        for arm in order:
+            arms[arm]("prefill", **where)  # compiles
+        for turn in range(arguments.turns):
+            for arm in order:
+                yield {"what": "prefill", "arm": arm, "turn": turn, **where} | arms[arm]("prefill", **where)
+            order = order[1:] + order[:1]
+        for arm in order:
+            yield {"what": "prefill share", "arm": arm, **where} | arms[arm]("prefill", **where, profile=True)
+
+
 def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, results: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         made = prepare(name, folder, arguments, gpu)
-        settings = settings_of(name, made, folder, arguments)
-        fit = max(1, int(0.95 * free_gb(gpu) // needed_gb(made, settings)))
+        settings = {arm: settings_of(name, made, folder, arguments, arm) for arm in ARMS}
+        environments = {arm: environment_of(arm, folder, gpu, arguments.deep_gemm) for arm in ARMS}
+        fit = max(1, int(0.95 * free_gb(gpu) // needed_gb(made, settings["plugin"])))
         fit = min(fit, arguments.concurrent or fit)
         # The pair that matters most shares the clocks, if only two fit.
-        wanted = [arm for arm in ("plugin", "static", "installed") if arm in arguments.arms]
+        wanted = [arm for arm in ("plugin", "deep_gemm", "static", "installed") if arm in arguments.arms]
         groups = [wanted[i : i + fit] for i in range(0, len(wanted), fit)]
         say(
             start, f"{name} on GPU {gpu}: {made['shape']}, vLLM ships {made['shipped'] or 'no table'}; engines {groups}"
@@ -192,7 +212,7 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
         share = (arguments.budget_s - (time.monotonic() - start)) / len(groups)
         for group in groups:
             deadline = time.monotonic() + share
-            arms = {a: Arm(a, settings, environment_of(a, folder, gpu), logs / f"{name}-{a}.log") for a in group}
+            arms = {a: Arm(a, settings[a], environments[a], logs / f"{name}-{a}.log") for a in group}
             try:
                 for arm, engine in arms.items():
                     starts[arm] = engine.started()
@@ -212,131 +232,12 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
                     engine.stop()
         for number, arm in itertools.product(range(arguments.restart), ("installed", "plugin")):
             free = free_gb(gpu)
-            again = Arm(arm, settings, environment_of(arm, folder, gpu), logs / f"{name}-{arm}-again.log")
+            again = Arm(arm, settings[arm], environments[arm], logs / f"{name}-{arm}-again.log")
             try:
                 found = again.started()
                 starts[f"{arm} again{number or ''}"] = found | {"device_gb": free - free_gb(gpu)}
             finally:
                 again.stop()
-
-
-def costs(result: dict[str, Any]) -> dict[str, float]:
-    """What the plugin adds to the installed engine: GPU memory, and seconds of a start with warm caches.
-
-    Memory of torch's allocator after all measurements, of the driver after a start; medians over restarts.
-    """
-    out: dict[str, float] = {}
-    memory, starts = result["memory"], result["starts"]
-    if {"plugin", "installed"} <= set(memory):
-        for field in ("reserved_gb", "allocated_gb", "peak_gb"):
-            out[field] = memory["plugin"][field] - memory["installed"][field]
-        out["reserved_share"] = out["reserved_gb"] / memory["plugin"]["card_gb"]
-    again = {
-        arm: [its for name, its in starts.items() if name.startswith(f"{arm} again")] for arm in ("plugin", "installed")
-    }
-    if all(again.values()):
-        for field in ("wall_s", "engine_s", "device_gb"):
-            ours, theirs = (statistics.median(its[field] for its in again[arm]) for arm in ("plugin", "installed"))
-            out[field] = ours - theirs
-        out["plugin_s"] = statistics.median(its["plugin_s"] for its in again["plugin"])
-        out["device_share"] = out["device_gb"] / again["plugin"][0]["card_gb"]
-    return out
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.fmean(math.log(value) for value in values)) if values else float("nan")
-
-
-def pooled(rows: list[dict[str, Any]], percent: float, **where: Any) -> float:
-    """A percentile of the time per token over all rounds, milliseconds."""
-    found = [ms for row in rows if all(row.get(key) == value for key, value in where.items()) for ms in row["ms"]]
-    return float(np.percentile(found, percent)) if found else float("nan")
-
-
-def ratio(rows: list[dict[str, Any]], arm: str, **where: Any) -> float:
-    """How much more tokens per second than an arm: the median over turns, each of which compares like with like."""
-    speed = {
-        (row["arm"], row["round"], row.get("turn")): row["tokens_per_s"]
-        for row in rows
-        if all(row.get(key) == value for key, value in where.items())
-    }
-    found = [
-        speed["plugin", *turn] / value
-        for (name, *turn), value in speed.items()
-        if name == arm and ("plugin", *turn) in speed
-    ]
-    return statistics.median(found) if found else float("nan")
-
-
-def median_of(rows: list[dict[str, Any]], field: str, **where: Any) -> float:
-    found = [row[field] for row in rows if all(row.get(key) == value for key, value in where.items())]
-    return statistics.median(found) if found else float("nan")
-
-
-def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prints the table; gains by routing, as geometric means over batches of 64 and more and over all."""
-    rows = result["rows"]
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
-    print(f"\n{name}: medians over rounds; tok/s, p50 / p99 ms per token")
-    gains: dict[str, Any] = {}
-    cells = [("decode", batch) for batch in arguments.batch_size] + ([("mixed", None)] if arguments.mixed else [])
-    for routing in arguments.routing:
-        print(
-            f"  {routing:16s}"
-            + "".join(f"{arm:>30s}" for arm in arms)
-            + "   tok/s over installed, static    GPU time over installed, static    MoE share, MoE time over installed"
-        )
-        ratios: dict[str, dict[Any, float]] = {arm: {} for arm in arms}
-        on_gpu: dict[str, dict[Any, float]] = {arm: {} for arm in arms}
-        for what, batch in cells:
-            where = {"what": what, "routing": routing, **({"batch": batch} if batch else {})}
-            line = f"  {what if batch is None else batch:>16}"
-            speed = {arm: median_of(rows, "tokens_per_s", arm=arm, **where) for arm in arms}
-            for arm in arms:
-                p50, p99 = (pooled(rows, percent, arm=arm, **where) for percent in (50, 99))
-                line += f"{speed[arm]:14.0f} {p50:7.2f}/{p99:7.2f}"
-                ratios[arm][batch or what] = ratio(rows, arm, **where)
-            for arm in ("installed", "static"):
-                line += f"{ratios.get(arm, {}).get(batch or what, float('nan')):15.3f}x"
-            if batch:
-                at = {"what": "share", "routing": routing, "batch": batch}
-                us, moe = ({a: median_of(rows, f, arm=a, **at) for a in arms} for f in ("gpu_us", "moe_us"))
-                for arm in arms:
-                    on_gpu[arm][batch] = us[arm] / us.get("plugin", math.nan)
-                line += "".join(f"{on_gpu.get(arm, {}).get(batch, math.nan):15.3f}x" for arm in ("installed", "static"))
-                if {"plugin", "installed"} <= set(arms):
-                    line += f"{moe['installed'] / us['installed']:14.1%}{moe['installed'] / moe['plugin']:10.3f}x"
-            print(line)
-        gains[routing] = {}
-        for arm in ("installed", "static"):
-            its = {key: value for key, value in ratios.get(arm, {}).items() if not math.isnan(value)}
-            large = [value for key, value in its.items() if isinstance(key, int) and key >= 64]
-            gains[routing][arm] = {
-                "all": geometric_mean([value for key, value in its.items() if isinstance(key, int)]),
-                "batch>=64": geometric_mean(large),
-                "worst": min(its.values(), default=float("nan")),
-                "GPU time": geometric_mean(list(on_gpu.get(arm, {}).values())),
-                "GPU time, batch>=64": geometric_mean([x for size, x in on_gpu.get(arm, {}).items() if size >= 64]),
-            }
-            if its:
-                print(
-                    f"  over {arm}: " + ", ".join(f"{key} {value:.3f}x" for key, value in gains[routing][arm].items())
-                )
-    for arm, its in result["starts"].items():
-        print(f"  start {arm}: " + ", ".join(f"{key} {value:.2f}" for key, value in its.items()))
-    extra = result["costs"] = costs(result)
-    if "reserved_gb" in extra:
-        print(
-            f"  memory, plugin - installed: reserved {extra['reserved_gb']:+.2f} GB ({extra['reserved_share']:+.2%} of the "
-            f"card), allocated {extra['allocated_gb']:+.2f} GB, peak {extra['peak_gb']:+.2f} GB"
-        )
-    if "wall_s" in extra:
-        print(
-            f"  start-up cost of the plugin, warm caches: wall {extra['wall_s']:+.1f} s, engine {extra['engine_s']:+.1f} s, "
-            f"its own {extra['plugin_s']:.1f} s; of the whole device {extra['device_gb']:+.2f} GB "
-            f"({extra['device_share']:+.2%} of the card)"
-        )
-    return gains
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -350,6 +251,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="at most; fewer where the time is over")
     parser.add_argument("--turns", type=int, default=8, help="of each engine at a batch, in each round")
     parser.add_argument("--steps", type=int, default=12, help="decode steps of a turn")
+    parser.add_argument("--prompts", nargs="*", type=int, default=[], metavar="L", help="also prefill of such prompts")
+    parser.add_argument(
+        "--deep-gemm", action="store_true", help="leave DeepGEMM on: dense FP8 layers run it in all arms"
+    )
     parser.add_argument("--mixed", type=int, default=0, metavar="N", help="also a mixed load of so many requests")
     parser.add_argument("--mode", default="default", choices=["default", "piecewise", "eager"])
     parser.add_argument("--capture-sizes", nargs="+", type=int, help="instead of vLLM's own list: starts sooner")

@@ -229,6 +229,28 @@ class Engine:
             self.engine.step()
         return {}
 
+    def prefill(self, routing: str, prompt: int, requests: int, profile: bool = False) -> dict[str, Any]:
+        """`requests` prompts at once, one token of output each: prompt tokens/s, and milliseconds to each first token."""
+        self.pools.use(routing)
+        rng = np.random.default_rng(prompt)
+        gc.collect()
+        gc.disable()
+        kernels: Any = None
+        if profile:
+            kernels = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            kernels.__enter__()
+        for _ in range(requests):
+            self.add(prompt, 1, rng)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        first = [now - start for now, outputs in self.steps() for _ in outputs]
+        if profile:
+            torch.cuda.synchronize()
+            kernels.__exit__(None, None, None)
+        gc.enable()
+        found = {"tokens_per_s": prompt * requests / first[-1], "ms": (1e3 * np.array(first)).round(4).tolist()}
+        return found if not profile else shares(kernels, 1) | found
+
     @staticmethod
     def pin(cpus: list[int]) -> dict[str, Any]:
         """Keeps the thread that drives the engine on some CPUs: it is what a step waits for at large batches."""

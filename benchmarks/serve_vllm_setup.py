@@ -20,7 +20,7 @@ from rampwrap.plan.make import make_plan
 from rampwrap.policy.static import static_table, write_static
 
 ROOT = pathlib.Path(__file__).parent.parent
-ARMS = ("installed", "static", "plugin")
+ARMS = ("installed", "static", "deep_gemm", "plugin")
 COMMON = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
@@ -129,7 +129,7 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     timings = join([Timings.load(table) for table in tables])
     assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
     if arguments.profile_budget:
-        profiled(folder, arguments.profile_budget, gpu, timings.kernel)
+        profiled(folder, arguments, gpu, timings.kernel)
     else:
         make_plan(timings, source=" + ".join(table.name for table in tables)).save(
             folder / "plans" / f"{name}.plan.json"
@@ -144,15 +144,26 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     return {"config": config, "shape": shape, "shipped": str(config_file(shape, device) or "")}
 
 
-def profiled(folder: pathlib.Path, seconds: float, gpu: str, kernel: str) -> None:
+def profiled(folder: pathlib.Path, arguments: argparse.Namespace, gpu: str, kernel: str) -> None:
     """Makes the plan on this machine, for a version of a kernel or a GPU that no table was measured with."""
     command = [sys.executable, "-m", "rampwrap", "profile", "--engine", "vllm", "--model", str(folder / "model")]
-    command += ["--kernel", kernel, "--budget", f"{seconds:g}s", "--out", str(folder / "plans"), "--quiet"]
+    command += [
+        "--kernel",
+        kernel,
+        "--budget",
+        f"{arguments.profile_budget:g}s",
+        "--out",
+        str(folder / "plans"),
+        "--quiet",
+    ]
+    tokens = {1, 128, 1024, 8192, *arguments.batch_size, *arguments.prompts}
+    command += ["--batch-size", *map(str, sorted(tokens))]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpu})
 
 
-def environment_of(arm: str, folder: pathlib.Path, gpu: str) -> dict[str, str]:
+def environment_of(arm: str, folder: pathlib.Path, gpu: str, deep_gemm: bool = False) -> dict[str, str]:
+    """What an engine's process starts with; `deep_gemm` leaves DeepGEMM on, as a user's vLLM has it, in all arms alike."""
     names = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
     paths = [str(ROOT), *([] if "rampwrap" in names else [str(folder / "site")]), os.environ.get("PYTHONPATH", "")]
     out = os.environ | {
@@ -164,9 +175,12 @@ def environment_of(arm: str, folder: pathlib.Path, gpu: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "rampwrap_pool",
     }
-    # Of FP8 dense layers only, in all arms alike: DeepGEMM compiles them with nvcc as it goes, for minutes at a first
-    # start, without it they run CUTLASS. Experts on Hopper run TritonExperts with and without it.
-    out.setdefault("VLLM_USE_DEEP_GEMM", "0")
+    # DeepGEMM runs FP8 dense layers, and experts where it is told to: on Hopper vLLM's own choice for them is Triton. It
+    # compiles with nvcc as it goes; its warm-up would compile 503 kernels, over three minutes, of which a run needs few.
+    if deep_gemm:
+        out |= {"VLLM_USE_DEEP_GEMM": "1", "VLLM_DEEP_GEMM_WARMUP": "skip"}
+    else:
+        out.setdefault("VLLM_USE_DEEP_GEMM", "0")
     out.pop("VLLM_TUNED_CONFIG_FOLDER", None)
     if arm == "static":
         out["VLLM_TUNED_CONFIG_FOLDER"] = str(folder / "static")
@@ -177,7 +191,10 @@ def environment_of(arm: str, folder: pathlib.Path, gpu: str) -> dict[str, str]:
     return out
 
 
-def settings_of(name: str, made: dict[str, Any], folder: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def settings_of(
+    name: str, made: dict[str, Any], folder: pathlib.Path, arguments: argparse.Namespace, arm: str
+) -> dict[str, Any]:
+    """What an engine reads first."""
     config, shape = made["config"], made["shape"]
     options: dict[str, Any] = {}
     if arguments.mode == "eager":
@@ -186,6 +203,8 @@ def settings_of(name: str, made: dict[str, Any], folder: pathlib.Path, arguments
         options["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     if arguments.capture_sizes and arguments.mode != "eager":
         options["cudagraph_capture_sizes"] = arguments.capture_sizes
+    if arm == "deep_gemm":
+        options["moe_backend"] = "deep_gemm"
     kv_gb = MODELS[name].kv_gb * config["num_hidden_layers"] / MODELS[name].config["num_hidden_layers"]
     return {
         "model": str(folder / "model"),
@@ -196,7 +215,7 @@ def settings_of(name: str, made: dict[str, Any], folder: pathlib.Path, arguments
         "vocabulary": config["vocab_size"],
         "max_tokens": 8192,
         "max_seqs": max(512, *arguments.batch_size),
-        "max_model_len": 2048,
+        "max_model_len": max(2048, *(prompt + 8 for prompt in arguments.prompts)),
         "kv_bytes": int(kv_gb * 1e9),
         "share": 0.1,
         "options": options,

@@ -28,10 +28,13 @@ if not (FOLDER / "serve_vllm.py").exists():
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The three modules by name, as they find each other when one of them is run."""
+    """The four modules by name, as they find each other when one of them is run."""
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("serve_vllm", "serve_vllm_arm", "serve_vllm_setup")}
+        yield {
+            name: importlib.import_module(name)
+            for name in ("serve_vllm", "serve_vllm_arm", "serve_vllm_report", "serve_vllm_setup")
+        }
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -126,11 +129,14 @@ def test_costs_of_the_plugin(scripts):
             "plugin again1": started(54, 33.3, 0.6),
         },
     }
-    found = scripts["serve_vllm"].costs(result)
+    found = scripts["serve_vllm_report"].costs(result)
     assert found["reserved_gb"] == 1.5 and found["reserved_share"] == pytest.approx(0.01)
     assert found["wall_s"] == found["engine_s"] == 2.5 and found["plugin_s"] == 0.5
     assert found["device_gb"] == pytest.approx(0.3) and found["device_share"] == pytest.approx(0.002)
-    assert scripts["serve_vllm"].costs({"memory": {"plugin": memory(1.0)}, "starts": {"plugin": started(9, 0)}}) == {}
+    assert (
+        scripts["serve_vllm_report"].costs({"memory": {"plugin": memory(1.0)}, "starts": {"plugin": started(9, 0)}})
+        == {}
+    )
 
 
 def test_the_fp8_model(scripts, tmp_path, monkeypatch):
@@ -149,9 +155,13 @@ def test_the_fp8_model(scripts, tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_USE_DEEP_GEMM", raising=False)
     arms = [setup.environment_of(arm, tmp_path, "0") for arm in setup.ARMS]
     assert {its["VLLM_USE_DEEP_GEMM"] for its in arms} == {"0"}
-    arguments = argparse.Namespace(mode="default", capture_sizes=None, batch_size=[8], layers=None)
+    arms = [setup.environment_of(arm, tmp_path, "0", deep_gemm=True) for arm in setup.ARMS]
+    assert {(its["VLLM_USE_DEEP_GEMM"], its["VLLM_DEEP_GEMM_WARMUP"]) for its in arms} == {("1", "skip")}
+    arguments = argparse.Namespace(mode="default", capture_sizes=None, batch_size=[8], layers=None, prompts=[8192])
     made = {"config": model.config, "shape": shape}
-    assert setup.settings_of("qwen3-30b-fp8", made, tmp_path, arguments)["fp8"]
+    settings = {arm: setup.settings_of("qwen3-30b-fp8", made, tmp_path, arguments, arm) for arm in setup.ARMS}
+    assert all(its["fp8"] and its["max_model_len"] == 8200 for its in settings.values())
+    assert {arm for arm, its in settings.items() if its["options"].get("moe_backend") == "deep_gemm"} == {"deep_gemm"}
     # Routers stay in bf16, as in the published checkpoint.
     left = model.config["quantization_config"]["modules_to_not_convert"]
     assert len([name for name in left if name.endswith("mlp.gate")]) == model.config["num_hidden_layers"]
@@ -189,3 +199,20 @@ def test_dummy_weights_of_fp8_layers(scripts, monkeypatch):
     filled = layer.weight.float()
     assert filled.isfinite().all() and (filled != 0).float().mean() > 0.99 and not layer.scale.any()
     assert float(filled.std()) == pytest.approx(64, rel=0.05)
+
+
+def test_gains_of_prefill_compare_turns(scripts, capsys):
+    """Each turn with the other arm's of the same turn; GPU time apart."""
+    rows = []
+    for turn, slow in enumerate((1.0, 3.0)):  # the host of the second turn is three times as slow, for both arms
+        for arm, ms in (("installed", 50.0), ("plugin", 40.0)):
+            row = {"arm": arm, "round": 0, "turn": turn, "routing": "uniform", "prompt": 8192, "requests": 1}
+            rows.append(row | {"what": "prefill", "tokens_per_s": 8192e3 / (ms * slow), "ms": [ms * slow]})
+    rows += [
+        {"arm": arm, "what": "prefill share", "routing": "uniform", "prompt": 8192, "requests": 1, "gpu_us": us}
+        for arm, us in (("installed", 33000.0), ("plugin", 30000.0))
+    ]
+    arguments = argparse.Namespace(routing=["uniform"], prompts=[8192])
+    gains = scripts["serve_vllm_report"].report_prefill(rows, ["installed", "plugin"], arguments)
+    assert gains["uniform"]["installed"] == pytest.approx({"tokens/s": 1.25, "worst": 1.25, "GPU time": 1.1})
+    assert "1.250x" in capsys.readouterr().out
