@@ -19,10 +19,11 @@ KERNELS = {
     "vllm_fused_moe": "rampwrap.adapters.vllm_fused_moe:VllmFusedMoE",
     "alpha_moe": "rampwrap.adapters.alpha_moe:AlphaMoE",
     "deep_gemm": "rampwrap.adapters.deep_gemm:DeepGemmMoE",
+    "flashinfer_cute": "rampwrap.adapters.flashinfer_cute:FlashInferCuteMoE",
     "torch_grouped_mm": "rampwrap.adapters.torch_grouped_mm:TorchGroupedMM",
     "sim": "rampwrap.testing.sim:SimKernel",
 }
-GPU_ONLY = {"triton_fused_moe", "cute_moe", "vllm_fused_moe", "alpha_moe", "deep_gemm"}
+GPU_ONLY = {"triton_fused_moe", "cute_moe", "vllm_fused_moe", "alpha_moe", "deep_gemm", "flashinfer_cute"}
 CHOOSES_IN_GRAPH = ("triton_fused_moe", "vllm_fused_moe", "alpha_moe")
 "Those that can run candidates of which the GPU lets one run; plans for others hold one config for each graph."
 

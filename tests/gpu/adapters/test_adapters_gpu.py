@@ -16,6 +16,7 @@ import attrs
 
 from rampwrap.adapters.alpha_moe import AlphaMoE
 from rampwrap.adapters.deep_gemm import DeepGemmMoE
+from rampwrap.adapters.flashinfer_cute import FlashInferCuteMoE
 from rampwrap.adapters.torch_grouped_mm import TorchGroupedMM
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE, config_file_name
@@ -217,6 +218,15 @@ def test_deep_gemm_in_a_graph(shape):
             inputs["topk_ids"].copy_(routing(shape, 70, seed))
             graph.replay()
             assert torch.equal(out.clone(), kernel.launch(config, **inputs)), format_config(config)
+
+
+def test_flashinfer_cute():
+    """The suite with the first, the last and FlashInfer's own config; in CUDA graphs too."""
+    kernel = make(FlashInferCuteMoE, SHAPE)
+    configs = [kernel.configs[0], kernel.default_config(1), kernel.configs[-1]]
+    report = check(kernel, configs=configs, num_tokens=BATCHES)
+    print(report)
+    assert set(report.skipped) == {"grid"} and report.worst_error < kernel.tolerance
 
 
 def test_grouped_mm():
