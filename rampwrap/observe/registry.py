@@ -1,8 +1,9 @@
-"""Seeing what happens: `stats()` of all that launches in this process, as numbers, as Prometheus text and in the log.
+"""Seeing what happens: `stats()` of all that launches in this process, as numbers and in the log.
 
-    rampwrap.stats()                  JSON-able: per layer and bucket which config ran how often, gain, drift
-    rampwrap.observe.registry.prometheus()     the same as Prometheus' text format
-    RAMPWRAP_STATS=60                 a line in the log every 60 seconds
+    rampwrap.stats()        JSON-able: per layer and bucket which config ran how often, gain, drift
+    RAMPWRAP_STATS=60       a line in the log every 60 seconds
+
+`rampwrap.observe.metrics` hands the same to Prometheus.
 
 Reading waits for the GPU, so it is left out while a CUDA graph is captured. Drift beyond what was profiled is said
 once for each plan, with the command that profiles anew.
@@ -95,7 +96,7 @@ def stats() -> dict[str, Any]:
     finally:
         _reading.release()
     say_drift(measured)
-    return _found(measured)
+    return as_found(measured)
 
 
 Measured = list[tuple[Any, dict[str, Any]]]
@@ -107,7 +108,24 @@ def _read() -> Measured:
     return [(source, its) for source, its in found if its["layers"]]
 
 
-def _found(measured: Measured) -> dict[str, Any]:
+def glance() -> Measured | None:
+    """What was launched, without a wait for a capture: None while one is under way, and where counters cannot be read.
+
+    For threads of their own, after `keep_apart_from_capture`: the engine goes on whatever becomes of them.
+    """
+    if not _reading.acquire(blocking=False):
+        return None
+    try:
+        return _read()
+    except Exception as error:
+        _log.debug("rampwrap cannot read its counters: %s", error)
+        return None
+    finally:
+        _reading.release()
+
+
+def as_found(measured: Measured) -> dict[str, Any]:
+    """As `stats` returns it."""
     return {"rampwrap": __version__, "sources": [its for _, its in measured]}
 
 
@@ -181,55 +199,6 @@ def _entry(
     }
 
 
-def prometheus(found: Mapping[str, Any] | None = None) -> str:
-    """`stats()` in Prometheus' text format.
-
-    Args:
-        found: what `stats` returned; read now where absent.
-    """
-    found = stats() if found is None else found
-    metrics: dict[str, tuple[str, list[str]]] = {
-        "rampwrap_launches_total": ("counter", []),
-        "rampwrap_predicted_gain_ratio": ("gauge", []),
-        "rampwrap_drift_ratio": ("gauge", []),
-        "rampwrap_outside_ratio": ("gauge", []),
-        "rampwrap_active_experts": ("gauge", []),
-        "rampwrap_concentration": ("gauge", []),
-    }
-    for source in found["sources"]:
-        for entry in source["layers"]:
-            labels = {"source": source["number"], "kernel": source["kernel"], "shape": source["shape"]}
-            labels |= {"layer": entry["layer"]}
-            labels |= {"tokens": "" if entry["num_tokens"] is None else entry["num_tokens"], "mode": entry["mode"]}
-            for ran in entry["configs"]:
-                metrics["rampwrap_launches_total"][1].append(
-                    _labelled({**labels, "config": ran["config"]}, ran["launches"])
-                )
-            for name, key in (
-                ("rampwrap_predicted_gain_ratio", "predicted_gain"),
-                ("rampwrap_drift_ratio", "drift"),
-                ("rampwrap_outside_ratio", "outside"),
-                ("rampwrap_active_experts", "active_experts"),
-                ("rampwrap_concentration", "concentration"),
-            ):
-                if entry[key] is not None:
-                    metrics[name][1].append(_labelled(labels, entry[key]))
-    lines = [
-        f"# TYPE {name} {kind}\n" + "".join(f"{name}{row}\n" for row in rows)
-        for name, (kind, rows) in metrics.items()
-        if rows
-    ]
-    return "".join(lines)
-
-
-def _labelled(labels: Mapping[str, Any], value: float) -> str:
-    def quoted(text: Any) -> str:
-        return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-    inside = ",".join(f'{name}="{quoted(text)}"' for name, text in labels.items())
-    return f"{{{inside}}} {value:g}" if isinstance(value, float) else f"{{{inside}}} {value}"
-
-
 def line(found: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
     """One line for the log: launches since an earlier `stats()`, how many were not the static config, gain and drift."""
     # By source: one that is gone since takes back none of the others' launches.
@@ -300,16 +269,9 @@ class Log(threading.Thread):
 
     def turn(self) -> None:
         """One line, where something was launched since the last."""
-        if not _reading.acquire(blocking=False):
+        if (measured := glance()) is None:
             return
-        try:
-            measured = _read()
-        except Exception as error:  # the engine goes on whatever becomes of its log
-            _log.debug("rampwrap cannot read its counters: %s", error)
-            return
-        finally:
-            _reading.release()
-        found = _found(measured)
+        found = as_found(measured)
         if _steps(found) != (0 if self._before is None else _steps(self._before)):
             _log.info("%s", line(found, self._before))
             say_drift(measured)
@@ -337,7 +299,7 @@ def start_log(interval_s: float | None = None) -> Log | None:
     if not 0 < interval_s < threading.TIMEOUT_MAX:
         return None
     if _running is None or not _running.is_alive():
-        _keep_apart_from_capture()
+        keep_apart_from_capture()
         if _log.level == logging.NOTSET and _log.getEffectiveLevel() > logging.INFO:
             _log.setLevel(logging.INFO)
         if not _log.hasHandlers():
@@ -348,7 +310,7 @@ def start_log(interval_s: float | None = None) -> Log | None:
     return _running
 
 
-def _keep_apart_from_capture() -> None:
+def keep_apart_from_capture() -> None:
     """Makes captures of CUDA graphs wait for a reading that is under way, and readings skip captures.
 
     A copy to the host on another thread while a graph is captured would end the capture with an error. All captures of
