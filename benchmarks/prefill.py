@@ -19,6 +19,7 @@ Exits 1 if nothing was raced. Batches come in the order given; --budget-seconds 
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -57,6 +58,8 @@ LAYERS = {
 }
 ROUTINGS = ("uniform", "zipf:1.2", "dirichlet:0.1")
 CHECK_TOKENS = (30, 700)
+COMPILE_SECONDS = 120
+"Between two results."
 GRAPH_US = 1500.0
 "Of launches in one graph."
 OURS, SURVIVORS = "cute_moe", 3
@@ -171,18 +174,15 @@ def random_weights(kernel: Any, shape: MoEShape, seed: int) -> dict[str, Any]:
 def compile_part(job: tuple[MoEShape, str, list[int], list[str], int]) -> str:
     """Launches one contender on every batch, which is when DeepGEMM compiles; weights that nobody wrote are enough."""
     shape, what, all_tokens, routings, seed = job
-    fp8 = shape.dtype == "fp8"
-    kind, (experts, h, i) = (
-        torch.float8_e4m3fn if fp8 else torch.bfloat16,
-        (shape.num_experts, shape.hidden_size, shape.intermediate_size),
-    )
-    weights = {name: torch.empty(size, dtype=kind, device="cuda") for name, size in
-               (("w13", (experts, 2 * i, h)), ("w2", (experts, h, i)))}  # fmt: skip
-    if fp8:
-        weights["w13_scale"] = torch.ones(experts, 2 * i // GROUP, h // GROUP, device="cuda")
-        weights["w2_scale"] = torch.ones(experts, h // GROUP, i // GROUP, device="cuda")
-    kernel: Any = make_kernel("deep_gemm", shape)
+    fp8, experts = shape.dtype == "fp8", shape.num_experts
+    h, i, kind = shape.hidden_size, shape.intermediate_size, torch.float8_e4m3fn if fp8 else torch.bfloat16
     try:
+        kernel: Any = make_kernel("deep_gemm", shape)
+        weights: dict[str, Any] = {}
+        for name, rows, columns in (("w13", 2 * i, h), ("w2", h, i)):
+            weights[name] = torch.empty(experts, rows, columns, dtype=kind, device="cuda")
+            if fp8:
+                weights[f"{name}_scale"] = torch.ones(experts, rows // GROUP, columns // GROUP, device="cuda")
         for tokens in all_tokens:
             for routing in routings if what == "gemms" else routings[:1]:
                 batch = Batch.make(shape, tokens, routing, weights, seed)
@@ -193,24 +193,27 @@ def compile_part(job: tuple[MoEShape, str, list[int], list[str], int]) -> str:
                 else:
                     layers("deep_gemm", batch, kernel, None).get(what, lambda: None)()
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()
     except Exception as error:
         return f"{shape} {what}: {type(error).__name__}: {error}"[:300]
     return ""
 
 
 def compile_all(shapes: list[MoEShape], a: argparse.Namespace) -> None:
-    """`compile_part` of everything, in processes."""
-    jobs = []
+    """`compile_part` of everything, in processes; what takes too long is compiled when it is first launched."""
+    tokens, first, then = [*a.tokens, *a.few_tokens, *CHECK_TOKENS], [], []
     for shape in shapes:
-        kernel = make_kernel("deep_gemm", shape)
-        parts = [f"deep_gemm {format_config(config)}" for config in kernel.configs]
-        parts += ["gemms", "vllm"] if shape.dtype == "fp8" else ["gemms"]
-        tokens = [*a.tokens, *a.few_tokens, *CHECK_TOKENS]
-        jobs += [(shape, part, tokens, a.routings, a.seed) for part in parts]
-    with multiprocessing.get_context("spawn").Pool(min(a.processes, len(jobs))) as pool:
-        for told in pool.imap_unordered(compile_part, jobs):
-            if told:
-                print(f"  not compiled: {told}", file=sys.stderr, flush=True)
+        parts = [f"deep_gemm {format_config(config)}" for config in make_kernel("deep_gemm", shape).configs]
+        first += [(shape, part, tokens, a.routings, a.seed) for part in parts]
+        # These run kernels of the contiguous layout, and find most of them compiled.
+        others = ("gemms", "vllm") if shape.dtype == "fp8" else ("gemms",)
+        then += [(shape, part, tokens, a.routings, a.seed) for part in others]
+    with multiprocessing.get_context("spawn").Pool(a.processes) as pool:
+        told = pool.imap_unordered(compile_part, first + then)
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in first + then:
+                if reason := told.next(timeout=COMPILE_SECONDS):
+                    print(f"  not compiled: {reason}", file=sys.stderr, flush=True)
 
 
 def wrong(shape: MoEShape, kernels: dict[str, Any], weights: dict[str, Any], seed: int) -> dict[str, str]:
@@ -335,7 +338,8 @@ def line(name: str, row: dict[str, Any]) -> str:
 def plan(a: argparse.Namespace) -> Iterator[tuple[str, MoEShape, list[tuple[int, str]]]]:
     """(name, shape, batches) in the order in which they race."""
     for name, dtype in itertools.chain(((n, "fp8") for n in a.shapes), ((n, "bf16") for n in a.bf16_shapes)):
-        rows = list(itertools.product(a.tokens, a.routings)) + [(tokens, "uniform") for tokens in a.few_tokens]
+        rows = list(itertools.product(a.tokens, a.routings))
+        rows += [(tokens, "uniform") for tokens in a.few_tokens if dtype == "fp8"]
         yield f"{name} {dtype}", attrs.evolve(LAYERS[name], dtype=dtype), rows
 
 
@@ -344,7 +348,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", default=["qwen3-30b", "olmoe"], choices=sorted(LAYERS), help="in FP8")
     parser.add_argument("--bf16-shapes", nargs="*", default=[], choices=sorted(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--few-tokens", nargs="*", type=int, default=[], help="further batches, uniform only")
+    parser.add_argument("--few-tokens", nargs="*", type=int, default=[], help="further batches in FP8, uniform")
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--processes", type=int, default=8, help="that compile at a time")
