@@ -49,6 +49,15 @@ class CtaGrid:
         """CTAs that do work for this histogram, over all launches of the layer."""
         return int(num_blocks(expert_counts, self.block_m)) * self.ctas_per_block
 
+    def waves(self, expert_counts: npt.ArrayLike, num_sms: int) -> tuple[int, float]:
+        """Waves of a layer, whose launches come one after the other, and the share of the last one that has work.
+
+        Of a persistent grid: tiles that its busiest CTA does.
+        """
+        blocks, resident = int(num_blocks(expert_counts, self.block_m)), self.ctas_per_sm or 1
+        waves = sum(num_waves(blocks * ctas, num_sms, resident) for ctas in self.launches)
+        return waves, last_wave_util(blocks * self.launches[-1], num_sms, resident)
+
 
 def num_blocks(expert_counts: npt.ArrayLike, block_m: int) -> IntArray:
     """M blocks of a histogram: ``sum_e ceil(counts[..., e] / block_m)``.

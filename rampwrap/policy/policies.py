@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rampwrap.errors import InputError
-from rampwrap.kernel.grid import CtaGrid, IntArray, last_wave_util, num_waves
+from rampwrap.kernel.grid import CtaGrid, IntArray
 from rampwrap.kernel.protocol import Config, format_config
 from rampwrap.model.base import CostModel
 from rampwrap.policy.reach import Reach
@@ -226,15 +226,14 @@ class WaveCost:
             why = "outside the profiled spread (fewer active experts than any workload had): the static config serves"
         elif self.reach is not None and (far := self.reach.spread(expert_counts, num_tokens)):
             why += f"; {far}"
-        grid = self.grids[index]
-        ctas, resident = grid.num_ctas(expert_counts), grid.ctas_per_sm or 1
+        waves, last = self.grids[index].waves(expert_counts, self.num_sms)
         return Choice(
             index,
             self.configs[index],
             why,
             predicted[index],
-            num_waves(ctas, self.num_sms, resident),
-            last_wave_util(ctas, self.num_sms, resident),
+            waves,
+            last,
             None if runner_up is None else self.configs[runner_up],
             None if runner_up is None else predicted[runner_up],
         )

@@ -44,6 +44,16 @@ def test_waves_and_the_last_ones_use_add_up(num_ctas: int, num_sms: int, residen
         assert round((waves - 1 + use) * num_sms * resident) == num_ctas
 
 
+@given(counts, st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(1, 200))
+def test_launches_come_one_after_the_other(counts: list[int], launches: list[int], num_sms: int) -> None:
+    """None shares a wave with the next: no fewer waves than all CTAs at once need, and at most one more a launch."""
+    grid = CtaGrid(16, sum(launches), launches=launches, ctas_per_sm=2)
+    waves, last = grid.waves(counts, num_sms)
+    together = num_waves(grid.num_ctas(counts), num_sms, 2)
+    assert together <= waves <= together + len(launches) - 1
+    assert last == last_wave_util(int(num_blocks(counts, 16)) * launches[-1], num_sms, 2)
+
+
 def test_batched_histograms_give_one_number_each() -> None:
     assert num_blocks([[1, 16, 17], [0, 0, 0]], 16).tolist() == [4, 0]
 

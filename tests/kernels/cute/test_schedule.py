@@ -74,7 +74,7 @@ def test_every_tile_is_done_once_in_as_many_turns_as_the_wave_model_says(form, d
         assert done == [(block, tile) for block in range(blocks) for tile in range(tiles_n)]
         most = max(map(len, each), default=0)
         turns, idle = turns + most, idle + most * slots - len(done)
-    assert turns == waves and unused == pytest.approx(idle / slots, abs=2.0**-19)
+    assert turns == waves == grid.waves(counts, sms)[0] and unused == pytest.approx(idle / slots, abs=2.0**-19)
 
 
 @given(histograms)
