@@ -27,7 +27,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.common.operands import TORCH_DTYPES, Contract, Operands
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, blocks_in
+from rampwrap.kernels.triton.align.host import ALIGNED, align_tokens, alignment_ints, blocks_in
 from rampwrap.kernels.triton.tiles import tile_ends
 
 WHERE = "flashinfer.fused_moe.cute_dsl."
@@ -111,7 +111,7 @@ class TileWorkspace:
     "[rows, I], rows in the order of the blocks."
     alignment: torch.Tensor
     ends: torch.Tensor
-    "int32, of each tile, and their number in the last place."
+    "int32, the number of tiles, and from `ALIGNED` on the end of each."
 
     @property
     def num_bytes(self) -> int:
@@ -199,7 +199,7 @@ class FlashInferCuteMoE:
             slots,
             h=empty(rows, shape.intermediate_size, dtype=TORCH_DTYPES[shape.dtype]),
             alignment=empty(ints, dtype=torch.int32),
-            ends=empty(tiles + 1, dtype=torch.int32),
+            ends=empty(ALIGNED + tiles, dtype=torch.int32),
         )
 
     def precompile(self, configs: Sequence[Config], **arguments: Any) -> list[str | None]:
@@ -266,7 +266,7 @@ class FlashInferCuteMoE:
         blocks = blocks_in(memory.alignment, tokens, top_k, experts, block_m)
         align_tokens(topk_ids, block_m, experts, expert_map=expert_map, blocks=blocks)
         tiles = max_blocks(topk_ids.numel(), experts, block_m)
-        rows, ends, num_tiles = tiles * block_m, memory.ends[:tiles], memory.ends[-1:]
+        rows, ends, num_tiles = tiles * block_m, memory.ends[ALIGNED : ALIGNED + tiles], memory.ends[:1]
         tile_ends(blocks, ends, num_tiles)
         routing = blocks.expert_ids[:tiles], ends, blocks.sorted_token_ids[:rows], num_tiles
         h, same = memory.h[:rows], {"topk": top_k, "enable_pdl": overlaps}
