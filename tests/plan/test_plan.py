@@ -217,3 +217,21 @@ def test_a_kernel_that_cannot_choose_in_a_graph_gets_one_config_each(sim_timings
     raw = schema.dump(plan.in_graph[0])
     again = schema.read({**raw, "mode": "parallel"}, Shortlist, PlanError, plan_file.converter())
     assert "mode" not in raw and again == plan.in_graph[0]
+
+
+@pytest.mark.parametrize("mode", ["early-exit", "merged", "parallel", "switch", "single", "another", None])
+def test_the_launch_modes_of_old_plans_are_passed_over(
+    sim_plan: Plan, tmp_path: pathlib.Path, mode: str | None
+) -> None:
+    """Those that there were; any other key is a mistake."""
+    path = tmp_path / "a.plan.json"
+    sim_plan.save(path)
+    raw = schema.unseal(json.loads(path.read_text()))
+    for its in raw["in_graph"]:
+        its |= {} if mode is None else {"mode": mode}
+    path.write_text(json.dumps(schema.seal(raw)))
+    if mode == "another":
+        with pytest.raises(PlanError, match="mode"):
+            Plan.load(path)
+    else:
+        assert Plan.load(path).in_graph == sim_plan.in_graph
