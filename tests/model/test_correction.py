@@ -1,7 +1,6 @@
 """The local correction: which workloads it interpolates between, and errors of what was left out."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
