@@ -204,7 +204,7 @@ class TestArchive:
             if fits:
                 assert read_arrays(path, self.ANY)["a"].tolist() == [0.0]
             else:
-                with pytest.raises(ValueError, match="(?i)header"):
+                with pytest.raises(ValueError, match=r"(?i)header"):
                     read_arrays(path, self.ANY)
 
 
