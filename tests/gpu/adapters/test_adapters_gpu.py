@@ -197,7 +197,7 @@ def test_deep_gemm(shape):
     kernel = make(DeepGemmMoE, shape)
     report = check(kernel, num_tokens=BATCHES)
     print(report)
-    assert set(report.skipped) == {"grid"} and report.worst_error < 6e-3
+    assert set(report.skipped) == {"grid"} and report.worst_error < 1e-2
 
 
 @pytest.mark.parametrize("shape", [SHAPE, FP8], ids=str)
