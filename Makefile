@@ -6,12 +6,15 @@ BIN := $(VENV)/bin
 SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; torch.cuda.init(); print('--system-site-packages')" 2>/dev/null)
 # Python writes the byte code of what it imports; that of everything takes 9 s for torch alone.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# uv takes a fifth of pip's time, but does not see a system's torch, and not how pip is configured.
+ALL := -e ".[triton,cute,plot,transformers,docs,dev]"
+INSTALL := $(if $(SYSTEM_TORCH),$(PIP) $(ALL),VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/uv pip install --quiet $(ALL) || $(PIP) $(ALL))
 # Processes that run tests. With a GPU the tests in tests/gpu time kernels and fill its memory, one after the other.
 WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))"))
 # Each of them gets one thread: more would only wait for each other.
 TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-.PHONY: demo test setup lint types unit slow tiles kernels docs wheel cute-wheel mutants clean
+.PHONY: demo test all-tests setup lint types unit slow tiles kernels docs wheel cute-wheel mutants clean
 
 setup: $(VENV)/.ready
 
@@ -19,15 +22,22 @@ setup: $(VENV)/.ready
 # by the link. A path file to this folder would do too, but would make `adapters`, `kernels` and `tests` importable.
 $(VENV)/.ready: pyproject.toml rampwrap/model/_score.c
 	$(PYTHON) -m venv $(SYSTEM_TORCH) $(VENV)
-	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0)
-	$(PIP) -e ".[triton,cute,plot,transformers,docs,dev]"
+	$(if $(SYSTEM_TORCH),,$(PIP) torch==2.13.0 uv)
+	$(INSTALL)
 	ln -sfn "$(CURDIR)/rampwrap" "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rampwrap"
 	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup lint types unit docs slow tiles wheel
+# All tests in one run, and beside it, one after the other, what uses one core at a time. On a GPU machine nothing runs beside
+# the tests, which time kernels.
+test: setup lint
+	$(MAKE) --no-print-directory --jobs $(if $(SYSTEM_TORCH),1,2) all-tests types docs wheel
+
+# Those of `unit`, `slow` and `tiles`. Three runs would import torch in six more processes.
+all-tests: setup
+	$(TEST) -n $(WORKERS) --dist worksteal -m "not release and not (slow and gpu)"
 
 lint: setup
 	$(BIN)/python -m ruff check .
