@@ -68,7 +68,7 @@ docs: setup
 
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup
-	BIN="$(abspath $(BIN))" WORKERS=$(WORKERS) bash tests/test_wheel.sh
+	BIN="$(abspath $(BIN))" bash tests/test_wheel.sh
 
 # rampwrap-cute: every CuTe kernel, compiled (five minutes on two cores, no GPU), checked and named for all Linux that can load
 # it. What its neighbours bring, the CUDA runtime and TVM's, stays theirs.
