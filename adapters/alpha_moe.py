@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.errors import ConfigError, InputError
+from rampwrap.adapters.layer import CandidateKernel, only_on_hopper, runnable
+from rampwrap.errors import InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.branches import run_beside
 from rampwrap.kernels.common.fp8 import GROUP
-from rampwrap.kernels.common.operands import FP8
+from rampwrap.kernels.common.operands import FP8, Contract, Operands
 from rampwrap.kernels.common.sm90 import MAX_GRID_Y, MAX_SHARED, SM_REGISTERS, SM_SHARED, SM_THREADS
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
 from rampwrap.kernels.triton.quantise import quantise_rows
@@ -108,7 +108,7 @@ def _swap_axes(weights: torch.Tensor, split: tuple[int, ...]) -> torch.Tensor:
     return raw.view(split).transpose(1, 2).contiguous().view(raw.shape).view(weights.dtype)
 
 
-class AlphaMoE:
+class AlphaMoE(CandidateKernel):
     """Alpha-MoE's layer of one shape.
 
     >>> kernel = AlphaMoE(MoEShape(64, 8, 2048, 1024, "fp8"))
@@ -133,22 +133,13 @@ class AlphaMoE:
             self._op: Any = torch.ops.alpha_moe.fused_moe_w8a8_up_down
         except (ImportError, AttributeError) as error:
             raise InputError(ABSENT.format(error)) from error
-        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
-            raise InputError(
-                f"Alpha-MoE runs on sm_90 only, this is {torch.cuda.get_device_name()}; use another kernel."
-            )
+        only_on_hopper("Alpha-MoE runs")
         try:
             self.version = importlib.metadata.version("alpha_moe_python")
         except importlib.metadata.PackageNotFoundError:
             self.version = "0.0.1"
-        self.shape = shape
-        reason = self.supports(CONFIGS[0], shape)
-        if reason is not None:
-            raise ConfigError(f"No config of {self.name} runs {shape}: {reason}")
-        self.configs: tuple[Config, ...] = check_configs(CONFIGS, self.name)
-        self._legal = {tuple(config.values()) for config in self.configs}
-        self._layer = TritonFusedMoE(shape)
-        self._converted: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+        usable = runnable(self.name, shape, CONFIGS, self.supports)
+        super().__init__(shape, usable, Contract(shape, topk_weights=(torch.float32,)))
 
     def default_config(self, num_tokens: int) -> Config:
         """A config for balanced routing, by tokens per expert: Alpha-MoE itself has none without a tuned file."""
@@ -182,156 +173,49 @@ class AlphaMoE:
         resident = max(1, min(by_shared, SM_REGISTERS // (threads * registers), SM_THREADS // threads))
         return CtaGrid(config["block_m"], -(-2 * shape.intermediate_size // TILE), ctas_per_sm=resident)
 
-    def launch(
-        self,
-        config: Config,
-        /,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        w13_scale: torch.Tensor,
-        w2_scale: torch.Tensor,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        scaling_factor: float = 1.0,
-    ) -> torch.Tensor:
-        """Quantises, aligns, zeroes the output and runs the layer; returns [T, H].
+    def run(self, config: Config, operands: Operands, /, *, scaling_factor: float = 1.0) -> torch.Tensor:
+        """Quantises, aligns, zeroes the output and runs the layer; returns [T, H], times `scaling_factor`."""
+        local, expert_map = self.shape.num_local_experts, operands.expert_map
+        blocks = align_tokens(operands.topk_ids, config["block_m"], local, expert_map=expert_map)
+        return self.run_candidates([config], [blocks], None, operands, scaling_factor=scaling_factor)
 
-        Args:
-            config: one of `configs`.
-            hidden_states: bf16 [T, H].
-            w13: e4m3 [E, 2I, H], from `convert_weights`.
-            w2: e4m3 [E, H, I].
-            topk_weights: float32 [T, top_k].
-            topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
-            w13_scale: float32 [E, 2I/128, H/128], from `convert_weights`.
-            w2_scale: float32 [E, H/128, I/128].
-            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
-            out: bf16 [T, H], overwritten and returned; allocated where absent.
-            scaling_factor: factor of the whole output.
-
-        Raises:
-            ConfigError: the config cannot run this shape; nothing was launched.
-            InputError: a tensor has the wrong shape, dtype or layout (the kernel itself would read garbage).
-        """
-        self._check_config(config)
-        self._check(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, out)
-        if not len(hidden_states):
-            return torch.zeros_like(hidden_states) if out is None else out
-        blocks = align_tokens(topk_ids, config["block_m"], self.shape.num_local_experts, expert_map=expert_map)
-        weights = (w13, w13_scale, w2, w2_scale)
-        return self._run([config], [blocks], hidden_states, weights, topk_weights, out, scaling_factor)
-
-    def launch_candidates(
+    def run_candidates(
         self,
         configs: Sequence[Config],
         blocks: Sequence[TokenBlocks],
-        choice: torch.Tensor,
+        choice: torch.Tensor | None,
+        operands: Operands,
         /,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
         *,
-        w13_scale: torch.Tensor,
-        w2_scale: torch.Tensor,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
         scaling_factor: float = 1.0,
         streams: Sequence[Any] = (),
     ) -> torch.Tensor:
-        """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
+        """Quantises and zeroes once, and launches each config on its blocks.
 
-        A CTA past num_tokens_post_padded leaves before it reads anything else.
-
-        Args:
-            configs: candidates.
-            streams: for the candidates after the first, to run beside it; none runs them one after the other.
-            blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
-            choice: its place; not read, since the blocks say it.
-            expert_map: not read either.
-
-        The other arguments, and what is raised, are those of `launch`.
+        `choice` is not read, since the blocks say it: a CTA past num_tokens_post_padded leaves before it reads anything
+        else.
         """
-        for config in configs:
-            self._check_config(config)
-        self._check(hidden_states, w13, w2, w13_scale, w2_scale, topk_weights, topk_ids, out)
-        if not len(hidden_states):
-            return torch.zeros_like(hidden_states) if out is None else out
-        weights = (w13, w13_scale, w2, w2_scale)
-        return self._run(configs, blocks, hidden_states, weights, topk_weights, out, scaling_factor, streams)
-
-    def _run(
-        self,
-        configs: Sequence[Config],
-        blocks: Sequence[TokenBlocks],
-        hidden_states: torch.Tensor,
-        weights: tuple[torch.Tensor, ...],
-        topk_weights: torch.Tensor,
-        out: torch.Tensor | None,
-        scaling_factor: float,
-        streams: Sequence[Any] = (),
-    ) -> torch.Tensor:
-        """Quantises and zeroes once, and launches each config on its blocks."""
-        tokens = len(hidden_states)
+        hidden_states, tokens = operands.hidden_states, operands.num_tokens
         for config, its in zip(configs, blocks, strict=True):
             if its.sorted_token_ids.numel() > MAX_GRID_Y * config["block_m"]:
                 raise InputError(
                     f"{tokens} tokens make more than {MAX_GRID_Y} blocks of {config['block_m']}; split the batch or use a larger block_m."
                 )
-        out = torch.zeros_like(hidden_states) if out is None else out.zero_()
+        out = operands.output().zero_()
         x = torch.empty_like(hidden_states, dtype=FP8)
         x_scale = hidden_states.new_empty(tokens, self.shape.hidden_size // GROUP, dtype=torch.float32)
         quantise_rows(hidden_states, x, x_scale)
         work = [
             functools.partial(
                 self._op,
-                *(x, x_scale, *weights),
-                *(its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded, topk_weights, out),
+                *(x, x_scale, operands.w13, operands.w13_scale, operands.w2, operands.w2_scale),
+                *(its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded, operands.topk_weights, out),
                 *(self.shape.top_k, *(config[key] for key in KEYS), scaling_factor),
             )
             for config, its in zip(configs, blocks, strict=True)
         ]
         run_beside(streams, work)
         return out
-
-    def _check_config(self, config: Config) -> None:
-        if tuple(config.values()) not in self._legal or len(config) != len(KEYS):
-            raise ConfigError(f"The config {format_config(config)} cannot run: {self.supports(config, self.shape)}")
-
-    def _check(
-        self,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        w13_scale: torch.Tensor,
-        w2_scale: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        out: torch.Tensor | None,
-    ) -> None:
-        experts, hidden, inter = self.shape.num_local_experts, self.shape.hidden_size, self.shape.intermediate_size
-        tokens = len(hidden_states)
-        wide, flat, groups = 2 * inter // GROUP, hidden // GROUP, inter // GROUP
-        for name, tensor, dtypes, expected in (
-            ("hidden_states", hidden_states, (torch.bfloat16,), (tokens, hidden)),
-            ("w13", w13, (FP8,), (experts, 2 * inter, hidden)),
-            ("w2", w2, (FP8,), (experts, hidden, inter)),
-            ("w13_scale", w13_scale, (torch.float32,), (experts, wide, flat)),
-            ("w2_scale", w2_scale, (torch.float32,), (experts, flat, groups)),
-            ("topk_weights", topk_weights, (torch.float32,), (tokens, self.shape.top_k)),
-            ("topk_ids", topk_ids, (torch.int32, torch.int64), (tokens, self.shape.top_k)),
-            ("out", hidden_states if out is None else out, (torch.bfloat16,), (tokens, hidden)),
-        ):
-            if tensor.shape != expected or tensor.dtype not in dtypes or not tensor.is_contiguous():
-                raise InputError(
-                    f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}; "
-                    f"give contiguous {str(dtypes[0]).removeprefix('torch.')} {expected}."
-                )
 
     def convert_weights(self, *, w13: torch.Tensor, w13_scale: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
         """What differs from the layout of vLLM (gate rows first): w13 interleaved by 8 and its scales by 1; copies."""
@@ -342,14 +226,7 @@ class AlphaMoE:
         rows = shape.num_local_experts * 2 * shape.intermediate_size
         return rows * shape.hidden_size + 4 * rows * shape.hidden_size // GROUP**2
 
-    def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""
-        made = self._layer.inputs(shape, topk_ids, seed=seed)
-        if self._converted is None or self._converted[0] is not made["w13"]:
-            self._converted = (made["w13"], self.convert_weights(**made))
-        return made | self._converted[1]
-
     def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
         """The layer in float64, expert by expert, with the same quantisation steps."""
         plain = {"w13": deinterleave(inputs["w13"]), "w13_scale": deinterleave(inputs["w13_scale"], 1)}
-        return self._layer.reference(shape, inputs | plain)
+        return super().reference(shape, inputs | plain)

@@ -27,14 +27,14 @@ from typing import Any
 import attrs
 import torch
 
-from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.errors import CaptureError, ConfigError, InputError
+from rampwrap.adapters.layer import LayerKernel, check_memory, launch_each, only_on_hopper, runnable
+from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.protocol import Config, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.common.fp8 import GROUP
-from rampwrap.kernels.common.operands import FP8
+from rampwrap.kernels.common.operands import FP8, Contract, Operands
 from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, blocks_in
 from rampwrap.kernels.triton.rows import CONTIGUOUS, MASKED, PSUM, Routed, place, rows_needed
 
@@ -117,7 +117,7 @@ class GroupedWorkspace:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-class DeepGemmMoE:
+class DeepGemmMoE(LayerKernel):
     """A layer around DeepGEMM's grouped GEMMs, of one shape.
 
     >>> kernel = DeepGemmMoE(MoEShape(64, 8, 2048, 1024, "fp8"))
@@ -133,30 +133,18 @@ class DeepGemmMoE:
 
     def __init__(self, shape: MoEShape) -> None:
         self._package = find()
-        if torch.cuda.is_available():
-            if torch.cuda.get_device_capability()[0] != 9:
-                raise InputError(
-                    f"This layer around DeepGEMM runs on sm_90 only, this is {torch.cuda.get_device_name()}; "
-                    "use another kernel."
-                )
-            if not int(os.environ.get("DG_JIT_USE_NVRTC") or 0) and not compiler().exists():
-                raise InputError(
-                    f"DeepGEMM compiles with {compiler()}, which is not here; install it or set CUDA_HOME."
-                )
+        only_on_hopper("This layer around DeepGEMM runs")
+        with_nvcc = not int(os.environ.get("DG_JIT_USE_NVRTC") or 0)
+        if torch.cuda.is_available() and with_nvcc and not compiler().exists():
+            raise InputError(f"DeepGEMM compiles with {compiler()}, which is not here; install it or set CUDA_HOME.")
         self.version = f"{getattr(self._package, '__version__', '0')}-{GLUE}"
-        self.shape = shape
         kind = "bf16" if shape.dtype == "bf16" else "fp8"
         self._contiguous: Callable[..., None] = getattr(self._package, f"m_grouped_{kind}_gemm_nt_contiguous")
         self._masked: Callable[..., None] = getattr(self._package, f"m_grouped_{kind}_gemm_nt_masked")
         # An extension's functions say their parameters in the docstring.
         self._has_psum = "use_psum_layout" in (inspect.getdoc(self._contiguous) or "")
         self._has_switch = hasattr(self._package, "set_mk_alignment_for_contiguous_layout")
-        reasons = [self.supports(config, shape) for config in CONFIGS]
-        usable = [config for config, reason in zip(CONFIGS, reasons, strict=True) if reason is None]
-        if not usable:
-            raise ConfigError(f"No config of {self.name} runs {shape}: {reasons[0]}")
-        self.configs: tuple[Config, ...] = check_configs(usable, self.name)
-        self._layer = TritonFusedMoE(shape)
+        super().__init__(shape, runnable(self.name, shape, CONFIGS, self.supports), Contract(shape))
         self._warm: set[tuple[Any, ...]] = set()
 
     def default_config(self, num_tokens: int) -> Config:
@@ -216,88 +204,35 @@ class DeepGemmMoE:
 
     def precompile(self, configs: Sequence[Config], **arguments: Any) -> list[str | None]:
         """Launches each config once with these arguments, which is when DeepGEMM compiles; for each None, or why it fails."""
-        reasons: list[str | None] = []
-        for config in configs:
-            try:
-                self.launch(config, **arguments)
-                reasons.append(None)
-            except Exception as error:
-                reasons.append(f"{type(error).__name__}: {error}")
-        return reasons
+        return launch_each(self, configs, arguments)
 
-    def launch(
-        self,
-        config: Config,
-        /,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        w13_scale: torch.Tensor | None = None,
-        w2_scale: torch.Tensor | None = None,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: GroupedWorkspace | None = None,
-    ) -> torch.Tensor:
+    def run(self, config: Config, operands: Operands, /, *, workspace: GroupedWorkspace | None = None) -> torch.Tensor:
         """Runs the layer and returns [T, H].
 
         Args:
-            config: one of `configs`.
-            hidden_states: bf16 [T, H]; an FP8 layer quantises them itself.
-            w13: [E, 2I, H], gate rows first.
-            w2: [E, H, I].
-            topk_weights: [T, top_k], floating point.
-            topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
-            w13_scale: float32 [E, 2I/128, H/128], FP8 only.
-            w2_scale: float32 [E, H/128, I/128], FP8 only.
-            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
-            out: bf16 [T, H], written and returned; allocated where absent.
+            config: what to launch.
+            operands: of the layer.
             workspace: scratch memory from `workspace`; allocated where absent.
 
         Raises:
-            ConfigError: the config cannot run this shape; nothing was launched.
-            InputError: a tensor has the wrong shape, dtype or layout.
             CaptureError: a batch of this size was not launched before this capture, which is when its kernels are compiled.
         """
-        reason = self.supports(config, self.shape)
-        if reason is not None:
-            raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
-        tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out)
-        self._layer._check(*tensors)
-        if workspace is not None and workspace.num_slots < topk_ids.numel():
-            raise InputError(
-                f"The workspace holds {workspace.num_slots} slots, this batch has {topk_ids.numel()}; allocate a larger one."
-            )
-        out = torch.empty_like(hidden_states) if out is None else out
-        if not len(hidden_states):
-            return out
-        warm = (*config.values(), len(hidden_states), topk_ids.device)
-        if warm not in self._warm and topk_ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        check_memory(operands, workspace)
+        tokens, device = operands.num_tokens, operands.topk_ids.device
+        warm = (*config.values(), tokens, device)
+        if warm not in self._warm and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise CaptureError(
-                f"The config {format_config(config)} was never launched with {len(hidden_states)} tokens; "
-                "launch it before the capture."
+                f"The config {format_config(config)} was never launched with {tokens} tokens; launch it before the capture."
             )
-        memory = workspace or self.workspace(len(hidden_states), topk_ids.device)
-        weights = (w13, w2) if w13_scale is None else ((w13, w13_scale), (w2, w2_scale))
-        self._run(config, hidden_states, weights, topk_weights, topk_ids, expert_map, out, memory)
+        out = operands.output()
+        self._compute(config, operands, out, workspace or self.workspace(tokens, device))
         self._warm.add(warm)  # only now: a launch that failed has compiled nothing
         return out
 
-    def _run(
-        self,
-        config: Config,
-        x: torch.Tensor,
-        weights: tuple[Any, Any],
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        expert_map: torch.Tensor | None,
-        out: torch.Tensor,
-        memory: GroupedWorkspace,
-    ) -> None:
+    def _compute(self, config: Config, operands: Operands, out: torch.Tensor, memory: GroupedWorkspace) -> None:
         """Aligns, scatters, multiplies, activates, multiplies, adds up."""
-        (tokens, top_k), slots, experts = topk_ids.shape, topk_ids.numel(), self.shape.num_local_experts
+        topk_ids, expert_map, slots = operands.topk_ids, operands.expert_map, operands.num_slots
+        (tokens, top_k), experts = topk_ids.shape, self.shape.num_local_experts
         hidden, inter = self.shape.hidden_size, self.shape.intermediate_size
         layout, block_m = config["layout"], config["block_m"]
         if layout == MASKED:
@@ -323,12 +258,14 @@ class DeepGemmMoE:
         h, h_scale, y = matrix(into, inter), scales(inter), matrix(memory.out_of, hidden)
         # What an expert gets in the mean: by it DeepGEMM chooses its tiles.
         expected = min(block_m if layout == MASKED else slots, -(-slots // self.shape.num_experts))
-        routed.scatter(x, a, a_scale)
+        w13: Any = operands.w13 if a_scale is None else (operands.w13, operands.w13_scale)
+        w2: Any = operands.w2 if a_scale is None else (operands.w2, operands.w2_scale)
+        routed.scatter(operands.hidden_states, a, a_scale)
         with self._aligned(block_m if layout != MASKED else None):
-            self._multiply(layout, a, a_scale, weights[0], gate_up, rows.layout, expected)
+            self._multiply(layout, a, a_scale, w13, gate_up, rows.layout, expected)
             routed.activate(gate_up, h, h_scale)
-            self._multiply(layout, h, h_scale, weights[1], y, rows.layout, expected)
-        routed.combine(y, topk_weights, out)
+            self._multiply(layout, h, h_scale, w2, y, rows.layout, expected)
+        routed.combine(y, operands.topk_weights, out)
 
     def _multiply(
         self,
@@ -369,10 +306,6 @@ class DeepGemmMoE:
                 yield
             finally:
                 self._package.set_mk_alignment_for_contiguous_layout(before)
-
-    def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""
-        return self._layer.inputs(shape, topk_ids, seed=seed)
 
     def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
         """The layer in float64, expert by expert, but for gate and up, which pass through memory in bf16.

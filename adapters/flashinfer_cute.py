@@ -20,9 +20,10 @@ from typing import Any
 import attrs
 import torch
 
-from rampwrap.errors import CaptureError, ConfigError, InputError
+from rampwrap.adapters.layer import LayerKernel, check_memory, launch_each, only_on_hopper, runnable
+from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.grid import CtaGrid, max_blocks
-from rampwrap.kernel.protocol import Config, check_configs, format_config
+from rampwrap.kernel.protocol import Config, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.common.operands import TORCH_DTYPES, Contract, Operands
@@ -77,6 +78,10 @@ def refusal(config: Config) -> str | None:
     return None
 
 
+_EVERY = (dict(zip(KEYS, values, strict=True)) for values in itertools.product(*VALUES.values()))
+CONFIGS: tuple[Config, ...] = tuple(config for config in _EVERY if refusal(config) is None)
+
+
 def tuned(config: Config, shape: MoEShape) -> bool:
     """Whether FlashInfer's autotuner would try a legal config on a layer, for a batch of at least 8 rows an expert."""
     inter = shape.intermediate_size
@@ -119,7 +124,7 @@ class TileWorkspace:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.h, self.alignment, self.ends))
 
 
-class FlashInferCuteMoE:
+class FlashInferCuteMoE(LayerKernel):
     """A layer around FlashInfer's CuTe DSL GEMMs, of one shape.
 
     >>> kernel = FlashInferCuteMoE(MoEShape(64, 8, 2048, 1024))
@@ -132,6 +137,7 @@ class FlashInferCuteMoE:
     """
 
     name = "flashinfer_cute"
+    without = ("w13_scale", "w2_scale")
     weight_layout = "flashinfer_up_gate32"
     capturable = True
     nondeterministic = "rows are added to the output in bf16 in no fixed order"
@@ -144,22 +150,12 @@ class FlashInferCuteMoE:
             version = importlib.import_module("flashinfer").__version__
         except (ImportError, AttributeError, AssertionError, OSError, RuntimeError) as error:
             raise InputError(ABSENT.format(" ".join(str(error).split()).rstrip("."))) from error
-        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
-            raise InputError(
-                f"FlashInfer's CuTe DSL GEMMs run on sm_90 only, this is {torch.cuda.get_device_name()}; "
-                "use another kernel."
-            )
-        self.version, self.shape = f"{version}-{GLUE}", shape
-        if (reason := self.supports(DEFAULT, shape)) is not None:
-            raise ConfigError(f"No config of {self.name} runs {shape}: {reason}")
-        every = (dict(zip(KEYS, values, strict=True)) for values in itertools.product(*VALUES.values()))
-        self.configs: tuple[Config, ...] = check_configs(
-            [config for config in every if self.supports(config, shape) is None and tuned(config, shape)], self.name
-        )
-        self._contract = Contract(shape, aligned=("hidden_states", "w13", "w2"))
-        self._inputs = reference.RandomInputs()
+        only_on_hopper("FlashInfer's CuTe DSL GEMMs run")
+        self.version = f"{version}-{GLUE}"
+        usable = runnable(self.name, shape, CONFIGS, self.supports)
+        tried = [config for config in usable if tuned(config, shape)]
+        super().__init__(shape, tried, Contract(shape, aligned=("hidden_states", "w13", "w2")))
         self._warm: set[tuple[Any, ...]] = set()
-        self._converted: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def default_config(self, num_tokens: int) -> Config:
         """What FlashInfer runs untuned, for every batch."""
@@ -204,74 +200,37 @@ class FlashInferCuteMoE:
 
     def precompile(self, configs: Sequence[Config], **arguments: Any) -> list[str | None]:
         """Launches each config once with these arguments, which is when it is compiled; for each None, or why it fails."""
-        reasons: list[str | None] = []
-        for config in configs:
-            try:
-                self.launch(config, **arguments)
-                reasons.append(None)
-            except Exception as error:
-                reasons.append(f"{type(error).__name__}: {error}")
-        return reasons
+        return launch_each(self, configs, arguments)
 
-    def launch(
-        self,
-        config: Config,
-        /,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *,
-        expert_map: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        workspace: TileWorkspace | None = None,
-    ) -> torch.Tensor:
+    def run(self, config: Config, operands: Operands, /, *, workspace: TileWorkspace | None = None) -> torch.Tensor:
         """Zeroes the output, aligns, and runs both GEMMs; returns [T, H].
 
         Args:
-            config: one of `configs`, or any other that `supports` accepts.
-            hidden_states: bf16 or fp16 [T, H], as the shape says.
-            w13: [E, 2I, H], from `convert_weights`.
-            w2: [E, H, I].
-            topk_weights: [T, top_k], floating point; float32 is read as it is, other types are converted first.
-            topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
-            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
-            out: [T, H], overwritten and returned; allocated where absent.
+            config: what to launch.
+            operands: of the layer; topk_weights of another type than float32 are converted first.
             workspace: scratch memory from `workspace`; allocated where absent.
 
         Raises:
-            ConfigError: the config cannot run this shape; nothing was launched.
-            InputError: a tensor has the wrong shape, dtype or layout.
             CaptureError: the config was not launched before this capture, which is when its kernels are compiled.
         """
-        if (reason := self.supports(config, self.shape)) is not None:
-            raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
-        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, expert_map=expert_map, out=out)
-        self._contract.check(operands)
-        if workspace is not None and workspace.num_slots < topk_ids.numel():
-            raise InputError(
-                f"The workspace holds {workspace.num_slots} slots, this batch has {topk_ids.numel()}; allocate a larger one."
-            )
-        out = operands.output()
-        if not len(hidden_states):
-            return out
+        check_memory(operands, workspace)
+        topk_ids, out = operands.topk_ids, operands.output()
         overlaps = pdl.arguments() == pdl.WITH
         warm = (*(config[key] for key in KEYS), overlaps, topk_ids.device)
         if warm not in self._warm and topk_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             raise CaptureError(f"The config {format_config(config)} was never launched; launch it before the capture.")
-        memory = workspace or self.workspace(len(hidden_states), topk_ids.device)
+        memory = workspace or self.workspace(len(topk_ids), topk_ids.device)
         (tokens, top_k), experts, block_m = topk_ids.shape, self.shape.num_local_experts, config["block_m"]
         out.zero_()
         blocks = blocks_in(memory.alignment, tokens, top_k, experts, block_m)
-        align_tokens(topk_ids, block_m, experts, expert_map=expert_map, blocks=blocks)
+        align_tokens(topk_ids, block_m, experts, expert_map=operands.expert_map, blocks=blocks)
         tiles = max_blocks(topk_ids.numel(), experts, block_m)
         rows, ends, num_tiles = tiles * block_m, memory.ends[ALIGNED : ALIGNED + tiles], memory.ends[:1]
         tile_ends(blocks, ends, num_tiles)
         routing = blocks.expert_ids[:tiles], ends, blocks.sorted_token_ids[:rows], num_tiles
         h, same = memory.h[:rows], {"topk": top_k, "enable_pdl": overlaps}
         self._up(
-            *(hidden_states, w13, *routing),
+            *(operands.hidden_states, operands.w13, *routing),
             out=h,
             permuted_m=rows,
             tile_shape_mn=(block_m, config["up_n"]),
@@ -279,7 +238,7 @@ class FlashInferCuteMoE:
             **same,
         )
         self._down(
-            *(h, w2, *routing, topk_weights.float(), out),
+            *(h, operands.w2, *routing, operands.topk_weights.float(), out),
             tile_shape_mn=(block_m, config["down_n"]),
             cluster_shape_mn=(1, config["cluster"]),
             raster_along_m=config["along_m"],
@@ -295,13 +254,6 @@ class FlashInferCuteMoE:
     def converted_bytes(self, shape: MoEShape) -> int:
         """Bytes that `convert_weights` allocates."""
         return shape.num_local_experts * 2 * shape.intermediate_size * shape.hidden_size * 2
-
-    def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""
-        made = self._inputs.make(shape, topk_ids, seed)
-        if self._converted is None or self._converted[0] is not made["w13"]:
-            self._converted = made["w13"], interleave(made["w13"])
-        return made | {"w13": self._converted[1]}
 
     def reference(self, shape: MoEShape, inputs: dict[str, Any]) -> torch.Tensor:
         """The layer in float64, expert by expert, in plain torch."""

@@ -14,6 +14,7 @@ import torch
 
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.branches import run_beside
+from rampwrap.kernels.common.operands import Operands
 
 NAMES = (
     *("dispatch_fused_moe_kernel", "moe_kernel_quantize_input", "apply_moe_activation", "_get_config_quant_dtype"),
@@ -32,14 +33,9 @@ def launch_candidates(
     module: Any,
     configs: Sequence[Mapping[str, Any]],
     blocks: Sequence[Any],
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
+    operands: Operands,
     *,
     quant_config: Any = None,
-    expert_map: torch.Tensor | None = None,
     activation: Any = None,
     apply_router_weight_on_input: bool = False,
     streams: Sequence[Any] = (),
@@ -50,8 +46,9 @@ def launch_candidates(
         module: vLLM's ``fused_moe``.
         configs: candidates, in vLLM's words.
         blocks: `TokenBlocks` of each, from `select.align_and_select`.
+        operands: of the layer. Its expert_map is not read, the blocks say it: rows of experts elsewhere, and of padding,
+            are zero.
         quant_config: vLLM's; None for bf16 and fp16.
-        expert_map: not read, the blocks say it: rows of experts elsewhere, and of padding, are zero.
         activation: vLLM's `MoEActivation`; SiLU where absent.
         streams: for the candidates after the first, to run beside it; none runs them one after the other.
 
@@ -64,8 +61,8 @@ def launch_candidates(
     if quant.use_int8_w8a16 or quant.use_int4_w4a16 or quant.ocp_mx_scheme is not None:
         raise InputError("vLLM's weight-only and MX layers run other kernels; launch one config instead of candidates.")
     activation = module.MoEActivation.SILU if activation is None else activation
-    num_tokens, top_k = topk_ids.shape
-    slots, wide, hidden = num_tokens * top_k, w13.shape[1], w2.shape[1]
+    hidden_states, w13, w2 = operands.hidden_states, operands.w13, operands.w2
+    num_tokens, top_k, slots, wide, hidden = (*operands.topk_ids.shape, operands.num_slots, w13.shape[1], w2.shape[1])
     # As in vLLM: the first GEMM's output is dead when the second writes.
     shared = hidden_states.new_empty(slots * max(wide, hidden))
     up, rows = shared[: slots * wide].view(num_tokens, top_k, wide), shared[: slots * hidden].view(-1, top_k, hidden)
@@ -89,7 +86,7 @@ def launch_candidates(
     def gemm(x: Any, w: Any, out: Any, scales: Any, bias: Any, weighted: bool, each: int) -> None:
         def one(config: Mapping[str, Any], its: Any) -> None:
             alignment = (its.sorted_token_ids, its.expert_ids, its.num_tokens_post_padded)
-            arguments = (x, w, out, *scales, topk_weights, *alignment, weighted, each, dict(config))
+            arguments = (x, w, out, *scales, operands.topk_weights, *alignment, weighted, each, dict(config))
             module.dispatch_fused_moe_kernel(*arguments, **common, B_bias=bias)
 
         run_beside(streams, [functools.partial(one, *its) for its in zip(configs, blocks, strict=True)])

@@ -22,11 +22,13 @@ import attrs
 import torch
 
 from rampwrap.adapters import vllm_candidates
+from rampwrap.adapters.layer import CandidateKernel, runnable
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
-from rampwrap.kernel.protocol import Config, check_configs, config_key, format_config
+from rampwrap.kernel.protocol import Config, config_key, format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.common.sm90 import MAX_SHARED
 from rampwrap.kernels.triton.moe import configs as tiles
 
@@ -156,7 +158,7 @@ def config_file(shape: MoEShape, device_name: str, *, per_tensor: bool = False) 
     return next((path for folder in folders if (path := folder / name).is_file()), None)
 
 
-class VllmFusedMoE:
+class VllmFusedMoE(CandidateKernel):
     """vLLM's Triton fused MoE layer of one shape.
 
     Args:
@@ -172,6 +174,7 @@ class VllmFusedMoE:
     that one, and `launch` refuses others.
     """
 
+    without = ("out",)
     capturable = True
     launch_names = ("fused_moe_kernel", "fused_moe_kernel")
     "What `grid(...).launches` counts. Activation, quantisation, alignment and `moe_sum` are launched besides."
@@ -198,12 +201,8 @@ class VllmFusedMoE:
         self.chooses_in_graph = vllm_candidates.available(self._module)
         pinned = self._pinned()
         listed = self._listed() if pinned is None else [pinned]
-        usable = [config for config in listed if self.supports(config, shape) is None]
-        if not usable:
-            raise ConfigError(f"No config of {self.name} runs {shape}: {self.supports(listed[0], shape)}")
-        self.configs: tuple[Config, ...] = check_configs(usable, self.name)
-        self._legal = {tuple(config.values()) for config in usable}
-        with _forcing({**usable[0], "GROUP_SIZE_M": 1 << 20}):
+        super().__init__(shape, runnable(self.name, shape, listed, self.supports), None)
+        with _forcing({**self.configs[0], "GROUP_SIZE_M": 1 << 20}):
             seen = self._lookup(1)["GROUP_SIZE_M"] == 1 << 20
         if not seen:
             raise InputError(f"vLLM {self.version} does not take its config from get_config(); use vllm 0.26 or later.")
@@ -273,115 +272,96 @@ class VllmFusedMoE:
         resident = tiles.ctas_per_sm(_as_ours(self._cut(config), shape.dtype), shape.dtype)
         return CtaGrid(config["BLOCK_SIZE_M"], up + down, launches=(up, down), ctas_per_sm=resident)
 
-    def launch(
+    def run(
         self,
         config: Config,
+        operands: Operands,
         /,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
         *,
-        w13_scale: torch.Tensor | None = None,
-        w2_scale: torch.Tensor | None = None,
-        expert_map: torch.Tensor | None = None,
         quant_config: Any = None,
-        **options: Any,
+        activation: Any = None,
+        apply_router_weight_on_input: bool = False,
     ) -> torch.Tensor:
         """Runs the layer with vLLM's `fused_experts` and returns [T, H].
 
         Args:
-            config: one of `configs`, or any other that `supports` accepts.
-            hidden_states: [T, H], bf16 or fp16; FP8 layers quantise it themselves.
-            w13: [E, 2I, H], gate rows first.
-            w2: [E, H, I].
-            topk_weights: float32 [T, top_k].
-            topk_ids: int32 or int64 [T, top_k]; padding, of which vLLM's alignment reads out of bounds, gets weight 0.
-            w13_scale, w2_scale: float32, FP8 only: [E, 2I/128, H/128] and [E, H/128, I/128], or [E] with `per_tensor`.
-            expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
+            config: what to launch.
+            operands: of the layer, float32 topk_weights. Padding, of which vLLM's alignment reads out of bounds, gets
+                weight 0. With `per_tensor` the scales are [E].
             quant_config: vLLM's own, instead of one made of the two scales (static activation scales, biases).
-            options: passed to `fused_experts` (``activation``, ``apply_router_weight_on_input``).
+            activation: vLLM's `MoEActivation`; SiLU where absent.
+            apply_router_weight_on_input: as in vLLM.
 
         Raises:
-            ConfigError: the config cannot run this shape, or VLLM_BATCH_INVARIANT pins another.
             InputError: scales are missing.
         """
-        pinned = self._check_config(config)
-        if not len(hidden_states):
-            return torch.empty_like(hidden_states)
+        quant_config = self._quantised(quant_config, operands)
         redirected = importlib.import_module("rampwrap.kernels.triton.padding").redirected
-        quant_config = self._quantised(quant_config, w13_scale, w2_scale)
-        topk_ids, topk_weights = redirected(topk_ids, topk_weights, self.shape.num_experts, expert_map)
+        num_experts, expert_map = self.shape.num_experts, operands.expert_map
+        topk_ids, topk_weights = redirected(operands.topk_ids, operands.topk_weights, num_experts, expert_map)
+        options: dict[str, Any] = {}
+        if activation is not None:
+            options["activation"] = activation
+        if apply_router_weight_on_input:
+            options["apply_router_weight_on_input"] = True
         if expert_map is not None:
-            options |= {"expert_map": expert_map, "global_num_experts": self.shape.num_experts}
+            options |= {"expert_map": expert_map, "global_num_experts": num_experts}
+        pinned = bool(self._envs.VLLM_BATCH_INVARIANT)
         with _forcing(None if pinned else {key: config[key] for key in KEYS}):
             out: torch.Tensor = self._package.fused_experts(
-                hidden_states, w13, w2, topk_weights, topk_ids, quant_config=quant_config, **options
+                operands.hidden_states,
+                operands.w13,
+                operands.w2,
+                topk_weights,
+                topk_ids,
+                quant_config=quant_config,
+                **options,
             )
         return out
 
-    def launch_candidates(
+    def run_candidates(
         self,
         configs: Sequence[Config],
         blocks: Sequence[Any],
         choice: torch.Tensor,
+        operands: Operands,
         /,
-        hidden_states: torch.Tensor,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
         *,
-        w13_scale: torch.Tensor | None = None,
-        w2_scale: torch.Tensor | None = None,
         quant_config: Any = None,
-        **options: Any,
+        activation: Any = None,
+        apply_router_weight_on_input: bool = False,
+        streams: Sequence[Any] = (),
     ) -> torch.Tensor:
-        """Runs the layer with the one of several configs that was chosen on the GPU; all of them are launched.
-
-        Args:
-            configs: candidates.
-            blocks: of each candidate, from `select.align_and_select`: only the chosen one's have rows.
-            choice: its place; not read, since the blocks say it.
-            options: ``expert_map``, ``activation``, ``apply_router_weight_on_input`` and ``streams``.
-
-        The other arguments, and what is raised, are those of `launch`.
-        """
-        for config in configs:
-            self._check_config(config)
-        if not len(hidden_states):
-            return torch.empty_like(hidden_states)
-        quant_config = self._quantised(quant_config, w13_scale, w2_scale)
-        tensors = (hidden_states, w13, w2, topk_weights, topk_ids)
+        """As `run`; `choice` is not read, since the blocks say it."""
         return vllm_candidates.launch_candidates(
-            self._module, configs, blocks, *tensors, quant_config=quant_config, **options
+            self._module,
+            configs,
+            blocks,
+            operands,
+            quant_config=self._quantised(quant_config, operands),
+            activation=activation,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            streams=streams,
         )
 
-    def _check_config(self, config: Config) -> bool:
-        """Raises for a config that cannot run; whether vLLM pins the only one that can."""
-        pinned = bool(self._envs.VLLM_BATCH_INVARIANT)
-        if pinned or tuple(config.values()) not in self._legal or len(config) != len(KEYS):
-            reason = self.supports(config, self.shape)
-            if reason is not None:
-                raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
-        return pinned
+    def check_config(self, config: Config) -> None:
+        """As for all kernels; under VLLM_BATCH_INVARIANT, which may be set at any time, one config is left."""
+        if self._envs.VLLM_BATCH_INVARIANT and (reason := self.supports(config, self.shape)) is not None:
+            raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+        super().check_config(config)
 
-    def _quantised(self, quant_config: Any, w13_scale: torch.Tensor | None, w2_scale: torch.Tensor | None) -> Any:
+    def _quantised(self, quant_config: Any, operands: Operands) -> Any:
         """vLLM's description of an FP8 layer, made of the scales where it was not given."""
         if self.shape.dtype != "fp8" or quant_config is not None:
             return quant_config
-        if w13_scale is None or w2_scale is None:
+        if operands.w13_scale is None or operands.w2_scale is None:
             raise InputError("FP8 weights come with scales; give w13_scale and w2_scale, or quant_config.")
-        return self._quant.fp8_w8a8_moe_quant_config(w13_scale, w2_scale, block_shape=self._blocks)
-
-    @functools.cached_property
-    def _layer(self) -> Any:
-        return importlib.import_module("rampwrap.adapters.triton_fused_moe").TritonFusedMoE(self.shape)
+        scales = operands.w13_scale, operands.w2_scale
+        return self._quant.fp8_w8a8_moe_quant_config(*scales, block_shape=self._blocks)
 
     def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""
-        made: dict[str, Any] = self._layer.inputs(shape, topk_ids, seed=seed)
+        made = super().inputs(shape, topk_ids, seed=seed)
         if self.per_tensor:
             made |= {name: made[name].mean((1, 2)) for name in ("w13_scale", "w2_scale")}
         return made
@@ -391,5 +371,4 @@ class VllmFusedMoE:
         if self.per_tensor:
             plain = {name: inputs[name].double() * inputs[f"{name}_scale"][:, None, None] for name in ("w13", "w2")}
             shape, inputs = attrs.evolve(shape, dtype="bf16"), {**inputs, **plain, "w13_scale": None, "w2_scale": None}
-        out: torch.Tensor = self._layer.reference(shape, inputs)
-        return out
+        return super().reference(shape, inputs)

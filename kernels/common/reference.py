@@ -1,6 +1,6 @@
 """Random inputs of a layer, and the layer in float64 in plain torch with a kernel's quantisation steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,14 @@ from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
 
 
 class RandomInputs:
-    """Random keyword arguments of a launch, of order one; weights are made once for a shape, device and seed."""
+    """Random keyword arguments of a launch, of order one; weights are made once for a shape, device and seed.
 
-    def __init__(self) -> None:
+    Args:
+        convert: of the weights, to what a kernel reads in place of some of them.
+    """
+
+    def __init__(self, convert: Callable[..., dict[str, torch.Tensor]] | None = None) -> None:
+        self._convert = convert
         self._weights: tuple[Any, dict[str, torch.Tensor]] | None = None
 
     def make(self, shape: MoEShape, topk_ids: torch.Tensor, seed: int = 0) -> dict[str, Any]:
@@ -25,7 +30,8 @@ class RandomInputs:
         key = (shape, device, seed)
         if self._weights is None or self._weights[0] != key:
             self._weights = None
-            self._weights = (key, random_weights(shape, device, seed))
+            made = random_weights(shape, device, seed)
+            self._weights = (key, made if self._convert is None else made | self._convert(**made))
         generator = torch.Generator(device).manual_seed(seed + 1)
         hidden_states = torch.randn(topk_ids.shape[0], shape.hidden_size, generator=generator, device=device)
         logits = torch.randn(topk_ids.shape, generator=generator, device=device)

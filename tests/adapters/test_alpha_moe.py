@@ -26,6 +26,7 @@ from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.reference import RandomInputs
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.model.features import Geometry, pass_over
@@ -283,7 +284,7 @@ def test_baseline(alpha, tmp_path, monkeypatch):
 
 def test_conversion_size(alpha):
     """The bytes it announces are those it takes."""
-    inputs = alpha._layer.inputs(SHAPE, routing(1))
+    inputs = RandomInputs().make(SHAPE, routing(1))
     made = alpha.convert_weights(**inputs)
     assert alpha.converted_bytes(SHAPE) == sum(t.numel() * t.element_size() for t in made.values())
 

@@ -220,13 +220,20 @@ def test_torch_grouped_mm():
     assert "persistent" in report.skipped["grid"] and "numerics" in report.passed
 
 
-def test_readme_example(capsys):
-    """The guide's example is complete, under 40 lines, and conforms."""
+@pytest.mark.parametrize(
+    ("place", "printed"),
+    [
+        (1, ["my_moe conforms:", "same bits: 2 configs", "block_m=16"]),
+        (2, ["expert_by_expert conforms:", "numerics: 2 configs on 12 routings", "padding: 2 configs"]),
+    ],
+)
+def test_readme_examples(place, printed, capsys):
+    """The guide's examples are complete, under 40 lines, and conform."""
     path = pathlib.Path(__file__).parent.parent.parent / "adapters" / "README.md"
     if not path.exists():
         pytest.skip("the wheel carries no guide")
-    code = path.read_text().split("```python\n")[1].split("```")[0]
+    code = path.read_text().split("```python\n")[place].split("```")[0]
     assert len([line for line in code.splitlines() if line.strip()]) < 40
     exec(compile(code, "adapters/README.md", "exec"), {"__name__": "example"})
-    printed = capsys.readouterr().out
-    assert "my_moe conforms:" in printed and "same bits: 2 configs" in printed and "block_m=16" in printed
+    out = capsys.readouterr().out
+    assert all(text in out for text in printed)

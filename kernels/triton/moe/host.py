@@ -178,14 +178,15 @@ def fused_moe(
             the batch is so small that it runs without an alignment.
     """
     layer = _Layer.make(operands, workspace, several=blocks is not None)
-    num_tokens, local, block_m = operands.num_tokens, operands.num_local_experts, config["block_m"]
+    num_tokens, num_slots = operands.num_tokens, operands.num_slots
     if num_tokens == 0:
         return layer.out
-    if blocks is None and not is_direct(operands.num_slots, operands.num_experts):
+    if blocks is None and not is_direct(num_slots, operands.num_experts):
+        local, block_m = operands.num_local_experts, config["block_m"]
         memory = layer.workspace.token_blocks(num_tokens, operands.top_k, local, block_m)
         blocks = align_tokens(operands.topk_ids, block_m, local, expert_map=operands.expert_map, blocks=memory)
     layer.gemms(config, blocks, most_ctas)
-    return layer.sum([splits(config, operands.num_slots)])
+    return layer.sum([splits(config, num_slots)])
 
 
 def fused_moe_candidates(
