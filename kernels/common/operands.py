@@ -78,6 +78,15 @@ class Operands:
         return torch.empty_like(self.hidden_states) if self.out is None else self.out
 
 
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """int64 local expert of each id; through a map -1 for padding and for experts of other ranks, without one the id."""
+    ids = topk_ids.long()
+    if expert_map is None:
+        return ids
+    known = (ids >= 0) & (ids < len(expert_map))
+    return torch.where(known, expert_map.long()[ids.clamp(0, len(expert_map) - 1)], -1)
+
+
 def scale_shapes(shape: MoEShape) -> dict[str, tuple[int, int, int]]:
     """Shapes of the block scales of an FP8 layer's weights, by name: one number for each 128x128 block."""
     experts, hidden, inter = shape.num_local_experts, shape.hidden_size // GROUP, shape.intermediate_size // GROUP

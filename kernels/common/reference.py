@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.fp8 import FP8_MAX, GROUP, MIN_ABS
-from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES, local_ids
 
 
 class RandomInputs:
@@ -42,9 +43,7 @@ class RandomInputs:
             **self._weights[1],
         }
         if shape.num_local_experts < shape.num_experts:
-            # The first experts are here, as in the histograms that a rank is profiled with.
-            here = torch.arange(shape.num_experts, dtype=torch.int32, device=device)
-            made["expert_map"] = torch.where(here < shape.num_local_experts, here, -1)
+            made["expert_map"] = torch.from_numpy(Placement.first(shape).expert_map).to(device)
         return made
 
 
@@ -115,13 +114,10 @@ def layer(
     Returns:
         float64 [T, H].
     """
-    x, ids = inputs["hidden_states"], inputs["topk_ids"].long()
-    routing, expert_map = inputs["topk_weights"].double(), inputs.get("expert_map")
+    x, ids = inputs["hidden_states"], local_ids(inputs["topk_ids"], inputs.get("expert_map"))
+    routing = inputs["topk_weights"].double()
     fp8, h_dtype = shape.dtype == "fp8", h_dtype or (torch.bfloat16 if shape.dtype == "fp8" else torch.float64)
     x = dequantise(*quantise(x)) if fp8 else x.double()
-    if expert_map is not None:
-        inside = (ids >= 0) & (ids < expert_map.numel())
-        ids = torch.where(inside, expert_map.long()[ids.clamp(0, expert_map.numel() - 1)], -1)
     out = torch.zeros(x.shape[0], shape.hidden_size, dtype=torch.float64, device=x.device)
     w13_scale, w2_scale = inputs.get("w13_scale"), inputs.get("w2_scale")
     for expert in range(shape.num_local_experts):

@@ -16,7 +16,7 @@ from rampwrap.kernel.grid import IntArray
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.policies import Policy
-from rampwrap.routing.counts import check_counts, expert_counts
+from rampwrap.routing.counts import check_counts, first_counts
 from rampwrap.routing.workloads import Routing, workload_grid
 
 
@@ -50,7 +50,7 @@ class ExplainRequest:
             except MemoryError:
                 text = f"a routing of {workload.num_tokens} tokens does not fit in memory; give a smaller --batch-size."
                 raise InputError(text) from None
-            counts = expert_counts(ids, shape.num_experts)[: shape.num_local_experts]
+            counts = first_counts(ids, shape)
             found.append((workload.label, counts, len(ids)))
         return found
 

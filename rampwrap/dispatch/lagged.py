@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from rampwrap.kernel.grid import IntArray
+from rampwrap.kernels.common.operands import local_ids
 
 
 class Lagged:
@@ -20,10 +21,7 @@ class Lagged:
         """Starts the copy of a histogram; left out while one is still under way."""
         if self._done is not None:
             return
-        ids = topk_ids.reshape(-1).long()
-        if expert_map is not None:
-            known = (ids >= 0) & (ids < expert_map.numel())
-            ids = torch.where(known, expert_map.long().gather(0, ids.clamp(0, expert_map.numel() - 1)), -1)
+        ids = local_ids(topk_ids.reshape(-1), expert_map)
         inside = (ids >= 0) & (ids < self._num_experts)
         bins = torch.zeros(self._num_experts + 1, dtype=torch.int64, device=topk_ids.device)
         bins.scatter_add_(0, torch.where(inside, ids, self._num_experts), torch.ones_like(ids))

@@ -12,7 +12,7 @@ from rampwrap.kernel.grid import CtaGrid, IntArray
 from rampwrap.kernel.protocol import Config, check_configs, config_key
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import LEAST_US, MOST_COUNT, MOST_SPREAD, MOST_US, Timings
-from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.counts import first_counts
 from rampwrap.routing.workloads import Workload
 from rampwrap.schema import between
 
@@ -176,6 +176,6 @@ def row_keys(shape: MoEShape, workloads: Sequence[Workload]) -> list[RowKey]:
         if workload.num_tokens < 1:
             raise InputError(f"a workload has {workload.num_tokens} tokens; give at least 1.")
         ids = workload.topk_ids(shape.num_experts, shape.top_k)
-        counts = expert_counts(ids, shape.num_experts)[: shape.num_local_experts]
+        counts = first_counts(ids, shape)
         keys.append((workload.label, workload.split, tuple(counts.tolist())))
     return keys

@@ -10,7 +10,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.base import CostModel
 from rampwrap.policy.policies import Bucket
 from rampwrap.policy.static import StaticTable
-from rampwrap.routing.counts import expert_counts
+from rampwrap.routing.counts import first_counts
 from rampwrap.routing.workloads import Routing
 
 MAX_CANDIDATES = 8
@@ -82,7 +82,7 @@ def draw(shape: MoEShape, token_counts: Iterable[int]) -> IntArray:
                 continue
             for _ in range(DRAWS):
                 ids = routing.sample(tokens, shape.num_experts, shape.top_k, rng)
-                rows.append(expert_counts(ids, shape.num_experts)[: shape.num_local_experts])
+                rows.append(first_counts(ids, shape))
     # A rank of few experts may get no token of a small batch, of which there is nothing to learn.
     return np.array([row for row in rows if row.any()] or rows)
 

@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 from rampwrap.errors import InputError
 from rampwrap.kernel.grid import IntArray
+from rampwrap.kernel.placement import Placement
+from rampwrap.kernel.shape import MoEShape
 
 
 def to_numpy(array: Any) -> npt.NDArray[Any]:
@@ -42,21 +44,12 @@ def expert_counts(topk_ids: Any, num_experts: int, expert_map: Any = None) -> In
     if ids.size and not (ids.min() >= 0 and ids.max() < num_experts):
         ids = _without_padding(ids, num_experts)
     counts = np.bincount(ids.astype(np.int64, copy=False), minlength=num_experts)
-    if expert_map is None:
-        return counts
-    local = to_numpy(expert_map)
-    if local.shape != (num_experts,):
-        raise InputError(f"expert_map has shape {local.shape}; give one local id for each of {num_experts} experts.")
-    here = local >= 0
-    out = np.zeros(int(np.count_nonzero(here)), dtype=np.int64)
-    places = local[here]
-    if local.dtype.kind not in "iu" or (np.bincount(places, minlength=out.size) != 1).any():
-        raise InputError(
-            f"expert_map gives its {out.size} local experts the ids {sorted(places.tolist())[:8]}...; give integers, each "
-            f"from 0 to {out.size - 1} once and -1 for experts of other ranks."
-        )
-    out[places] = counts[here]
-    return out
+    return counts if expert_map is None else Placement.of_map(to_numpy(expert_map), num_experts).counts(counts)
+
+
+def first_counts(topk_ids: Any, shape: MoEShape) -> IntArray:
+    """The histogram of a rank that holds the first experts of a layer, as it is profiled; arguments are `expert_counts`'s."""
+    return Placement.first(shape).counts(expert_counts(topk_ids, shape.num_experts))
 
 
 def _without_padding(ids: npt.NDArray[Any], num_experts: int) -> npt.NDArray[Any]:

@@ -106,7 +106,7 @@ def test_refused_before_it_runs():
         kernel.launch({"block_m": 16}, **its | {"w2": its["w2"].float()})
     with pytest.raises(TypeError, match="power"):
         kernel.launch({"block_m": 16}, **its, power=1)
-    with pytest.raises(ConfigError, match="No config of plain runs .*block_m=24 is odd"):
+    with pytest.raises(ConfigError, match=r"No config of plain runs .*block_m=24 is odd"):
         Plain(MoEShape(4, 2, 256, 128))
     assert not kernel.calls
     free = Plain(contract=False)
@@ -129,7 +129,9 @@ def test_candidates_are_checked_and_run():
     with pytest.raises(ConfigError, match="block_m=8 is not compiled"):
         kernel.launch_candidates([{"block_m": 8}], [None], torch.tensor([0]), **its)
     with pytest.raises(InputError, match="topk_ids is float32"):
-        kernel.launch_candidates(configs, [None, None], torch.tensor([1]), **its | {"topk_ids": its["topk_ids"].float()})
+        kernel.launch_candidates(
+            configs, [None, None], torch.tensor([1]), **its | {"topk_ids": its["topk_ids"].float()}
+        )
 
 
 def test_a_portfolio_gives_each_what_it_takes():
@@ -167,7 +169,9 @@ def test_memory_of_a_caller():
     operands = Operands(**inputs(Plain()))
     check_memory(operands, Memory(), [{"block_m": 16}], [Memory()])
     check_memory(operands, None, [{"block_m": 24}], [None])
-    with pytest.raises(InputError, match="The blocks hold 6 slots at block_m=16; align this batch of 6 slots at block_m=24"):
+    with pytest.raises(
+        InputError, match="The blocks hold 6 slots at block_m=16; align this batch of 6 slots at block_m=24"
+    ):
         check_memory(operands, None, [{"block_m": 24}], [Memory()])
     more = Operands(**inputs(Plain(), 4))
     with pytest.raises(InputError, match="workspace holds 6 slots, this batch has 8"):
