@@ -31,7 +31,7 @@ from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
 from rampwrap.measure.graph_timer import GraphTimer, default_timer
 from rampwrap.measure.timer import HostTimer, Measurement, Timer
-from rampwrap.model.packed import MAX_IN_GRAPH, pack
+from rampwrap.model.in_graph import MAX_IN_GRAPH, pack
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.routing.workloads import Routing, Workload

@@ -28,7 +28,7 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Kernel, format_config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.model.packed import MAX_IN_GRAPH, pack
+from rampwrap.model.in_graph import MAX_IN_GRAPH, pack
 from rampwrap.observe.registry import unwatch, watch
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan

@@ -13,7 +13,7 @@ from rampwrap.dispatch.spans import Prepared, Spans, capturing
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.model.packed import MAX_IN_GRAPH, TALLY
+from rampwrap.model.in_graph import MAX_IN_GRAPH, TALLY
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import SINGLE

@@ -13,7 +13,7 @@ import torch
 
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.protocol import Config
-from rampwrap.model.packed import pack
+from rampwrap.model.in_graph import pack
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import COSTS, Shortlist, Span, in_graph, token_spans
 from rampwrap.policy.policies import Policy, Static, WaveCost

@@ -1,8 +1,8 @@
-/* The default model's choice in one call: histogram, features, prediction, guard. Optional; see native.py.
+/* The wave model's choice in one call: histogram, features, prediction, guard. Optional; see compiled.py.
  *
- * The arithmetic is that of rampwrap.cost.Local in the same order, so both give the same bits: additions,
- * products, IEEE divisions and roundings to whole numbers, nothing else. Compile without -ffast-math and with
- * -ffp-contract=off. Whatever is unusual is answered by None, and numpy serves.
+ * Features, distances and their weighted sums are integers, as on the GPU; what is left are additions, products, IEEE
+ * divisions and roundings to whole numbers, in the order of rampwrap.model.wave, so that all give the same bits.
+ * Compile without -ffast-math and with -ffp-contract=off. Whatever is unusual is answered by None, and numpy serves.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -16,31 +16,31 @@
 #error "doubles are not evaluated as numpy does; it serves instead"
 #endif
 
-enum { LAYOUT = 1, HEADER = 8 };                                       /* native.LAYOUT and words before the tables */
-enum { MAX_EXPERTS = 2048, MAX_CONFIGS = 1024, MAX_SUPPORT = 256, MAX_HEIGHTS = 64 }; /* all scratch is on the stack */
-static const int64_t MAX_SLOTS = (int64_t)1 << 40;                     /* products of it with CTAs stay below 2**62 */
+enum { SHARED = 8, CUT = 16, CONFIG = 4, LAUNCHES = 4, MAX_BLOCK_M = 1024 }; /* as in packed.py */
+enum { MAX_EXPERTS = 2048, MAX_CONFIGS = 1024, MAX_POINTS = 256 };     /* all scratch is on the stack */
+enum { MAX_SLOTS = (1 << 22) - 1, MAX_WAVES = (1 << 23) - 1 };         /* a float has all bits of them */
+enum { ONE = 1 << 23 };                                                /* of features and distances */
 
-/* What native.pack wrote: 8-byte words, arrays in this order. */
+/* `packed.Packed` as bytes: 4-byte integers, then doubles, arrays in this order. */
 typedef struct {
-    int64_t configs, cuts, support, heights, launches, locals;
-    const int64_t *height;                  /* [heights] block_m */
-    const int64_t *cut_height;              /* [cuts] place in height */
-    const double *cut_slots, *cut_ctas;     /* [cuts] */
-    const double *cut_launch;               /* [cuts][launches] */
-    const double *low, *high;               /* [cuts][5] */
-    const double *shared;                   /* [2][support] scaled slots and active experts of the support points */
-    const double *own;                      /* [cuts][3][support] their blocks, waves and unused waves */
-    const int64_t *first;                   /* [cuts + 1] where a cut's configs begin in the next four */
-    const int64_t *place;                   /* [configs] number of the config */
-    const int64_t *fitted;                  /* [configs] */
+    int64_t cuts, configs, points, margins;
+    const int32_t *shared;                  /* [SHARED] ranges of slots and active experts, the four sizes */
+    const int32_t *cut;                     /* [cuts][CUT] */
+    const int32_t *config;                  /* [configs][CONFIG] */
+    const int32_t *slots, *active;          /* [points] */
+    const int32_t *blocks, *waves, *unused; /* [cuts][points] */
+    const int32_t *weights;                 /* [configs][points] */
+    const int32_t *limits;                  /* [margins + 1] */
     const double *coef;                     /* [configs][5] */
-    const double *weights;                  /* [configs][support] */
-    const int64_t *span;                    /* [configs][2] by number of the config */
-    const int64_t *local_slots;             /* [locals] ascending */
-    const double *margin;                   /* [locals] */
+    const double *range;                    /* [4] of the correction, and what only the GPU reads */
+    const double *margin;                   /* [margins] */
 } Model;
 
-/* Sizes, places and numbers are checked, so no bytes whatever can make the code below leave its arrays. */
+/* Of a cut, and of a config. */
+enum { BLOCK_M, RECIPROCAL, AT_A_TIME, CTAS, BLOCKS, WAVES = 6, UNUSED = 8, LAUNCH = 10, FIRST = 14, END };
+enum { LEAST, TWICE_MOST, FITTED, PLACE };
+
+/* Sizes and places are checked, so no bytes whatever can make the code below leave its arrays. */
 static int unpack(PyObject *packed, Model *m)
 {
     char *bytes;
@@ -49,43 +49,37 @@ static int unpack(PyObject *packed, Model *m)
         PyErr_Clear();
         return 0;
     }
-    if (length < HEADER * 8 || (uintptr_t)bytes % 8) return 0;
-    const int64_t *head = (const int64_t *)bytes;
-    if (head[0] != LAYOUT) return 0;
-    m->configs = head[1], m->cuts = head[2], m->support = head[3];
-    m->heights = head[4], m->launches = head[5], m->locals = head[6];
-    if (m->configs < 1 || m->configs > MAX_CONFIGS || m->cuts < 1 || m->cuts > m->configs || m->support < 1 ||
-        m->support > MAX_SUPPORT || m->heights < 1 || m->heights > MAX_HEIGHTS || m->launches < 1 ||
-        m->launches > 64 || m->locals < 1 || m->locals > 1 << 20)
+    if (length < SHARED * 4 || (uintptr_t)bytes % 8) return 0;
+    const int32_t *at = m->shared = (const int32_t *)bytes;
+    m->cuts = at[4], m->configs = at[5], m->points = at[6], m->margins = at[7];
+    if (m->configs < 1 || m->configs > MAX_CONFIGS || m->cuts < 1 || m->cuts > m->configs || m->points < 1 ||
+        m->points > MAX_POINTS || m->margins < 1 || m->margins > 1 << 20)
         return 0;
-    const int64_t *at = head + HEADER;
-#define TAKE(field, type, count) (m->field = (const type *)at, at += (count))
-    TAKE(height, int64_t, m->heights);
-    TAKE(cut_height, int64_t, m->cuts);
-    TAKE(cut_slots, double, m->cuts);
-    TAKE(cut_ctas, double, m->cuts);
-    TAKE(cut_launch, double, m->cuts * m->launches);
-    TAKE(low, double, m->cuts * 5);
-    TAKE(high, double, m->cuts * 5);
-    TAKE(shared, double, 2 * m->support);
-    TAKE(own, double, m->cuts * 3 * m->support);
-    TAKE(first, int64_t, m->cuts + 1);
-    TAKE(place, int64_t, m->configs);
-    TAKE(fitted, int64_t, m->configs);
-    TAKE(coef, double, m->configs * 5);
-    TAKE(weights, double, m->configs * m->support);
-    TAKE(span, int64_t, m->configs * 2);
-    TAKE(local_slots, int64_t, m->locals);
-    TAKE(margin, double, m->locals);
+    at += SHARED;
+#define TAKE(field, count) (m->field = at, at += (count))
+    TAKE(cut, m->cuts * CUT);
+    TAKE(config, m->configs * CONFIG);
+    TAKE(slots, m->points);
+    TAKE(active, m->points);
+    TAKE(blocks, m->cuts * m->points);
+    TAKE(waves, m->cuts * m->points);
+    TAKE(unused, m->cuts * m->points);
+    TAKE(weights, m->configs * m->points);
+    TAKE(limits, m->margins + 1);
 #undef TAKE
-    if ((const char *)at != bytes + length) return 0;
-    for (int64_t h = 0; h < m->heights; h++)
-        if (m->height[h] < 1 || m->height[h] > MAX_SLOTS) return 0;
-    if (m->first[0] != 0 || m->first[m->cuts] != m->configs) return 0;
-    for (int64_t g = 0; g < m->cuts; g++)
-        if (m->cut_height[g] < 0 || m->cut_height[g] >= m->heights || m->first[g] > m->first[g + 1]) return 0;
-    for (int64_t c = 0; c < m->configs; c++)
-        if (m->place[c] < 0 || m->place[c] >= m->configs) return 0;
+    m->coef = (const double *)(at + (at - m->shared) % 2);
+    m->range = m->coef + 5 * m->configs;
+    m->margin = m->range + 4;
+    if ((const char *)(m->margin + m->margins) != bytes + length) return 0;
+    int64_t first = 0;
+    for (const int32_t *cut = m->cut; cut < m->config; cut += CUT) {
+        if (cut[BLOCK_M] < 1 || cut[BLOCK_M] > MAX_BLOCK_M || cut[AT_A_TIME] < 1) return 0;
+        if (cut[FIRST] != first || cut[END] < first) return 0;
+        first = cut[END];
+    }
+    if (first != m->configs) return 0;
+    for (const int32_t *config = m->config; config < m->slots; config += CONFIG)
+        if (config[PLACE] < 0 || config[PLACE] >= m->configs) return 0;
     return 1;
 }
 
@@ -151,70 +145,76 @@ static Py_ssize_t read_counts(PyObject *array, Py_ssize_t experts, int64_t *coun
     return out;
 }
 
-static int64_t blocks_of(const int64_t *counts, Py_ssize_t experts, int64_t height)
+/* M blocks; counts are below 2**22, so the high word of the product is the quotient. */
+static int64_t blocks_of(const int64_t *counts, Py_ssize_t experts, int64_t slots, const int32_t *cut)
 {
+    const uint64_t up = (uint64_t)cut[BLOCK_M] - 1, reciprocal = (uint32_t)cut[RECIPROCAL];
     int64_t blocks = 0;
-    if ((height & (height - 1)) == 0) {
-        int shift = 0;
-        while ((int64_t)1 << shift < height) shift++;
-        for (Py_ssize_t e = 0; e < experts; e++) blocks += (counts[e] + height - 1) >> shift;
-    } else {
-        for (Py_ssize_t e = 0; e < experts; e++) blocks += (counts[e] + height - 1) / height;
-    }
+    if (!up) return slots;
+    for (Py_ssize_t e = 0; e < experts; e++) blocks += (int64_t)(((uint64_t)counts[e] + up) * reciprocal >> 32);
     return blocks;
 }
 
-/* Of |x| < 2**63, which all arguments are; libm's would be calls. */
-static double floor_(double x) { double t = (double)(int64_t)x; return t > x ? t - 1.0 : t; }
+/* Of 0 <= x < 2**63; libm's would be a call. */
 static double ceil_(double x) { double t = (double)(int64_t)x; return t < x ? t + 1.0 : t; }
 static double clip(double x, double low, double high) { x = x > low ? x : low; return x < high ? x : high; }
-
-static double float_log2(double x)
+static int32_t within(int32_t x, const int32_t *range) { return x < range[0] ? range[0] : x > range[1] ? range[1] : x; }
+/* Without the undefined overflow that damaged bytes could bring about. */
+static int32_t apart(int32_t a, int32_t b)
 {
-    int64_t bits;
+    int32_t d = (int32_t)((uint32_t)a - (uint32_t)b);
+    return d < 0 ? (int32_t)(0u - (uint32_t)d) : d;
+}
+static int32_t plus(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
+
+/* `features.float_log2` in units of 2**-23; 0 of 0, which is below every range as well. */
+static int32_t log2_bits(int64_t n)
+{
+    float x = (float)n;
+    int32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    return (double)bits * 0x1p-52 - 1023.0;
+    return n ? bits - 0x3F800000 : 0;
 }
 
 /* Microseconds of every config. Returns the slots, or -1 for a histogram that numpy must look at. */
 static int64_t predict(const Model *m, const int64_t *counts, Py_ssize_t experts, double *us)
 {
-    const int64_t S = m->support;
-    int64_t sum = 0, busy = 0, blocks_at[MAX_HEIGHTS];
-    double base[MAX_SUPPORT], near[MAX_SUPPORT];
+    const int64_t S = m->points;
+    int64_t slots = 0, active = 0, blocks = 0, height = -1;
+    int32_t base[MAX_POINTS];
+    double near[MAX_POINTS];
     for (Py_ssize_t e = 0; e < experts; e++) {
         if (counts[e] < 0 || counts[e] > MAX_SLOTS) return -1;
-        sum += counts[e];
-        busy += counts[e] != 0;
+        slots += counts[e];
+        active += counts[e] != 0;
     }
-    if (sum > MAX_SLOTS) return -1;
-    for (int64_t h = 0; h < m->heights; h++) blocks_at[h] = blocks_of(counts, experts, m->height[h]);
-    const double slots = (double)sum, active = (double)busy;
-    const double f0 = clip(float_log2(slots) * 0.25, m->low[0], m->high[0]);
-    const double f1 = clip(float_log2(active) * 0.5, m->low[1], m->high[1]);
-    for (int64_t s = 0; s < S; s++) base[s] = 1.0 + (fabs(f0 - m->shared[s]) + fabs(f1 - m->shared[S + s]));
+    if (slots > MAX_SLOTS) return -1;
+    const int32_t f0 = within(log2_bits(slots) >> 2, m->shared), f1 = within(log2_bits(active) >> 1, m->shared + 2);
+    for (int64_t s = 0; s < S; s++) base[s] = plus(ONE, plus(apart(f0, m->slots[s]), apart(f1, m->active[s])));
     for (int64_t g = 0; g < m->cuts; g++) {
-        const double *low = m->low + 5 * g, *high = m->high + 5 * g, *launch = m->cut_launch + g * m->launches;
-        const double *p2 = m->own + g * 3 * S, *p3 = p2 + S, *p4 = p3 + S;
-        const double blocks = (double)blocks_at[m->cut_height[g]], width = m->cut_slots[g];
-        const double ctas = blocks * m->cut_ctas[g];
+        const int32_t *cut = m->cut + g * CUT, *p2 = m->blocks + g * S, *p3 = m->waves + g * S, *p4 = m->unused + g * S;
+        if (cut[BLOCK_M] != height) blocks = blocks_of(counts, experts, slots, cut), height = cut[BLOCK_M];
+        const double width = cut[AT_A_TIME], ctas = (double)blocks * cut[CTAS];
         double waves = 0.0;
-        for (int64_t l = 0; l < m->launches; l++) waves += ceil_(blocks * launch[l] / width);
-        const double unused = floor_((waves * width - ctas) / width * 0x1p20) * 0x1p-20;
-        const double f2 = clip(float_log2(blocks) * 0.5, low[2], high[2]);
-        const double f3 = clip(float_log2(waves) * 0.5, low[3], high[3]);
-        const double f4 = clip(unused * 0.125, low[4], high[4]);
+        for (int l = 0; l < LAUNCHES; l++)
+            if (cut[LAUNCH + l]) waves += ceil_((double)blocks * cut[LAUNCH + l] / width);
+        if (!(waves <= (double)MAX_WAVES)) return -1;
+        const int32_t f2 = within(log2_bits(blocks) >> 1, cut + BLOCKS), f3 = within(log2_bits((int64_t)waves) >> 1, cut + WAVES);
+        /* Within the range first, so that it fits an integer, which cuts it down to a multiple of 2**-20. */
+        const int32_t f4 = (int32_t)clip((waves * width - ctas) / width * 0x1p20, cut[UNUSED], cut[UNUSED + 1]);
         for (int64_t s = 0; s < S; s++) {
-            double far = ((fabs(f2 - p2[s]) + base[s]) + fabs(f3 - p3[s])) + fabs(f4 - p4[s]);
-            near[s] = (double)(int32_t)(0x1p20 / far); /* far >= 1, so at most 2**20 and floor is truncation */
+            int32_t far = plus(plus(base[s], apart(f2, p2[s])), plus(apart(f3, p3[s]), apart(f4, p4[s])));
+            far = far < ONE ? ONE : far; /* which only damaged bytes make it */
+            near[s] = (double)(int32_t)(0x1p43 / (double)far);
         }
-        for (int64_t k = m->first[g]; k < m->first[g + 1]; k++) {
-            const double *w = m->weights + k * S, *coef = m->coef + 5 * k;
-            if (!m->fitted[k]) {
-                us[m->place[k]] = INFINITY;
+        for (int64_t k = cut[FIRST]; k < cut[END]; k++) {
+            const int32_t *w = m->weights + k * S, *config = m->config + k * CONFIG;
+            const double *coef = m->coef + 5 * k;
+            if (!config[FITTED]) {
+                us[config[PLACE]] = INFINITY;
                 continue;
             }
-            /* native.pack lets only weights through with which these sums are exact, hence in any order. */
+            /* Whole numbers below 2**53, see packed.py, which add up exactly in any order. */
             double a = 0.0, b = 0.0, c = 0.0, d = 0.0;
             int64_t s = 0;
             for (; s + 4 <= S; s += 4) {
@@ -224,32 +224,25 @@ static int64_t predict(const Model *m, const int64_t *counts, Py_ssize_t experts
                 d += near[s + 3] * w[s + 3];
             }
             for (; s < S; s++) a += near[s] * w[s];
-            const double moved = (a + b) + (c + d);
-            const double trend = ((coef[0] + coef[3] * active) + coef[4] * slots) + (coef[1] * waves + coef[2] * ctas);
-            us[m->place[k]] = trend * (1.0 + clip(moved, -0.6, 1.5)); /* cost.CORRECTION_RANGE */
+            const double moved = ((a + b) + (c + d)) * 0x1p-40;
+            const double trend = ((coef[0] + coef[3] * (double)active) + coef[4] * (double)slots) + (coef[1] * waves + coef[2] * ctas);
+            us[config[PLACE]] = trend * (1.0 + clip(moved, m->range[0], m->range[1]));
         }
     }
-    return sum;
+    return slots;
 }
 
-/* bisect_left, and the lower neighbour where it is as near. */
+/* A step function of the slots: the first margin whose upper limit they do not exceed. */
 static double margin_at(const Model *m, int64_t slots)
 {
-    int64_t left = 0, right = m->locals;
-    while (left < right) {
-        int64_t middle = (left + right) / 2;
-        if (m->local_slots[middle] < slots)
-            left = middle + 1;
-        else
-            right = middle;
-    }
-    if (left == m->locals || (left && slots - m->local_slots[left - 1] <= m->local_slots[left] - slots)) left--;
-    return m->margin[left];
+    int64_t i = 0;
+    while (i + 1 < m->margins && m->limits[i + 1] < 2 * slots) i++;
+    return m->margin[i];
 }
 
 PyDoc_STRVAR(choose_doc,
-"choose(packed, array, num_experts, fallback, choosing_us, outside)\n--\n\n"
-"`Local.choose` of the ids in `array`, or, where `num_experts` is 0, of the histogram that it is; None: ask numpy.");
+"choose(layout, array, num_experts, fallback, choosing_us, outside)\n--\n\n"
+"`Wave.choose` of the ids in `array`, or, where `num_experts` is 0, of the histogram that it is; None: ask numpy.");
 
 static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -271,12 +264,13 @@ static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
     int64_t slots = predict(&m, counts, experts, us);
     if (slots < 0) Py_RETURN_NONE;
     /* Fewer active experts than were ever profiled: nothing that was measured is known to be sound. */
-    if (float_log2((double)busy) * 0.5 < m.low[1]) return PyLong_FromSsize_t(outside);
+    if (log2_bits(busy) >> 1 < m.shared[2]) return PyLong_FromSsize_t(outside);
     Py_ssize_t best = 0;
     double best_us = INFINITY;
-    for (Py_ssize_t c = 0; c < m.configs; c++) {
-        if (m.span[2 * c] > 2 * slots || slots > 2 * m.span[2 * c + 1]) continue;
-        if (us[c] < best_us) best = c, best_us = us[c];
+    for (const int32_t *config = m.config; config < m.slots; config += CONFIG) {
+        const Py_ssize_t place = config[PLACE];
+        if (config[LEAST] > 2 * slots || slots > config[TWICE_MOST]) continue;
+        if (us[place] < best_us || (us[place] == best_us && place < best)) best = place, best_us = us[place];
     }
     double static_us = us[fallback];
     if (!(static_us < INFINITY) || !(static_us - best_us > margin_at(&m, slots) * best_us + choosing_us)) best = fallback;
@@ -284,8 +278,8 @@ static PyObject *choose(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 }
 
 PyDoc_STRVAR(predict_doc,
-"predict(packed, counts, out)\n--\n\n"
-"Writes `Local.predict` of one histogram into the float64 array `out`; False: ask numpy.");
+"predict(layout, counts, out)\n--\n\n"
+"Writes `Wave.predict` of one histogram into the float64 array `out`; False: ask numpy.");
 
 static PyObject *predict_py(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -313,7 +307,7 @@ static PyMethodDef methods[] = {
 static struct PyModuleDef_Slot slots[] = {{0, NULL}};
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "rampwrap.model._score", "The default model's choice in one call.", 0, methods, slots, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "rampwrap.model._score", "The wave model's choice in one call.", 0, methods, slots, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__score(void) { return PyModuleDef_Init(&definition); }

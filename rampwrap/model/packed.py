@@ -1,7 +1,7 @@
-"""What a GPU needs to choose like `CostModel.choose`: one bucket's candidates as two flat arrays, and which to take.
+"""One array layout of the wave model, which C (`_score.c`) and the GPU (`kernels.triton.select`) read.
 
-Everything the choice reads is an integer, in `Packed.ints`, or one of the numbers in `Packed.reals`; no array is
-larger than 8 KB. `kernels.triton.select` reads them; nothing here needs torch or a GPU.
+Everything but coefficients and margins is an integer, so that both make numpy's choices, bit for bit. Nothing here
+needs torch or a GPU.
 """
 
 import itertools
@@ -12,22 +12,15 @@ import numpy.typing as npt
 
 from rampwrap.errors import InputError, PlanError
 from rampwrap.kernel.grid import FloatArray, IntArray, max_blocks
-from rampwrap.model.base import CORRECTION_RANGE, CostModel
-from rampwrap.model.features import SCALES
-from rampwrap.model.wave import Wave
+from rampwrap.model.base import CORRECTION_RANGE
+from rampwrap.model.features import SCALES, Tables
 
-MAX_IN_GRAPH = 4
-"Candidates of a bucket."
 MAX_SLOTS = 1 << 21
 "65,536 tokens x top-32. Up to twice that a float32 holds the logarithm's bits with room to halve them."
-
-HEAD = 18
-"Numbers of a candidate at the front of `ints`, an even count, so that the GPU reads two at a time."
+MAX_BLOCK_M = 1024
 MAX_LAUNCHES = 4
-TALLY = 16
-"""float64 sums over the launches of a layer, as the selecting kernel adds them up: how often each place was chosen [4],
-predicted microseconds of the static config and of the choice, experts with tokens, sum_e (c_e / slots)^2, and launches
-that were outside everything profiled; the rest is padding."""
+SHARED, CUT, CONFIG = 8, 16, 4
+"Numbers at the front of `Packed.ints`, of a cut and of a config: even counts, so that the GPU reads two at a time."
 UNIT = 2.0**23
 "Features are integers of 1 / UNIT, after division by `features.SCALES`."
 _INT32 = 2**31 - 1
@@ -35,20 +28,25 @@ _INT32 = 2**31 - 1
 
 @attrs.frozen(eq=False)
 class Packed:
-    """The candidates of a bucket.
+    """A model's configs, those that cut a histogram alike beside each other.
 
-    With C candidates, S = `points`, M = `margins`, `ints` holds, one after the other: for each candidate `HEAD` numbers
-    (block_m, ceil(2^32 / block_m), CTAs at a time, CTAs of a block, least and twice the most slots served, ranges of the
-    features blocks, waves and unused waves, fitted or not, 0, CTAs of a block of up to four launches); 8 shared by all
-    (ranges of the features slots and active experts, zeros); the support points' slots [S] and active experts [S],
-    blocks [C, S], waves [C, S], unused waves [C, S] and weights [C, S]; and the limits [M + 1] between which a margin
-    holds. `reals` holds the coefficients [C, 5], range of the correction, cost of choosing, 0, and the margins [M].
+    With G cuts, C configs, S = `points` and M = `margins`, `ints` holds, one after the other:
+
+    - shared by all: ranges of the features slots and active experts, G, C, S, M;
+    - of each cut: block_m, ceil(2^32 / block_m), CTAs at a time, CTAs of a block, ranges of the features blocks, waves
+      and unused waves, CTAs of a block of up to four launches, and its first config and the one after its last;
+    - of each config: least and twice the most slots served, fitted or not, its number;
+    - of the support points: slots [S], active experts [S], blocks [G, S], waves [G, S], unused waves [G, S];
+    - weights [C, S], and the limits [M + 1] between which a margin holds; a zero where their number would be odd.
+
+    `reals` holds the coefficients [C, 5], range of the correction, cost of choosing, 0, and the margins [M].
 
     Attributes:
         ints: int32.
         reals: float64.
-        block_ms: of the candidates, without padding.
-        ctas_per_block: the largest of a candidate.
+        block_ms: of the cuts.
+        ctas_per_block: the largest of a cut.
+        launches: the most of a cut.
     """
 
     ints: npt.NDArray[np.int32]
@@ -72,109 +70,108 @@ class Packed:
                 f"{MAX_SLOTS * 128} CTAs); split the batch."
             )
 
+    def to_bytes(self) -> bytes:
+        """What C reads."""
+        return self.ints.tobytes() + self.reals.tobytes()
 
-def pack(model: CostModel, choosing_us: float = 0.0, margin_steps: int | None = None) -> Packed:
-    """A model of a bucket's one to four candidates (`CostModel.take`) as arrays for the GPU.
+
+def lay_out(
+    tables: Tables,
+    weights: IntArray,
+    span: IntArray,
+    margins: tuple[tuple[int, float], ...],
+    *,
+    choosing_us: float = 0.0,
+    alone: bool = False,
+    least_points: int = 1,
+    least_margins: int = 1,
+) -> Packed:
+    """The layout of a model.
 
     Args:
-        model: of the candidates only, in the order of their places.
+        tables: of the model.
+        weights: int64 [C, S] in `WEIGHT_UNIT`.
+        span: int64 [C, 2], least and most slots of each config.
+        margins: (slots, margin), one or more, ascending.
         choosing_us: microseconds that choosing costs.
-        margin_steps: least length of the table of margins; buckets of one plan share it, so that they share a kernel.
+        alone: whether each config has a cut of its own, in the order of the configs, as the GPU reads it.
+        least_points, least_margins: to which support points and margins are filled up.
 
     Raises:
-        PlanError: another model than ``wave``, more than `MAX_IN_GRAPH`, or numbers that are not finite or too
-            large to stay exact on the GPU.
+        PlanError: numbers with which the integers would not be exact.
     """
-    if not isinstance(model, Wave):
-        raise PlanError(f"model {model.name!r} cannot choose on the GPU; make the plan with the model 'wave'.")
-    count = model.num_configs
-    if not 1 <= count <= MAX_IN_GRAPH:
-        raise PlanError(f"{count} candidates cannot be packed; give a bucket of 1 to {MAX_IN_GRAPH}.")
-    tables, geometry = model._fast, model.geometry
-    _finite("a margin's error", [model.error, *(error for _, error in model.local_error)])
-    _finite("the cost of choosing", [choosing_us])
-    features = tables.points * UNIT
-    if not np.array_equal(features, np.rint(features)) or model.support.min() < 1:
-        raise PlanError("the plan's support points are no positive integers; make it anew with 'rampwrap fit'.")
-    low, high = features.min(axis=2), features.max(axis=2)
-    cut = tables.cut_of
-
-    block_m = geometry.block_m
-    if block_m.min() < 2 or block_m.max() > 1024:
-        raise PlanError(f"a candidate has block_m={block_m.min()}..{block_m.max()}; 2 to 1024 can be packed.")
-    launches = geometry.launches[:, geometry.launches.any(axis=0)]
+    geometry, features = tables.cuts, tables.points * UNIT
+    configs, support = weights.shape
+    block_m, launches = geometry.block_m, geometry.launches[:, geometry.launches.any(axis=0)]
+    if not np.array_equal(features, np.rint(features)):
+        raise PlanError("the plan's support points are beyond 2^23 blocks or waves; make it anew with 'rampwrap fit'.")
+    if block_m.max() > MAX_BLOCK_M:
+        raise PlanError(f"a candidate has block_m={block_m.max()}; 1 to {MAX_BLOCK_M} can be packed.")
     if launches.shape[1] > MAX_LAUNCHES:
         raise PlanError(f"a candidate has {launches.shape[1]} launches; {MAX_LAUNCHES} can be packed.")
-    ctas_per_block = launches.sum(axis=1)
-    at_a_time = geometry.resident * geometry.num_sms
-    reciprocal = 2**32 // block_m + 1  # floor(x / block_m) = high word of the product, for x below 2^32 / block_m
-    steps = model.local_error
-    margin_width = 1 << max(5, (max(len(steps), margin_steps or 1) - 1).bit_length())
-    limits = [a[0] + b[0] for a, b in itertools.pairwise(steps)]
-    margins = [model.margin(np.array([slots])) for slots, _ in steps] or [model.margin(np.zeros(1, dtype=np.int64))]
-    points = max(32, margin_width, 1 << (len(model.support) - 1).bit_length())
-    ranges = [bound[feature][cut] for feature in (2, 3, 4) for bound in (low, high)]
-    heads = np.zeros((count, HEAD), dtype=np.int64)
-    heads[:, :14] = np.column_stack(
-        [
-            block_m,
-            np.where(reciprocal > _INT32, reciprocal - 2**32, reciprocal),
-            at_a_time,
-            ctas_per_block,
-            model.span[:, 0],
-            np.minimum(2 * model.span[:, 1], _INT32),
-            *ranges,
-            ~tables.unfitted,
-            np.zeros(count),
-        ]
-    )
-    heads[:, 14 : 14 + launches.shape[1]] = launches
+    # Sums of |weight| * 2^20 must stay below 2^53 units, products of CTAs with waves as well.
+    if (
+        max(np.abs(weights).max(), np.abs(features).max()) > _INT32
+        or np.abs(weights).sum(axis=1).max() >= 2**33
+        or geometry.ctas_per_block.max() > 2**20
+    ):
+        raise PlanError("the plan's numbers do not fit 32 bits; make it anew with 'rampwrap fit'.")
+    if not np.isfinite(choosing_us):
+        raise PlanError(
+            f"the cost of choosing is {choosing_us}; the plan is poisoned, make it anew with 'rampwrap fit'."
+        )
 
-    def wide(values: npt.ArrayLike, rows: int = count) -> IntArray:
-        out = np.zeros((rows, points), dtype=np.int64)
-        out[:, : len(model.support)] = values
+    if alone:
+        cuts, order = tables.cut_of, np.arange(configs)
+        ends = order + 1
+    else:
+        cuts, order = np.arange(len(block_m)), np.argsort(tables.cut_of, kind="stable")
+        ends = np.searchsorted(tables.cut_of[order], cuts, side="right")
+    low, high = features.min(axis=2), features.max(axis=2)
+    points, width = max(least_points, support), max(least_margins, len(margins))
+    # floor(x / block_m) is the high word of the product with it, for x below 2^32 / block_m; 1 has none.
+    reciprocal = np.where(block_m > 1, 2**32 // block_m + 1, 0)
+    by_cut = np.zeros((len(cuts), CUT), dtype=np.int64)
+    by_cut[:, :4] = np.column_stack([block_m, reciprocal, geometry.slots, geometry.ctas_per_block])[cuts]
+    by_cut[:, 4:10] = np.stack([low[2:], high[2:]], axis=1).reshape(6, -1).T[cuts]
+    by_cut[:, 10 : 10 + launches.shape[1]] = launches[cuts]
+    by_cut[1:, 14], by_cut[:, 15] = ends[:-1], ends
+    by_config = np.column_stack([np.minimum(span * (1, 2), _INT32), ~tables.unfitted, np.arange(configs)])[order]
+
+    def wide(values: npt.ArrayLike, rows: int) -> FloatArray:
+        out = np.zeros((rows, points))
+        out[:, :support] = values
         return out.ravel()
 
+    limits = [-1, *(min(a + b, _INT32) for (a, _), (b, _) in itertools.pairwise(margins))]
     ints = np.concatenate(
         [
-            heads.ravel(),
-            [low[0, 0], high[0, 0], low[1, 0], high[1, 0], 0, 0, 0, 0],
-            wide(features[0, 0], 1),
-            wide(features[1, 0], 1),
-            *(wide(features[feature][cut]) for feature in (2, 3, 4)),
-            wide(model.weights),
-            [-1, *limits, *[_INT32] * (margin_width - len(limits))],
+            [low[0, 0], high[0, 0], low[1, 0], high[1, 0], len(cuts), configs, points, width],
+            by_cut.ravel(),
+            by_config.ravel(),
+            wide(features[:2, 0], 2),
+            wide(features[2:, cuts].reshape(-1, support), 3 * len(cuts)),
+            wide(weights[order], configs),
+            [*limits, *[_INT32] * (width + 1 - len(limits))],
         ]
-    ).astype(np.int64)
+    )
     reals = np.concatenate(
         [
-            tables.coef.T.ravel(),
+            tables.coef.T[order].ravel(),
             [*CORRECTION_RANGE, choosing_us, 0.0],
-            [*margins, *[margins[-1]] * (margin_width - len(margins))],
+            [margin for _, margin in margins],
+            [margins[-1][1]] * (width - len(margins)),
         ]
     )
-    _finite("a coefficient", reals)
-    # Sums of |weight| * 2^20 and of coefficients times counts must stay below 2^53 units.
-    if np.abs(ints).max() > _INT32 or np.abs(model.weights).sum(axis=1).max(initial=0) >= 2**33:
-        raise PlanError("the plan's numbers do not fit 32 bits; make it anew with 'rampwrap fit'.")
-    if np.abs(model.coef).max(initial=0) >= 2**53:
-        raise PlanError("a coefficient of the plan is beyond all reason; make it anew with 'rampwrap fit'.")
     return Packed(
-        ints.astype(np.int32),
+        np.append(ints, [0] * (len(ints) % 2)).astype(np.int64).astype(np.uint32).view(np.int32),
         reals,
-        tuple(block_m.tolist()),
-        int(ctas_per_block.max()),
+        tuple(block_m[cuts].tolist()),
+        int(geometry.ctas_per_block.max()),
         points,
         launches.shape[1],
-        margin_width,
+        width,
     )
 
 
-def _finite(what: str, values: npt.ArrayLike) -> None:
-    numbers = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(numbers).all():
-        bad = numbers[~np.isfinite(numbers)][0]
-        raise PlanError(f"{what} is {bad}; the plan is poisoned, make it anew with 'rampwrap fit'.")
-
-
-assert SCALES == (4.0, 2.0, 2.0, 2.0, 8.0)  # the shifts in kernels.triton.select and UNIT are made for these
+assert SCALES == (4.0, 2.0, 2.0, 2.0, 8.0)  # the shifts in C, in kernels.triton.select and UNIT are made for these

@@ -6,11 +6,12 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from rampwrap.errors import FitError
+from rampwrap.errors import FitError, PlanError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.model import compiled as native
 from rampwrap.model.base import COEF_UNIT, CORRECTION_RANGE, MOST_SUPPORT, MOST_WEIGHT, WEIGHT_UNIT, CostModel, _ints
 from rampwrap.model.features import Tables, pass_over, scaled, shaped
+from rampwrap.model.packed import Packed, lay_out
 from rampwrap.schema import LARGEST, MOST_SIZE
 
 
@@ -46,10 +47,17 @@ class Wave(CostModel):
         coef = np.multiply(self.coef, COEF_UNIT, dtype=np.float64)
         weights = np.multiply(self.weights, WEIGHT_UNIT * WEIGHT_UNIT, dtype=np.float64)
         tables = Tables.make(self.geometry, self.support, self.block_ms, coef, weights)
-        margins = tuple((slots, self._margin(slots)) for slots, _ in self.local_error) or ((0, self._margin(0)),)
         object.__setattr__(self, "_fast", tables)
-        object.__setattr__(self, "_packed", native.pack(tables, self.span, margins))
+        try:
+            object.__setattr__(self, "_packed", self.packed().to_bytes())
+        except PlanError:  # C could not promise numpy's bits
+            object.__setattr__(self, "_packed", b"")
         object.__setattr__(self, "_least", int(min(self.support[:, 1], default=0)))
+
+    def packed(self, **how: Any) -> Packed:
+        """The layout that C and GPUs read, with the keyword arguments and errors of `packed.lay_out`."""
+        margins = tuple((slots, self._margin(slots)) for slots, _ in self.local_error) or ((0, self._margin(0)),)
+        return lay_out(self._fast, self.weights, self.span, margins, **how)
 
     def choose(self, counts: IntArray, fallback: int, choosing_us: float = 0.0, outside: int | None = None) -> int:
         """As `CostModel.choose`, in C where `rampwrap.model.compiled` can."""

@@ -46,7 +46,7 @@ class Telemetry:
     def of_tally(
         cls, layer: str, num_tokens: int, mode: str, candidates: Sequence[int], tally: Sequence[float]
     ) -> "Telemetry":
-        """From the sums that the selecting kernel keeps (`rampwrap.model.packed.TALLY`).
+        """From the sums that the selecting kernel keeps (`rampwrap.model.in_graph.TALLY`).
 
         Args:
             layer, num_tokens, mode: as above.

@@ -10,7 +10,7 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.base import CostModel
-from rampwrap.model.packed import MAX_IN_GRAPH
+from rampwrap.model.in_graph import MAX_IN_GRAPH
 from rampwrap.policy import reach
 from rampwrap.policy.buckets import draw
 from rampwrap.policy.policies import Bucket

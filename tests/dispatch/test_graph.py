@@ -27,7 +27,7 @@ from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe.configs import splits
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select
 from rampwrap.model.features import Geometry, pass_over
-from rampwrap.model.packed import pack
+from rampwrap.model.in_graph import pack
 from rampwrap.model.wave import Wave
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan

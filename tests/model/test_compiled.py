@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rampwrap import Dispatcher, MoEShape, Plan
@@ -17,7 +17,8 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.grid import IntArray
 from rampwrap.measure.timings import Timings
 from rampwrap.model import compiled as native
-from rampwrap.model.features import Geometry
+from rampwrap.model.features import Geometry, pass_over
+from rampwrap.model.in_graph import pack
 from rampwrap.model.wave import Wave
 from rampwrap.plan.make import make_plan
 from rampwrap.routing.counts import expert_counts
@@ -68,13 +69,13 @@ def fitted(num_experts: int, seed: int) -> Plan:
 
 
 def random_model(seed: int) -> Wave:
-    """Numbers of every size that a fit could state, and then some."""
+    """Numbers of every size that can be packed, and some that no fit would state."""
     rng = np.random.default_rng(seed)
     configs, launches = int(rng.integers(1, 40)), int(rng.integers(1, 4))
     geometry = Geometry(
-        int(rng.integers(1, 200)),
+        int(rng.integers(8, 200)),
         rng.choice([1, 8, 16, 24, 48, 64, 100, 128, 256], configs),
-        np.column_stack([rng.integers(low, 400, configs) for low in (1, 0, 0)[:launches]]),
+        np.column_stack([rng.integers(low, 128, configs) for low in (1, 0, 0)[:launches]]),
         rng.integers(1, 9, configs),
     )
     block_ms = np.unique(geometry.block_m)
@@ -112,8 +113,11 @@ def histograms(num_experts: int) -> st.SearchStrategy[IntArray]:
 
 def assert_same(model: Wave, counts: IntArray, fallback: int, choosing_us: float) -> None:
     expected = numpy_only(lambda: (model.choose(counts, fallback, choosing_us), model.predict(counts)))
-    # Beyond 2**40 slots numpy serves.
-    assert (native.choose(model._packed, counts, 0, fallback, choosing_us) is None) == (counts.sum() > 1 << 40)
+    slots, _, heights = pass_over(counts, model.block_ms)
+    waves, _ = model.geometry.waves(heights[np.searchsorted(model.block_ms, model.geometry.block_m)])
+    # Numpy serves where a float32 does not hold all bits of a number and of half its logarithm.
+    large = slots >= 1 << 22 or (slots and waves.max() >= 1 << 23)
+    assert (native.choose(model._packed, counts, 0, fallback, choosing_us) is None) == large
     assert model.choose(counts, fallback, choosing_us) == expected[0]
     assert model.predict(counts).tobytes() == expected[1].tobytes()
 
@@ -145,6 +149,20 @@ def test_any_model_chooses_and_predicts_the_same_bits(seed: int, num_experts: in
     if model.num_configs > 1:
         fallback = data.draw(st.integers(0, model.num_configs - 1))
         assert_same(model, data.draw(histograms(num_experts)), fallback, data.draw(st.floats(0.0, 50.0)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 64, 257]), st.data())
+def test_a_bucket_packed_for_the_gpu_is_one_for_c(seed: int, num_experts: int, data: st.DataObject) -> None:
+    """One layout: with a cut for each candidate, filled up to powers of two, it makes the same choice."""
+    model, rng = random_model(seed), np.random.default_rng(seed)
+    high = np.flatnonzero(model.geometry.block_m > 1)
+    assume(len(high))
+    some = model.take(rng.choice(high, rng.integers(1, 5)))
+    counts, choosing_us = data.draw(histograms(num_experts)), data.draw(st.floats(0.0, 50.0))
+    fallback = data.draw(st.integers(0, some.num_configs - 1))
+    chosen = native.choose(pack(some).to_bytes(), counts, 0, fallback, choosing_us)
+    assert chosen == native.choose(some._packed, counts, 0, fallback, choosing_us)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from rampwrap.kernels.triton.select.kernels import (
     select_and_place_kernel,
     select_by_expert_kernel,
 )
-from rampwrap.model.packed import TALLY, Packed
+from rampwrap.model.in_graph import TALLY
+from rampwrap.model.packed import Packed
 
 
 @attrs.frozen(eq=False)
@@ -36,7 +37,7 @@ class Candidates:
         packed: what the tensors hold.
         ints: int32, `Packed.ints`.
         reals: float64, `Packed.reals`.
-        tally: float64 [TALLY], `rampwrap.model.packed.TALLY`, of launches that are given no other.
+        tally: float64 [TALLY], `rampwrap.model.in_graph.TALLY`, of launches that are given no other.
     """
 
     packed: Packed

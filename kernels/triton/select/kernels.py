@@ -13,7 +13,7 @@ from rampwrap.kernels.triton.align.by_expert import ids_and_histogram, place_exp
 from rampwrap.kernels.triton.align.chunks import counts_before, place_chunk
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.select.scoring import choose_candidate, load_tables
-from rampwrap.model.packed import TALLY
+from rampwrap.model.in_graph import TALLY
 
 _TALLY = tl.constexpr(TALLY)
 

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from rampwrap.kernels.triton.align.by_expert import sum3
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.model.packed import HEAD
+from rampwrap.model.packed import CONFIG, CUT, SHARED
 
-_HEAD = tl.constexpr(HEAD)
+_SHARED, _CUT, _CONFIG = tl.constexpr(SHARED), tl.constexpr(CUT), tl.constexpr(CONFIG)
 _INF_US = tl.constexpr(float("inf"))
 
 
@@ -36,18 +36,20 @@ def load_pair(ptr, at):
 def load_candidate(ints_ptr, reals_ptr, PLACE: tl.constexpr, C: tl.constexpr, S: tl.constexpr, LAUNCHES: tl.constexpr):
     """(scalars, coefficients, vectors over the support points) of one candidate; of the first where there is none."""
     place = PLACE if PLACE < C else 0
-    head = ints_ptr + place * _HEAD
-    block_m, reciprocal = load_pair(head, 0)
-    at_a_time, ctas_per_block = load_pair(head, 2)
-    least, twice_most = load_pair(head, 4)
-    blocks_low, blocks_high = load_pair(head, 6)
-    waves_low, waves_high = load_pair(head, 8)
-    unused_low, unused_high = load_pair(head, 10)
-    fitted, _ = load_pair(head, 12)
-    first, second = load_pair(head, 14)
-    third, fourth = load_pair(head, 16 if LAUNCHES > 2 else 14)
+    # Each candidate has a cut of its own, at its place.
+    cut = ints_ptr + _SHARED + place * _CUT
+    block_m, reciprocal = load_pair(cut, 0)
+    at_a_time, ctas_per_block = load_pair(cut, 2)
+    blocks_low, blocks_high = load_pair(cut, 4)
+    waves_low, waves_high = load_pair(cut, 6)
+    unused_low, unused_high = load_pair(cut, 8)
+    first, second = load_pair(cut, 10)
+    third, fourth = load_pair(cut, 12 if LAUNCHES > 2 else 10)
+    config = ints_ptr + _SHARED + C * _CUT + place * _CONFIG
+    least, twice_most = load_pair(config, 0)
+    fitted, _ = load_pair(config, 2)
     coef = reals_ptr + place * 5
-    points = ints_ptr + C * _HEAD + 8 + (2 + place) * S + tl.arange(0, S)
+    points = ints_ptr + _SHARED + C * (_CUT + _CONFIG) + (2 + place) * S + tl.arange(0, S)
     return (
         (
             block_m,
@@ -80,12 +82,12 @@ def load_candidate(ints_ptr, reals_ptr, PLACE: tl.constexpr, C: tl.constexpr, S:
 
 @triton.jit
 def load_tables(ints_ptr, reals_ptr, C: tl.constexpr, S: tl.constexpr, LAUNCHES: tl.constexpr, MARGINS: tl.constexpr):
-    """Everything of `ingraph.Packed`, in registers: (candidates, shared scalars, shared vectors, shared reals)."""
-    shared = ints_ptr + C * _HEAD
-    slots_low, slots_high = load_pair(shared, 0)
-    active_low, active_high = load_pair(shared, 2)
+    """Everything of a `Packed`, in registers: (candidates, shared scalars, shared vectors, shared reals)."""
+    slots_low, slots_high = load_pair(ints_ptr, 0)
+    active_low, active_high = load_pair(ints_ptr, 2)
     s = tl.arange(0, S)
-    limits = shared + 8 + (2 + 4 * C) * S + s
+    near = ints_ptr + _SHARED + C * (_CUT + _CONFIG) + s
+    limits = near + (2 + 4 * C) * S
     reals = reals_ptr + 5 * C
     return (
         (
@@ -96,8 +98,8 @@ def load_tables(ints_ptr, reals_ptr, C: tl.constexpr, S: tl.constexpr, LAUNCHES:
         ),
         (slots_low, slots_high, active_low, active_high),
         (
-            tl.load(shared + 8 + s),
-            tl.load(shared + 8 + S + s),
+            tl.load(near),
+            tl.load(near + S),
             tl.load(limits, mask=s < MARGINS, other=2147483647),
             tl.load(limits + 1, mask=s < MARGINS, other=0),
             tl.load(reals + 4 + s, mask=s < MARGINS, other=0.0),

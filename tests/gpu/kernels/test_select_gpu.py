@@ -23,7 +23,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.align import host as align
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select, choose, selected_in, selection_ints
-from rampwrap.model.packed import pack
+from rampwrap.model.in_graph import pack
 from rampwrap.policy.graph_lists import Shortlist
 
 pytestmark = [

@@ -25,7 +25,7 @@ from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import host as fused_moe
 from rampwrap.kernels.triton.moe import warm
 from rampwrap.kernels.triton.select import host as select
-from rampwrap.model.packed import pack
+from rampwrap.model.in_graph import pack
 
 SHAPE = MoEShape(8, 2, 256, 128)
 FP8 = MoEShape(8, 2, 256, 256, "fp8")

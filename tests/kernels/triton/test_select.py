@@ -26,7 +26,8 @@ from rampwrap.kernels.triton.select.host import (
     selection_ints,
 )
 from rampwrap.model.features import Geometry, pass_over
-from rampwrap.model.packed import MAX_SLOTS, TALLY, pack
+from rampwrap.model.in_graph import TALLY, pack
+from rampwrap.model.packed import MAX_SLOTS
 from rampwrap.model.ramp4 import Ramp4
 from rampwrap.model.wave import Wave
 
