@@ -7,6 +7,7 @@ file says (kept in build/mutants). The tree is copied first: nothing here is tou
     python tests/mutants --count 40 --seed 7            # draws, runs, prints the survivors' diffs
     python tests/mutants --only rampwrap/cost.py        # all that are drawn are of one file or folder
     python tests/mutants --seed 7 --list                # what would run
+    python tests/mutants --seed 7 --device --gpu        # of the same 40, those that are counted apart, on a GPU
 
 `known.toml` says what is counted apart: code that only a GPU executes, and mutants that were read and change nothing.
 """
@@ -82,10 +83,15 @@ def main() -> None:
         "--patience", type=float, default=0.0, help="seconds for each group of tests; what lives longer has survived"
     )
     parser.add_argument("--fresh", action="store_true", help="trace all tests anew")
+    parser.add_argument(
+        "--device", action="store_true", help="of those drawn, what only a GPU executes: with --gpu there"
+    )
     parser.add_argument("--gpu", action="store_true", help="run tests/gpu, on a machine with one")
     parser.add_argument("--json", type=pathlib.Path, help="write each verdict here")
     args = parser.parse_args()
     drawn = draw(args.seed, args.skip + args.count, args.only)[args.skip :]
+    if args.device:
+        drawn = [mutant for mutant in drawn if (listed(mutant) or ("",))[0] == "device only"]
     if args.list:
         print("\n".join(mutant.diff() for mutant in drawn))
         return
