@@ -306,6 +306,11 @@ def test_default_config_follows_the_batch():
     kernel = kernel_of(FP8)
     sizes = [kernel.default_config(tokens)["block_m"] for tokens in (1, 64, 4096)]
     assert sizes == [8, 16, 64] and kernel.default_config(4096)["group_m"] == 8
+    for tokens in (*range(0, 300, 3), 1000):  # two of eight experts each: a quarter of the tokens an expert
+        height = next((size for size in range(8, 64, 8) if size >= tokens // 4), 64)
+        config = kernel.default_config(tokens)
+        assert (config["block_m"], config["group_m"]) == (height, 8 if tokens >= 64 else 1), tokens
+        assert (config["block_n"], config["warp_n"]) == (32, 8)
 
 
 @pytest.mark.parametrize(

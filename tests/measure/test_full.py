@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 import pytest
 
+from rampwrap import schema
 from rampwrap.errors import ConfigError, DeviceFault, InputError, TableError
 from rampwrap.kernel.device import find_device
 from rampwrap.kernel.protocol import Config
@@ -319,6 +320,13 @@ class TestResume:
         journal.unlink()
         with pytest.raises(KeyboardInterrupt):
             run(Recording(stop_at(40, KeyboardInterrupt())), out)
+        first, *lines = journal.read_text().splitlines()
+        raw = json.loads(first)
+        del raw["checksum"]
+        journal.write_text("\n".join([json.dumps(schema.seal(raw | {"journal": raw["journal"] + 1})), *lines]) + "\n")
+        with pytest.raises(TableError, match="it is none of schema"):
+            run(Recording(), out)
+        journal.write_text("\n".join([first, *lines]) + "\n")
         header, *rest = journal.read_text().splitlines(keepends=True)
         journal.write_text("".join([header, '{"label": 3}\n', *rest]))
         with pytest.raises(TableError, match="damaged in line 2"):

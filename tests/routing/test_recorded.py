@@ -469,6 +469,23 @@ def test_sums_over_many_steps_are_no_batch(tmp_path: pathlib.Path) -> None:
     assert "one batch of 128 tokens; where that is a sum over steps" in str(account(str(tmp_path / "step.json"), E, K))
 
 
+def test_the_largest_launch_is_a_batch_and_half_of_the_rows_may_be_sums() -> None:
+    """65,536 tokens; one more is a sum over steps. Which half is left out, the others keep their places."""
+    most, beyond = ([65_536 // E * K] * E, [65_536 // E * K] * (E - K) + [65_536 // E * K + 1] * K)
+
+    def recording(*rows: list[int]) -> Recording:
+        places = np.arange(len(rows))
+        return Recording("r", np.array(rows), step=places, layer=places + 7, left_out={})
+
+    kept, tokens = recording(most, most).batches(K)
+    assert tokens.tolist() == [65_536] * 2 and not kept.left_out
+    kept, tokens = recording(beyond, most).batches(K)
+    assert (tokens.tolist(), kept.step.tolist(), kept.layer.tolist()) == ([65_536], [1], [8])
+    assert kept.left_out == {"sums_over_steps": 1} and kept.counts.tolist() == [most]
+    with pytest.raises(InputError, match=r"records up to 65537 tokens a step.*sums over many steps"):
+        recording(beyond, beyond, most).batches(K)
+
+
 def test_steps_layers_and_arrays_that_are_left_out_are_counted(tmp_path: pathlib.Path) -> None:
     assert read_recording(as_stat(tmp_path), E).left_out == {"steps_without_tokens": 2}
     counts = histograms(steps_ids())
