@@ -476,3 +476,22 @@ def test_inference_mode_and_no_grad_may_take_turns(tmp_path: pathlib.Path) -> No
         first = engine.experts_forward(module, *given)
     with torch.no_grad():
         torch.testing.assert_close(engine.experts_forward(module, *given), first.clone(), rtol=0, atol=0)
+
+
+def test_a_plans_dispatcher_is_made_for_the_layers_own_device(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strictly for this GPU, where the weights are, and for batches as large as are served."""
+    save_plan(tmp_path / "plans")
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        engine, "GraphDispatcher", lambda kernel, plan, **options: made.append({"plan": plan} | options)
+    )
+    serving = engine.serving()
+    weights = torch.zeros(8, 64, 64, dtype=torch.bfloat16, device=DEVICE)
+    service = engine.Service(serving, weights, 2)
+    (options,) = made
+    assert options.pop("plan").shape == service.shape == SHAPE
+    assert options == {
+        **{"max_tokens": serving.max_tokens, "device": Device.current(), "strict": True, "where": weights.device}
+    }
