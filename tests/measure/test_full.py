@@ -236,6 +236,8 @@ class TestResume:
         partial = read_journal(str(journal_path(out)))
         kept = {(tuple(row.tolist()), c) for row in partial.counts for c in range(len(CONFIGS))}
         assert 0 < len(partial.us) < len(WORKLOADS) and np.isfinite(partial.us).all()
+        elapsed = partial.notes["elapsed_s"]
+        assert partial.notes["unfinished"] is True and isinstance(elapsed, float) and elapsed == round(elapsed, 1)
         again = Recording()
         table = run(again, out)
         assert not kept & again.cells
