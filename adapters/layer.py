@@ -125,6 +125,7 @@ class LayerKernel:
             reason = self.supports(config, self.shape)
             if reason is not None:
                 raise ConfigError(f"The config {format_config(config)} cannot run: {reason}")
+            self._known.add(tuple(config.items()))
 
     def _check(self, operands: Operands) -> None:
         for name in self.without:

@@ -98,7 +98,8 @@ def compare(its: CompareRequest) -> Answer:
     routed = Dispatcher(kernel, plan, strict=True).policy
     # Every config that any policy may launch is timed on every workload, in interleaved rounds: the best of them
     # is the oracle, and policies that agree are judged by the same measurement.
-    every = tuple(kernel.configs)
+    listed = index_by_key(kernel.configs)
+    every = (*kernel.configs, *(config for config in routed.configs if config_key(config) not in listed))
     number = index_by_key(every)
     # Those of the plan, and where a batch is beyond it also the kernel's own defaults.
     where = {index: number[config_key(config)] for index, config in enumerate(routed.configs)}

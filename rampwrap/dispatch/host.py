@@ -12,7 +12,15 @@ import numpy as np
 from rampwrap.errors import CaptureError, ConfigError, InputError, PlanMismatchError
 from rampwrap.kernel.device import Device, device_of
 from rampwrap.kernel.grid import IntArray
-from rampwrap.kernel.protocol import Config, Kernel, check_configs, config_key, format_config, index_by_key
+from rampwrap.kernel.protocol import (
+    Config,
+    Kernel,
+    check_configs,
+    config_key,
+    format_config,
+    index_by_key,
+    why_not_launched,
+)
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import watch
 from rampwrap.plan.plan import Plan
@@ -68,13 +76,8 @@ class Dispatcher:
             self.policy = self._accept(plan, device or device_of(kernel), strict)
         else:
             self.policy = plan if plan is not None else Static(configs, default_table(kernel))
-        self._by_key = index_by_key(configs)
-        try:
-            self._configs = [configs[self._by_key[config_key(config)]] for config in self.policy.configs]
-        except KeyError as error:
-            raise ConfigError(
-                f"kernel {kernel.name!r} lacks the policy's config {error}; fit the policy to this kernel."
-            ) from None
+        self._listed, self._by_key = configs, index_by_key(configs)
+        self._configs = [self._own(config, "fit the policy to this kernel") for config in self.policy.configs]
         self.launch_counts = [0] * len(self._configs)
         "How often each config of `policy.configs` was launched."
         self._launch = kernel.launch
@@ -94,8 +97,8 @@ class Dispatcher:
             if strict:
                 raise
             warnings.warn(f"rampwrap serves static configs: {error}", RuntimeWarning, stacklevel=4)
-            have = index_by_key(self.kernel.configs)
-            if plan.kernel == self.kernel.name and all(config_key(config) in have for config in plan.configs):
+            lost = (why_not_launched(self.kernel, config, self.shape) for config in plan.configs)
+            if plan.kernel == self.kernel.name and not any(lost):
                 return plan.static_policy()
             return Static(tuple(self.kernel.configs), default_table(self.kernel))
         return plan.policy(kernel=self.kernel)
@@ -234,13 +237,20 @@ class Dispatcher:
             return self
         if not isinstance(config, Mapping):
             raise ConfigError(f"pin was given {config!r}; give a config of kernel {self.kernel.name!r} or its index.")
-        found = self._by_key.get(config_key(config))
-        if found is None:
-            raise ConfigError(
-                f"kernel {self.kernel.name!r} has no config {format_config(config)}; pick one of kernel.configs."
-            )
-        self._pinned = configs[found]
+        self._pinned = self._own(config, "pick one of kernel.configs")
         return self
+
+    def _own(self, config: Config, remedy: str) -> Config:
+        """The kernel's own object where it lists the config (a `Portfolio` knows these), or one that it supports."""
+        found = self._by_key.get(config_key(config))
+        if found is not None:
+            return self._listed[found]
+        reason = why_not_launched(self.kernel, config, self.shape)
+        if reason is not None:
+            raise ConfigError(
+                f"kernel {self.kernel.name!r} has no config {format_config(config)} ({reason.rstrip('.')}); {remedy}."
+            )
+        return config
 
 
 def _refuse_no_kernel(kernel: Any) -> None:

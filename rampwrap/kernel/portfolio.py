@@ -11,7 +11,16 @@ import attrs
 from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.names import joint_name, joint_version
-from rampwrap.kernel.protocol import MEMBER, Config, Kernel, check_configs, format_config, kernel_version, refusal
+from rampwrap.kernel.protocol import (
+    MEMBER,
+    Config,
+    Kernel,
+    check_configs,
+    format_config,
+    kernel_version,
+    refusal,
+    why_not_launched,
+)
 from rampwrap.kernel.shape import MoEShape
 
 DEFAULT_LAYOUT = "vllm"
@@ -163,7 +172,7 @@ class Portfolio:
             kernel, own = self.untagged(config)
         except ConfigError as error:
             return str(error)
-        return refusal(kernel, own, shape)
+        return refusal(kernel, own, shape) or why_not_launched(kernel, own, shape)
 
     def default_config(self, num_tokens: int) -> Config:
         """The first kernel's."""

@@ -20,7 +20,8 @@ class Kernel(Protocol):
 
     Optional members, found by name:
         ``version: str``                        compared with a plan's; "0" where absent.
-        ``supports(config, shape)``             None, or the reason why the config cannot run this shape.
+        ``supports(config, shape)``             None, or the reason why the config cannot run this shape; asked of configs
+                                                that are not in the list too, which older plans and tables may name.
         ``default_config(num_tokens)``          what the kernel runs when nobody chooses.
         ``inputs(shape, topk_ids, *, seed=0)``  keyword arguments for `launch` on random data, for profiling.
     """
@@ -32,7 +33,7 @@ class Kernel(Protocol):
 
     @property
     def configs(self) -> Sequence[Config]:
-        """All tuning parameters it can be launched with, each once."""
+        """The tuning parameters worth measuring, each once; what else can be launched, ``supports`` knows."""
         ...
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
@@ -69,6 +70,22 @@ def refusal(kernel: Kernel, config: Config, shape: MoEShape) -> str | None:
     supports = getattr(kernel, "supports", None)
     reason = None if supports is None else supports(config, shape)
     return None if reason is None else str(reason)
+
+
+def why_not_launched(kernel: Kernel, config: Config, shape: MoEShape) -> str | None:
+    """Why a config out of a plan or table cannot be launched; None if the kernel lists it, or its `supports` accepts it."""
+    if config in kernel.configs:
+        return None
+    if not hasattr(kernel, "supports"):
+        return "it is not in the kernel's list"
+    # A kernel need not expect what a file may hold: only what has the keys and types of a listed config is asked about.
+    if not any(_form(config) == _form(listed) for listed in kernel.configs):
+        return "it has other keys or types than the kernel's configs"
+    return refusal(kernel, config, shape)
+
+
+def _form(config: Config) -> dict[str, type]:
+    return {key: type(value) for key, value in config.items()}
 
 
 def refusals(kernel: Kernel, configs: Sequence[Config], shape: MoEShape) -> dict[int, str]:

@@ -12,7 +12,15 @@ from rampwrap.kernel.catalog import KERNELS
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.names import members_of
-from rampwrap.kernel.protocol import Config, Kernel, check_configs, config_key, index_by_key, kernel_version
+from rampwrap.kernel.protocol import (
+    Config,
+    Kernel,
+    check_configs,
+    config_key,
+    index_by_key,
+    kernel_version,
+    why_not_launched,
+)
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.model.base import CostModel
 from rampwrap.model.features import Geometry
@@ -127,7 +135,7 @@ class Plan:
 
         Raises:
             PlanMismatchError: made for another kernel, version, GPU, shape or dtype, or for configs that the
-                kernel does not have; the message says which, and the command that makes a plan that fits.
+                kernel neither lists nor supports; the message says which, and the command that makes a plan that fits.
         """
         pairs = [("kernel", self.kernel, kernel.name), ("kernel version", self.kernel_version, kernel_version(kernel))]
         if device is not None:
@@ -141,12 +149,11 @@ class Plan:
                     f"the plan was made for {what} {planned} but this is {found}; make one with "
                     f"'{self.remedy(kernel, shape)}'."
                 )
-        have = index_by_key(kernel.configs)
         for config in self.configs:
-            if config_key(config) not in have:
+            if (reason := why_not_launched(kernel, config, shape or self.shape)) is not None:
                 raise PlanMismatchError(
-                    f"the plan uses the config {config_key(config)}, which {kernel.name} does not have; make one with "
-                    f"'{self.remedy(kernel, shape)}'."
+                    f"the plan uses the config {config_key(config)}, which {kernel.name} does not have "
+                    f"({reason.rstrip('.')}); make one with '{self.remedy(kernel, shape)}'."
                 )
 
     def remedy(self, kernel: Kernel, shape: MoEShape | None = None) -> str:

@@ -14,7 +14,10 @@ from rampwrap.cli.command import Command
 from rampwrap.cli.main import COMMANDS, PLACES, main
 from rampwrap.cli.tables import COST_MODEL
 from rampwrap.cli.types import seconds
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
+from rampwrap.testing.sim import SimKernel
 
 SIM = ["--kernel", "sim", "--model", "olmoe"]
 SMALL = [
@@ -37,6 +40,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+class Fewer(SimKernel):
+    def __init__(self, shape: MoEShape) -> None:
+        super().__init__(shape)
+        self.configs = self.configs[:2]
+
+    def supports(self, config: Config, shape: MoEShape) -> None:
+        """All that looks like one of its configs."""
+
+
 def test_profile_fit_show_explain_compare_replay(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +68,9 @@ def test_profile_fit_show_explain_compare_replay(
     live = run(capsys, "compare", "t.plan.json", "--batch-size", "48", "--quiet", "--csv", "ab.csv", "--plot", "ab.png")
     assert live["policies"]["static-uniform"]["speedup"] == 1 and "wave" in live["policies"]
     assert {"ab.csv", "ab.png"} <= {path.name for path in tmp_path.iterdir()}
+    # A kernel that lists two configs today, and still runs those of the plan.
+    fewer = run(capsys, "compare", "t.plan.json", "--kernel", f"{__name__}:Fewer", "--batch-size", "48", "--quiet")
+    assert fewer["policies"] == live["policies"]
     replayed = run(capsys, "replay", "t.npz")
     assert set(replayed["policies"]) == {"static-uniform", "static-averaged", "ramp4", "wave", "oracle"}
     for command in (["show", "t.npz"], ["show", "t.plan.json"], ["replay", "t.npz"], ["fit", "t.npz"]):

@@ -175,8 +175,44 @@ def test_config_lists_are_checked_when_wrapping(sim_kernel: SimKernel) -> None:
     Bad.configs = ({"block_m": 16, "block_n": 64}, {"block_n": 64, "block_m": 16})
     with pytest.raises(ConfigError, match="twice"):
         Dispatcher(Bad())
-    with pytest.raises(ConfigError, match="lacks the policy's config"):
+    with pytest.raises(ConfigError, match=r"has no config block_m=1 .*; fit the policy"):
         Dispatcher(sim_kernel, Pinned(({"block_m": 1},), 0))
+
+
+class Supporting(Recorder):
+    """Lists two configs and runs any other with an even number of stages."""
+
+    def __init__(self, shape: MoEShape) -> None:
+        super().__init__(shape)
+        self.configs = self.configs[:2]
+
+    def supports(self, config: Config, shape: MoEShape) -> str | None:
+        return None if config["stages"] % 2 == 0 else f"stages={config['stages']} is odd."
+
+
+def test_what_is_no_longer_listed_still_runs(sim_plan: Plan, tmp_path: pathlib.Path) -> None:
+    """A plan of a longer list loads and chooses as it did, where the kernel supports its configs."""
+    whole, kernel = Dispatcher(SimKernel(sim_plan.shape), sim_plan), Supporting(sim_plan.shape)
+    assert len(sim_plan.configs) > 2 and all(config["stages"] % 2 == 0 for config in sim_plan.configs)
+    sim_plan.save(tmp_path / "plan.json")
+    moe = Dispatcher(kernel, tmp_path / "plan.json", strict=True)
+    routed = [ids(name, tokens) for tokens in (1, 64, 512) for name in ("uniform", "dirichlet:0.1", "hot:2")]
+    for its in routed:
+        assert moe.select(its).config == whole.select(its).config and moe(its) == whole(its)
+    assert any(config not in kernel.configs for config in kernel.launched)
+    gone = next(config for config in sim_plan.configs if config not in kernel.configs)
+    moe.pin(dict(gone))(routed[0])
+    assert kernel.launched[-1] == gone
+    with pytest.raises(ConfigError, match=r"no config .* \(stages=3 is odd\); pick one of kernel.configs"):
+        moe.pin({**gone, "stages": 3})
+    with pytest.raises(ConfigError, match="other keys or types"):
+        moe.pin({**gone, "stages": "4"})
+    odd = attrs.evolve(sim_plan, configs=tuple({**config, "stages": 3} for config in sim_plan.configs))
+    with pytest.raises(PlanMismatchError, match=r"does not have \(stages=3 is odd\); make one with"):
+        Dispatcher(kernel, odd, strict=True)
+    with pytest.raises(PlanMismatchError, match=r"does not have \(it is not in the kernel's list\)"):
+        cut = SimKernel(sim_plan.shape, sim_plan.configs[:1])
+        Dispatcher(cut, sim_plan, strict=True)
 
 
 def test_a_launch_without_topk_ids_is_refused(sim_kernel: SimKernel) -> None:

@@ -11,7 +11,7 @@ from rampwrap.compare.oracle import Oracle
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import Kernel
+from rampwrap.kernel.protocol import Kernel, why_not_launched
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.full import profile
 from rampwrap.plan.make import make_plan
@@ -143,6 +143,18 @@ def test_unknown_configs(portfolio):
     assert portfolio.capturable is True
     portfolio.members["prefill"].capturable = "it reads the host"
     assert portfolio.capturable == "prefill: it reads the host"
+
+
+def test_a_member_vouches_for_what_it_no_longer_lists(portfolio):
+    """Only with `supports`: the list of a kernel that has none is all that it runs."""
+    more = {"block_m": 64, "block_n": 128, "stages": 4}
+    assert "not in the kernel's list" in portfolio.supports({"kernel": "decode", **more}, SHAPE)
+    portfolio.members["decode"].supports = lambda config, shape: None if config["block_m"] < 100 else "too high."
+    assert portfolio.supports({"kernel": "decode", **more}, SHAPE) is None
+    assert why_not_launched(portfolio, {"kernel": "decode", **more}, SHAPE) is None
+    assert portfolio.supports({"kernel": "decode", **more, "block_m": 128}, SHAPE) == "too high."
+    moe = Dispatcher(portfolio).pin({"kernel": "decode", **more})
+    assert moe(topk_ids=ids(9)) == portfolio.members["decode"].launch(more, topk_ids=ids(9))
 
 
 def test_a_config_that_was_dropped_is_no_other(portfolio):

@@ -3,7 +3,15 @@
 import pytest
 
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.kernel.protocol import check_configs, config_key, format_config, index_by_key, kernel_version, refusal
+from rampwrap.kernel.protocol import (
+    check_configs,
+    config_key,
+    format_config,
+    index_by_key,
+    kernel_version,
+    refusal,
+    why_not_launched,
+)
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.schema import dump
 
@@ -83,3 +91,23 @@ def test_optional_members():
     shape = SHAPES["olmoe"]
     assert refusal(Kernel(), {"a": 1}, shape) == "no" and refusal(Kernel(), {"a": 0}, shape) is None
     assert refusal(object(), {"a": 1}, shape) is None
+
+
+def test_what_may_be_launched_besides_the_list():
+    """`supports` is asked only about what looks like a listed config; without it the list is all there is."""
+
+    class Kernel:
+        configs = ({"a": 0, "b": True}, {"a": 1, "b": False}, {"a": 1, "b": False, "c": 2})
+
+        def supports(self, config, shape):
+            return "a is too large." if config["a"] > 5 else None
+
+    shape = SHAPES["olmoe"]
+    assert all(why_not_launched(Kernel(), config, shape) is None for config in Kernel.configs)
+    assert why_not_launched(Kernel(), {"b": True, "a": 5}, shape) is None
+    assert why_not_launched(Kernel(), {"a": 6, "b": True}, shape) == "a is too large."
+    for strange in ({"a": 1}, {"a": "1", "b": True}, {"a": 1, "b": 1}, {"a": 1, "b": True, "d": 2}, {}):
+        assert "other keys or types" in why_not_launched(Kernel(), strange, shape)
+    silent = type("Silent", (), {"configs": Kernel.configs})()
+    assert why_not_launched(silent, {"a": 2, "b": True}, shape) == "it is not in the kernel's list"
+    assert why_not_launched(silent, {"a": 1, "b": False}, shape) is None
