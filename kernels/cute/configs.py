@@ -1,4 +1,4 @@
-"""The compiled configs of the CuTe kernels: which there are, what each occupies, which can run a shape.
+"""The configs of the CuTe kernels: which are compiled ahead, what each occupies, which can run a shape.
 
 A config is
 
@@ -52,17 +52,20 @@ PREFILL_TILE, PREFILL_STAGES = (32, 8), 4
 TOKENS_AS_M = (128, 256, 8)
 "block_m, block_n and warp_n of the prefill form."
 TOKENS_AS_M_STAGES = (4,)
-TILES: dict[tuple[int, int], tuple[int, ...]] = {
-    (16, 4): (6, 10),
-    (32, 4): (4, 6),
-    (64, 4): (3, 4),
-    (16, 8): (4, 6, 8),
-    (32, 8): (3, 4, 5, 6),
+TILES: dict[tuple[str, str], dict[tuple[int, int], tuple[int, ...]]] = {
+    ("two", "fp8"): {(16, 4): (6,), (32, 4): (4, 6), (64, 4): (3, 4), (16, 8): (6,), (32, 8): (3, 4, 5)},
+    ("two", "bf16"): {(16, 4): (10,), (32, 4): (6,), (64, 4): (4,), (16, 8): (6, 8), (32, 8): (4, 5, 6)},
+    ("one", "fp8"): {(16, 4): (6,), (32, 4): (4, 6), (64, 4): (3, 4), (16, 8): (4, 6), (32, 8): (3, 4, 5, 6)},
+    ("one", "bf16"): {(16, 4): (6,), (32, 4): (4, 6), (64, 4): (3, 4), (16, 8): (4, 6, 8), (32, 8): (3, 4, 5, 6)},
 }
-"(block_n, warp_n) and the depths compiled for it: narrow tiles need more stages to keep 64 KB of loads in flight."
+"""Of a form and dtype: (block_n, warp_n), and the depths compiled for it. Narrow tiles need more stages to keep 64 KB of loads
+in flight. Depths that no table has within 1 % of the best are left out, but for one of each tile, for layers whose sizes
+only narrow tiles divide (`benchmarks/config_lists.py`)."""
+LISTED_BLOCK_M_OF_ONE = 48
+"One launch is for few tokens: beyond, no table has it within 4 % of the best. Legal up to `MAX_BLOCK_M`."
 MAX_SUMS_OF_ONE = 128
 "float32 sums of a consumer thread in the one-launch form."
-DOWN_STAGES = {tile: depths[0] for tile, depths in TILES.items()}
+DOWN_STAGES = {(16, 4): 6, (32, 4): 4, (64, 4): 3, (16, 8): 4, (32, 8): 3}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
 
 
@@ -312,14 +315,18 @@ def _why_not_shape(config: CuteConfig, shape: MoEShape) -> str | None:
 
 
 def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
-    """Every config of a form and a dtype that is compiled, by tile, depth and block_m."""
+    """Every config of a form and a dtype that is compiled ahead, by tile, depth and block_m.
+
+    Others that `why_illegal` lets pass are compiled when they are asked for, where the DSL is installed.
+    """
     if form == "prefill":
         return tuple(CuteConfig(form, dtype, *TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES if dtype in DTYPES)
     every = (
         CuteConfig(form, dtype, block_m, block_n, warp_n, stages)
-        for (block_n, warp_n), depths in TILES.items()
+        for (block_n, warp_n), depths in TILES.get((form, dtype), {}).items()
         for stages in depths
         for block_m in BLOCK_MS
+        if form != "one" or block_m <= LISTED_BLOCK_M_OF_ONE
     )
     prefill = (
         CuteConfig(form, dtype, block_m, *PREFILL_TILE, PREFILL_STAGES)

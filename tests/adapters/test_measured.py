@@ -1,14 +1,16 @@
-"""What GPUs were measured with: the configs and grids in the shipped tables are those that kernels list and state now.
+"""What GPUs were measured with: the best configs of the shipped tables are listed, all of them can run, grids are the same.
 
-A table's columns are known by their configs, so a config that goes missing makes a table's best column unusable, and a grid
+A table's columns are known by their configs, so a config that can no longer run makes a table's column unusable, and a grid
 that changes makes its fit another.
 """
 
+import importlib
 import pathlib
 
 import numpy as np
 import pytest
 
+from rampwrap.kernel.protocol import config_key
 from rampwrap.kernels.cute import configs as cute
 from rampwrap.measure.timings import Timings
 
@@ -29,16 +31,27 @@ def measured(name):
     return Timings.load(RESULTS / f"h200-{name}.npz")
 
 
-def test_the_lists_are_those_that_were_swept():
-    """In the order of the tables: ties break by index."""
-    plain = [config for config in triton.CONFIGS["bf16"] if "split_k" not in config]
-    assert (
-        list(measured("triton_fused_moe-olmoe-bf16-run2").configs)
-        == plain
-        == list(measured("triton_fused_moe-qwen3-30b-bf16").configs)
-    )
+def listed(kernel, dtype):
+    """In the order of the kernel's own list; the CuTe kernels' by tile, of their two older forms."""
+    if kernel == "triton_fused_moe":
+        return list(triton.CONFIGS[dtype])
+    return [c.keys(1) for form in ("two", "one") for c in cute.all_configs(form, dtype)]
+
+
+def test_the_lists_are_in_the_order_that_was_swept():
+    """Ties break by index. What was swept and is no longer listed is in no table within 1 % of the best."""
+    for name in ("triton_fused_moe-olmoe-bf16-run2", "triton_fused_moe-qwen3-30b-bf16", "sweep-triton-qwen3-30b-fp8"):
+        table = measured(name)
+        ours = [config for config in listed(table.kernel, table.shape.dtype) if config in table.configs]
+        assert [config for config in table.configs if config in ours] == ours
+        # The splits came after the two sweeps in bf16.
+        assert [c for c in triton.CONFIGS[table.shape.dtype] if c not in ours] == (
+            [c for c in triton.CONFIGS["bf16"] if "split_k" in c] if table.shape.dtype == "bf16" else []
+        )
     assert triton.CONFIGS["fp16"] == triton.CONFIGS["bf16"]
-    assert list(measured("sweep-triton-qwen3-30b-fp8").configs) == list(triton.CONFIGS["fp8"])
+    table = measured("sweep-cute-qwen3-30b-fp8")
+    ours = [c for c in listed("cute_moe", "fp8") if cute.why_illegal(cute.from_keys(c, "fp8"), table.shape) is None]
+    assert [config for config in table.configs if config in ours] == ours
     for name in ("olmoe", "qwen3-30b", "deepseek-v3-tp8"):
         assert list(measured(f"alpha_moe-{name}-fp8").configs) == list(alpha_moe.CONFIGS)
     assert list(measured("vllm_fused_moe-olmoe-bf16").configs) == list(vllm_fused_moe.CONFIGS["bf16"])
@@ -46,24 +59,28 @@ def test_the_lists_are_those_that_were_swept():
     assert len(swept) == 71 and [c for c in swept if c in vllm_fused_moe.CONFIGS["fp8"]] == list(
         vllm_fused_moe.CONFIGS["fp8"]
     )
-    table = measured("sweep-cute-qwen3-30b-fp8")
-    listed = [c for form in ("two", "one") for c in cute.all_configs(form, "fp8")]
-    assert list(table.configs) == [c.keys(1) for c in listed if cute.why_illegal(c, table.shape) is None]
 
 
-SPLIT = [
-    (16, 64, 128, 1, 4, 4, False, 2),
-    (16, 64, 128, 1, 4, 4, False, 4),
-    (16, 64, 256, 1, 4, 3, False, 2),
-    (16, 128, 64, 1, 4, 5, False, 2),
-    (16, 128, 128, 1, 4, 3, False, 2),
-    (16, 128, 128, 1, 4, 3, False, 4),
-]
+def test_no_list_lacks_what_a_table_needs(monkeypatch, capsys):
+    """`benchmarks/config_lists.py` over every table, the ten layers of the regions among them."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    lists = importlib.import_module("config_lists")
+    monkeypatch.setattr("sys.argv", ["config_lists.py"])
+    assert lists.main() == 0
+    monkeypatch.setattr(lists, "listed", lambda kernel, dtype: set(sorted(listed_keys(kernel, dtype))[::2]))
+    assert lists.main() == 1
+    assert "most time lost" in capsys.readouterr().out
 
 
-def test_the_splits_are_those_that_were_raced():
-    """They came after the two sweeps in bf16; benchmarks/README.md has their race."""
-    assert [tuple(config.values()) for config in triton.CONFIGS["bf16"] if "split_k" in config] == SPLIT
+def listed_keys(kernel, dtype):
+    return {config_key(config) for config in listed(kernel, dtype)}
+
+
+def test_default_configs_are_listed():
+    for dtype in ("bf16", "fp16", "fp8"):
+        for experts, top_k in ((8, 2), (64, 8), (128, 8), (256, 8)):
+            for power in range(17):
+                assert triton.default_config(2**power, experts, top_k, dtype) in triton.CONFIGS[dtype]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.npz")), ids=lambda path: path.stem)

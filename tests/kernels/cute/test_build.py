@@ -29,7 +29,7 @@ def samples():
     chosen = []
     for form in ("two", "one"):
         for dtype in ("fp8", "bf16"):
-            for place, tile in enumerate(TILES):
+            for place, tile in enumerate(TILES[form, dtype]):
                 listed = [c for c in all_configs(form, dtype) if (c.block_n, c.warp_n) == tile]
                 by_tokens = sorted(listed, key=lambda config: config.block_m)
                 if place != 1:
@@ -401,7 +401,7 @@ def test_every_tile_compiles_and_passes_the_gate(tmp_path, monkeypatch):
     deepest = {}
     for variant in sorted(all_variants(), key=lambda variant: variant.config.stages):
         deepest[variant.role, attrs.evolve(variant.config, stages=2)] = variant
-    assert 300 < len(deepest) < len(all_variants())
+    assert 200 < len(deepest) < len(all_variants())
     build_all(list(deepest.values()), tmp_path, monkeypatch)
 
 
