@@ -27,7 +27,7 @@ COMMON = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 16384,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -177,8 +177,10 @@ def environment_of(arm: str, folder: pathlib.Path, gpu: str, deep_gemm: bool = F
     }
     # DeepGEMM runs FP8 dense layers, and experts where it is told to: on Hopper vLLM's own choice for them is Triton. It
     # compiles with nvcc as it goes; its warm-up would compile 503 kernels, over three minutes, of which a run needs few.
+    # The variable stays unset: where somebody sets it, to 1 even, vLLM 0.26 takes DeepGEMM for experts too.
     if deep_gemm:
-        out |= {"VLLM_USE_DEEP_GEMM": "1", "VLLM_DEEP_GEMM_WARMUP": "skip"}
+        out.pop("VLLM_USE_DEEP_GEMM", None)
+        out["VLLM_DEEP_GEMM_WARMUP"] = "skip"
     else:
         out.setdefault("VLLM_USE_DEEP_GEMM", "0")
     out.pop("VLLM_TUNED_CONFIG_FOLDER", None)
