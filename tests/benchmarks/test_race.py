@@ -38,7 +38,8 @@ class Wrong(Few):
 
     def __init__(self, shape):
         super().__init__(shape)
-        self.launch = functools.wraps(launch := self.launch)(functools.partial(self.off, launch))
+        launch = self.launch
+        self.launch = functools.wraps(launch, updated=())(functools.partial(self.off, launch))
 
     def off(self, launch, config, *args, **kwargs):
         out = launch(config, *args, **kwargs)
