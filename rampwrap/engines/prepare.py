@@ -56,7 +56,7 @@ def ensure_compiled(graph_dispatcher: GraphDispatcher, path: str) -> bool:
             if kernel.name == "cute_moe":
                 compiled |= _ensure_cute(kernel, configs, graph_dispatcher.max_tokens, path)
             elif kernel.name == "triton_fused_moe":
-                compiled |= _ensure(graph_dispatcher, _mark(graph_dispatcher, path), path)
+                compiled |= _ensure(graph_dispatcher, _mark(path), path)
     except (OSError, RampwrapError) as error:  # a cache that cannot be written, say
         logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", error)
     return compiled
@@ -173,7 +173,7 @@ def _once(items: Sequence[Any]) -> list[Any]:
     return out
 
 
-def _mark(graph_dispatcher: GraphDispatcher, path: str) -> pathlib.Path:
+def _mark(path: str) -> pathlib.Path:
     """Stands for these kernels in Triton's cache: named by all that decides what is compiled."""
     import triton
 

@@ -78,7 +78,6 @@ class Portfolio:
         if len(shapes) > 1:
             raise InputError(f"the kernels are made for {' and '.join(map(str, shapes))}; make all for one layer.")
         self.shape: MoEShape | None = next(iter(shapes), None)
-        self._ids: set[str] = set()
         for kernel in kernels[1:]:
             self._check_layout(kernel, extra_memory)
         self.configs: tuple[Config, ...] = check_configs(

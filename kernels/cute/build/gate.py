@@ -1,17 +1,13 @@
 """What a compiled kernel must look like before it is linked: its GPU code, read out of the object file.
 
 ptxas reports neither spilled registers nor a dropped setmaxnreg as an error, and a kernel with either runs right but
-slowly. The instructions are counted from their encoding, in a millisecond; `disassemble` counts the same from the text
-of nvdisasm, 300 ms a kernel, and tests compare the two.
+slowly. The instructions are counted from their encoding, in a millisecond; tests count the same from the text of
+nvdisasm, 300 ms a kernel.
 """
 
-import pathlib
-import re
 import struct
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import numpy as np
@@ -146,33 +142,3 @@ def why_unfit(found: Inspection, variant: Variant) -> str | None:
     if found.registers * config.threads > 65_536:
         return f"It starts with {found.registers} registers for each of {config.threads} threads, an SM has 65536; use fewer warps."
     return None
-
-
-def disassembler() -> pathlib.Path | None:
-    """nvdisasm of the installed Triton, which reads sm_90a; None without one."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return path if path.exists() else None
-
-
-def disassemble(image: pathlib.Path, nvdisasm: pathlib.Path) -> dict[str, int]:
-    """`Inspection.instructions` of a cubin file from its disassembly.
-
-    Raises:
-        InputError: nvdisasm cannot read it.
-    """
-    done: Any = subprocess.run([nvdisasm, "-c", image], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise InputError(f"nvdisasm cannot read {image}: {done.stderr.strip()[:200]}")
-    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z0-9_.x]+)", done.stdout, re.MULTILINE)
-    counts: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        if parts[0] in GMMA_K:
-            parts[0] += "." + parts[1]
-        if parts[0].split(".")[0] in OPCODES.values():
-            counts[parts[0]] += 1
-    return dict(sorted(counts.items()))

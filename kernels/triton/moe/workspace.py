@@ -86,9 +86,9 @@ def ordered_rows(num_slots: int, num_local_experts: int) -> int:
 def workspace(shape: MoEShape, num_tokens: int, device: torch.device | str = "cuda") -> Workspace:
     """A workspace for batches of up to `num_tokens` tokens of a layer, with every config.
 
-    Its size is `workspace_bytes(shape, num_tokens)`: per slot 2 (H + I) bytes and the alignment, for FP8 layers
-    the quantised copies on top, rows of split configs for small batches (`configs.partial_rows`), and up to 127 more rows of
-    h an expert for kernels that keep it in the order of blocks (`ordered_rows`).
+    Its size, `num_bytes`, which the device "meta" tells without allocating it: per slot 2 (H + I) bytes and the alignment,
+    for FP8 layers the quantised copies on top, rows of split configs for small batches (`configs.partial_rows`), and up to
+    127 more rows of h an expert for kernels that keep it in the order of blocks (`ordered_rows`).
     """
     if num_tokens < 1:
         raise InputError(f"num_tokens is {num_tokens}; give the largest batch the workspace must hold, at least 1.")
@@ -104,11 +104,6 @@ def workspace(shape: MoEShape, num_tokens: int, device: torch.device | str = "cu
         num_local_experts=shape.num_local_experts,
         alignment=torch.empty(ints, dtype=torch.int32, device=device),
     )
-
-
-def workspace_bytes(shape: MoEShape, num_tokens: int) -> int:
-    """Bytes that `workspace` holds, without allocating them."""
-    return workspace(shape, num_tokens, "meta").num_bytes
 
 
 def allocate(

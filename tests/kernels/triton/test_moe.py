@@ -22,7 +22,7 @@ from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import configs as tuning
 from rampwrap.kernels.triton.moe.warm import run_once
-from rampwrap.kernels.triton.moe.workspace import allocate, ordered_rows, workspace, workspace_bytes
+from rampwrap.kernels.triton.moe.workspace import allocate, ordered_rows, workspace
 
 needs_kernels = pytest.mark.skipif(
     not INTERPRETED.value and not torch.cuda.is_available(),
@@ -226,7 +226,7 @@ def test_protocol():
     assert all(1 <= kernel.grid(c, shape).ctas_per_sm <= 32 for c in kernel.configs)
     for num_tokens in (1, 64, 300, 1024, 100_000):
         assert kernel.default_config(num_tokens) in kernel.configs
-    assert workspace_bytes(shape, 64) >= 64 * 8 * 2 * (2048 + 1024)
+    assert workspace(shape, 64, "meta").num_bytes >= 64 * 8 * 2 * (2048 + 1024)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
