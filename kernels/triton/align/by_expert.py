@@ -1,7 +1,7 @@
 """The GPU code of `align`: histograms of expert ids, and the placing of slots in blocks.
 
 `block_m` is a runtime argument throughout, so that a kernel that chooses it on the device can use the helpers as
-they are: `ids_and_histogram`, then `place_expert`; or `expert_histogram` of a chunk, then `scan_own`, with the chosen block_m.
+they are: `ids_and_histogram`, then `place_expert`, with the chosen block_m.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -51,27 +51,6 @@ def local_expert_ids(
         ids = tl.load(expert_map_ptr + ids, mask=valid, other=-1)
         valid = (ids >= 0) & (ids < num_local_experts)
     return tl.where(valid, ids, num_local_experts).to(tl.int32)
-
-
-@triton.jit
-def expert_histogram(
-    topk_ids_ptr,
-    expert_map_ptr,
-    first_slot,
-    end_slot,
-    num_slots,
-    num_experts,
-    num_local_experts,
-    CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Slots of each local expert among slots [first_slot, end_slot), int32 [BINS]; BINS >= num_local_experts."""
-    counts = tl.zeros((BINS,), dtype=tl.int32)
-    for start in range(first_slot, end_slot, CHUNK):
-        offsets = start + tl.arange(0, CHUNK)
-        ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, offsets, num_slots, num_experts, num_local_experts)
-        counts += count_ids(ids, num_local_experts, BINS)
-    return counts
 
 
 @triton.jit

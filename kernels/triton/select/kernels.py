@@ -58,12 +58,6 @@ def record_choice(
     tl.atomic_add(tally_ptr + at, sums, mask=sums != 0.0, sem="relaxed")
 
 
-@triton.jit
-def capacity_of(block_m, num_slots, num_local_experts):
-    """`alignment_capacity` on the device."""
-    return tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m)
-
-
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts", "fallback"])
 def select_by_expert_kernel(
     topk_ids_ptr,
