@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -495,3 +496,20 @@ def test_a_plans_dispatcher_is_made_for_the_layers_own_device(
     assert options == {
         **{"max_tokens": serving.max_tokens, "device": Device.current(), "strict": True, "where": weights.device}
     }
+
+
+def test_layers_beyond_the_most_are_counted_together(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the first has a record of its own, found again by the address of its weights."""
+    save_plan(tmp_path / "plans")
+    made: list[str] = []
+    dispatcher = SimpleNamespace(layer=lambda name: (made.append(name), name)[1])
+    monkeypatch.setattr(engine, "GraphDispatcher", lambda kernel, plan, **options: dispatcher)
+    monkeypatch.setattr(engine, "MAX_LAYERS", 3)
+    layers = [torch.zeros(8, 64, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(5)]
+    serving = engine.serving()
+    serving.names[layers[1].data_ptr()] = "model.layers.7"
+    service = engine.Service(serving, layers[0], 2)
+    first = ["experts.0", "model.layers.7", "experts.2"]
+    for _ in range(2):
+        assert [service.layer(weights) for weights in layers] == [*first, "others", "others"]
+    assert made == [*first, *["others"] * 4]
