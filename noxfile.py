@@ -1,6 +1,7 @@
 """The tests with the oldest and with the newest releases that pyproject.toml declares: ``nox``, or ``nox -s oldest``.
 
 Each session is an environment of its own with some 6 GB of torch and CUDA libraries; arguments after ``--`` are pytest's.
+Where a CPU build of torch lies in a folder, UV_FIND_LINKS names it and the file that UV_CONSTRAINT names holds its version.
 """
 
 import os
