@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rampwrap.adapters.layer import LayerKernel, check_memory, only_on_hopper, runnable
+from rampwrap.adapters.layer import LayerKernel, check_blocks, check_workspace, only_on_hopper, runnable
 from rampwrap.errors import CaptureError, ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, format_config
@@ -166,7 +166,9 @@ class CuteFusedMoE(LayerKernel):
             CaptureError: the config was not launched before this capture, which is when its code is loaded.
         """
         found, functions = self._ready[tuple(config.items())]
-        check_memory(operands, workspace, [config], [blocks])
+        check_workspace(operands, workspace)
+        if blocks is not None:
+            check_blocks(operands, blocks, config["block_m"])
         device = operands.topk_ids.device
         warm = (found.variants[0].symbol, device.index)
         if warm not in self._warm and device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -27,7 +27,7 @@ from typing import Any
 import attrs
 import torch
 
-from rampwrap.adapters.layer import LayerKernel, check_memory, launch_each, only_on_hopper, runnable
+from rampwrap.adapters.layer import LayerKernel, check_workspace, launch_each, only_on_hopper, runnable
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, format_config
@@ -217,7 +217,7 @@ class DeepGemmMoE(LayerKernel):
         Raises:
             CaptureError: a batch of this size was not launched before this capture, which is when its kernels are compiled.
         """
-        check_memory(operands, workspace)
+        check_workspace(operands, workspace)
         tokens, device = operands.num_tokens, operands.topk_ids.device
         warm = (*config.values(), tokens, device)
         if warm not in self._warm and device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -20,7 +20,7 @@ from typing import Any
 import attrs
 import torch
 
-from rampwrap.adapters.layer import LayerKernel, check_memory, launch_each, only_on_hopper, runnable
+from rampwrap.adapters.layer import LayerKernel, check_workspace, launch_each, only_on_hopper, runnable
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.grid import CtaGrid, max_blocks
 from rampwrap.kernel.protocol import Config, format_config
@@ -213,7 +213,7 @@ class FlashInferCuteMoE(LayerKernel):
         Raises:
             CaptureError: the config was not launched before this capture, which is when its kernels are compiled.
         """
-        check_memory(operands, workspace)
+        check_workspace(operands, workspace)
         topk_ids, out = operands.topk_ids, operands.output()
         overlaps = pdl.arguments() == pdl.WITH
         warm = (*(config[key] for key in KEYS), overlaps, topk_ids.device)

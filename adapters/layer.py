@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -22,11 +23,9 @@ _C = TypeVar("_C")
 
 def _shown(method: Callable[..., Any], run: Callable[..., Any], without: Sequence[str]) -> Callable[..., Any]:
     """A method that shows what a backend takes: the operands but for some, and the keyword arguments of its `run`."""
-
-    @functools.wraps(method)
-    def own(self: LayerKernel, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
+    own = types.FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__)
+    functools.update_wrapper(own, method)  # and not a function around it, which costs each launch 0.35 us
+    own.__kwdefaults__ = method.__kwdefaults__
     *shared, _ = inspect.signature(method).parameters.values()
     options = [
         its for its in inspect.signature(run).parameters.values() if its.kind in (its.KEYWORD_ONLY, its.VAR_KEYWORD)
@@ -226,24 +225,29 @@ def runnable(
     return found
 
 
-def check_memory(
-    operands: Operands, workspace: Any, configs: Sequence[Config] = (), blocks: Sequence["TokenBlocks | None"] = ()
-) -> None:
-    """Nothing, where memory that a caller brings is large enough and its alignments are of the configs' block_m.
+def check_workspace(operands: Operands, workspace: Any) -> None:
+    """Nothing, where memory that a caller brings, if any, has room for the batch.
 
     Raises:
-        InputError: it is not, or they are not.
+        InputError: it has not.
+    """
+    if workspace is not None and workspace.num_slots < operands.num_slots:
+        raise InputError(
+            f"The workspace holds {workspace.num_slots} slots, this batch has {operands.num_slots}; allocate a larger one."
+        )
+
+
+def check_blocks(operands: Operands, blocks: "TokenBlocks", block_m: int) -> None:
+    """Nothing, where an alignment that a caller brings is of this batch and of a config's block_m.
+
+    Raises:
+        InputError: it is another.
     """
     num_slots = operands.num_slots
-    for config, its in zip(configs, blocks, strict=False):
-        if its is not None and (its.block_m, its.num_slots) != (config["block_m"], num_slots):
-            raise InputError(
-                f"The blocks hold {its.num_slots} slots at block_m={its.block_m}; "
-                f"align this batch of {num_slots} slots at block_m={config['block_m']}."
-            )
-    if workspace is not None and workspace.num_slots < num_slots:
+    if (blocks.block_m, blocks.num_slots) != (block_m, num_slots):
         raise InputError(
-            f"The workspace holds {workspace.num_slots} slots, this batch has {num_slots}; allocate a larger one."
+            f"The blocks hold {blocks.num_slots} slots at block_m={blocks.block_m}; "
+            f"align this batch of {num_slots} slots at block_m={block_m}."
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rampwrap.adapters.layer import CandidateKernel, check_memory, runnable
+from rampwrap.adapters.layer import CandidateKernel, check_blocks, check_workspace, runnable
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
@@ -107,7 +107,9 @@ class TritonFusedMoE(CandidateKernel):
             waves: grids of at most so many waves of CTAs, each of which goes on to further tiles; same bits. 0 gives
                 every tile that the capacity allows for a CTA of its own.
         """
-        check_memory(operands, workspace, [config], [blocks])
+        check_workspace(operands, workspace)
+        if blocks is not None:
+            check_blocks(operands, blocks, config["block_m"])
         most_ctas = self.most_ctas(config, waves, operands.topk_ids.device)
         return fused_moe(config, operands, workspace=workspace, blocks=blocks, most_ctas=most_ctas)
 
@@ -124,7 +126,9 @@ class TritonFusedMoE(CandidateKernel):
         streams: Sequence[Any] = (),
     ) -> torch.Tensor:
         """As `run`; a candidate without rows costs about 1 us with grids of one wave."""
-        check_memory(operands, workspace, configs, blocks)
+        check_workspace(operands, workspace)
+        for config, its in zip(configs, blocks, strict=True):
+            check_blocks(operands, its, config["block_m"])
         limits = [self.most_ctas(config, waves, operands.topk_ids.device) for config in configs]
         return fused_moe_candidates(
             configs, blocks, choice, operands, workspace=workspace, most_ctas=limits, streams=streams

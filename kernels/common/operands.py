@@ -147,26 +147,25 @@ class Contract:
             raise InputError(
                 f"{shape.num_local_experts} of {shape.num_experts} experts are on this rank; give expert_map to say which."
             )
-        tokens = x.shape[0]
-        rows, slots = (tokens, shape.hidden_size), (tokens, shape.top_k)
-        self._expect("hidden_states", x, rows, self._activations)
-        for name, expected, dtypes in self._fixed:
+        rows, slots = (x.shape[0], shape.hidden_size), (x.shape[0], shape.top_k)
+        of_batch = (
+            ("hidden_states", rows, self._activations),
+            ("topk_ids", slots, IDS),
+            ("topk_weights", slots, self._routing),
+            ("out", rows, self._activations),
+        )
+        for name, expected, dtypes in of_batch + self._fixed:
             tensor = getattr(operands, name)
-            if tensor is not None:
-                self._expect(name, tensor, expected, dtypes)
-        self._expect("topk_ids", operands.topk_ids, slots, IDS)
-        self._expect("topk_weights", operands.topk_weights, slots, self._routing)
-        if operands.out is not None:
-            self._expect("out", operands.out, rows, self._activations)
+            if tensor is None:
+                continue
+            strided = self.contiguous and not tensor.is_contiguous()
+            if strided or tensor.shape != expected or tensor.dtype not in dtypes:
+                kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise InputError(
+                    f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+                    f"{' and not contiguous' if strided else ''}; "
+                    f"give {'contiguous ' if self.contiguous else ''}{kinds} {expected}."
+                )
         for name in self.aligned:
             if getattr(operands, name).data_ptr() % 16:
                 raise InputError(f"{name} does not start at a multiple of 16 bytes, as its copies need; give a copy.")
-
-    def _expect(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype]) -> None:
-        strided = self.contiguous and not tensor.is_contiguous()
-        if tensor.shape != shape or tensor.dtype not in dtypes or strided:
-            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise InputError(
-                f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-                f"{' and not contiguous' if strided else ''}; give {'contiguous ' if self.contiguous else ''}{kinds} {shape}."
-            )

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from rampwrap.adapters.layer import CandidateKernel, LayerKernel, check_memory, launch_each, runnable
+from rampwrap.adapters.layer import CandidateKernel, LayerKernel, check_blocks, check_workspace, launch_each, runnable
 from rampwrap.dispatch.graph import chooses_in_graph
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
@@ -166,16 +166,18 @@ def test_memory_of_a_caller():
     class Memory:
         num_slots, block_m = 6, 16
 
-    operands = Operands(**inputs(Plain()))
-    check_memory(operands, Memory(), [{"block_m": 16}], [Memory()])
-    check_memory(operands, None, [{"block_m": 24}], [None])
-    with pytest.raises(
-        InputError, match="The blocks hold 6 slots at block_m=16; align this batch of 6 slots at block_m=24"
-    ):
-        check_memory(operands, None, [{"block_m": 24}], [Memory()])
-    more = Operands(**inputs(Plain(), 4))
+    operands, more = Operands(**inputs(Plain())), Operands(**inputs(Plain(), 4))
+    check_workspace(operands, Memory())
+    check_workspace(more, None)
+    check_blocks(operands, Memory(), 16)
     with pytest.raises(InputError, match="workspace holds 6 slots, this batch has 8"):
-        check_memory(more, Memory())
+        check_workspace(more, Memory())
+    with pytest.raises(
+        InputError, match="blocks hold 6 slots at block_m=16; align this batch of 6 slots at block_m=24"
+    ):
+        check_blocks(operands, Memory(), 24)
+    with pytest.raises(InputError, match="align this batch of 8 slots at block_m=16"):
+        check_blocks(more, Memory(), 16)
 
 
 def test_a_contract_of_what_need_not_be_contiguous():

@@ -38,7 +38,7 @@ def run_layer(
         functions: the compiled kernels of ``config.variants``.
         group_m: M blocks whose tiles run side by side.
         max_ctas: CTAs of a launch; each goes on to further tiles. `MAX_CTAS` for one a tile.
-        operands: taken as they are (the adapter checks them); topk_weights of another type than float32 are
+        operands: of at least one token, taken as they are (the adapter checks them); topk_weights of another type than float32 are
             converted first.
         workspace: from `rampwrap.kernels.triton.moe.workspace`, for a call that allocates nothing but an absent `out`.
         blocks: an alignment of the topk_ids with the config's block_m; made here where absent.
@@ -50,8 +50,6 @@ def run_layer(
     (num_tokens, top_k), num_slots = topk_ids.shape, topk_ids.numel()
     experts, hidden, intermediate = operands.w2.shape
     out = operands.output()
-    if num_tokens == 0:
-        return out
     num_blocks = max_blocks(num_slots, experts, config.block_m)
     if num_blocks * max(2 * intermediate, hidden) // config.rows > MAX_CTAS:
         raise InputError(f"{num_tokens} tokens make more tiles than a launch has CTAs ({MAX_CTAS}); split the batch.")

@@ -37,7 +37,7 @@ def is_direct(num_slots: int, num_experts: int) -> bool:
     return num_slots * DIRECT_FACTOR <= num_experts
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class _Layer:
     """The operands of one call with what is made of them, from which each config's launches follow."""
 
@@ -53,19 +53,11 @@ class _Layer:
     def make(cls, operands: Operands, workspace: Workspace | None, several: bool) -> "_Layer":
         """Allocates what is absent and, for FP8 weights, quantises the hidden states."""
         launch = pdl.arguments(several)
-        x, x_scale, num_tokens = operands.hidden_states, None, operands.num_tokens
-        fp8 = operands.w13_scale is not None
+        x, x_scale, fp8 = operands.hidden_states, None, operands.w13_scale is not None
+        (num_tokens, top_k), (_, hidden, intermediate) = operands.topk_ids.shape, operands.w2.shape
         if workspace is None:
-            workspace = allocate(
-                num_tokens,
-                operands.top_k,
-                operands.hidden_size,
-                operands.intermediate_size,
-                x.dtype,
-                fp8=fp8,
-                device=x.device,
-            )
-        if fp8 and num_tokens:
+            workspace = allocate(num_tokens, top_k, hidden, intermediate, x.dtype, fp8=fp8, device=x.device)
+        if fp8:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
             x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
             quantise_rows(operands.hidden_states, x, x_scale, launch=launch)
@@ -74,8 +66,7 @@ class _Layer:
     def gemms(self, config: Mapping[str, Any], blocks: TokenBlocks | None, most_ctas: int | None) -> None:
         """Up and down; without `blocks` every slot is a block of its own. `most_ctas` as in `fused_moe`."""
         its, workspace = self.operands, self.workspace
-        num_slots, local = its.num_slots, its.num_local_experts
-        hidden, intermediate = its.hidden_size, its.intermediate_size
+        num_slots, (local, hidden, intermediate) = its.num_slots, its.w2.shape
         block_n, split_k = config["block_n"], splits(config, num_slots)
         post_padded = None if blocks is None else blocks.num_tokens_post_padded
         routing = (
@@ -137,10 +128,11 @@ class _Layer:
 
     def sum(self, all_splits: Sequence[int], choice: torch.Tensor | None = None) -> torch.Tensor:
         """Sums the rows of the config that ran: the only one, or candidate `choice` (int32 [1]) of several."""
-        its, hidden = self.operands, self.operands.hidden_size
+        its = self.operands
+        (num_tokens, top_k), (local, hidden, _) = its.topk_ids.shape, its.w2.shape
         same = len(set(all_splits)) == 1
         block_h = min(1024, triton.next_power_of_2(hidden))
-        sum_kernel[(its.num_tokens, triton.cdiv(hidden, block_h))](
+        sum_kernel[(num_tokens, triton.cdiv(hidden, block_h))](
             self.out,
             self.workspace.y,
             its.topk_ids,
@@ -148,8 +140,8 @@ class _Layer:
             None if same else choice,
             its.num_slots,
             its.num_experts,
-            its.num_local_experts,
-            TOP_K=its.top_k,
+            local,
+            TOP_K=top_k,
             HIDDEN=hidden,
             SPLIT_K=max(all_splits),
             SPLIT_OF=0 if same else sum(count << 4 * place for place, count in enumerate(all_splits)),
@@ -171,19 +163,17 @@ def fused_moe(
 
     Args:
         config: block_m, block_n, block_k, group_m, num_warps, num_stages, swap_ab; split_k where it is not 1.
-        operands: taken as they are (the adapter checks them).
+        operands: of at least one token, taken as they are (the adapter checks them).
         workspace: from `workspace.allocate`, for a call that allocates nothing but an absent `out`.
         blocks: an alignment of the topk_ids with the config's block_m; made here where absent.
         most_ctas: grids of at most so many CTAs, each of which goes on to further tiles; same bits. Not used where
             the batch is so small that it runs without an alignment.
     """
     layer = _Layer.make(operands, workspace, several=blocks is not None)
-    num_tokens, num_slots = operands.num_tokens, operands.num_slots
-    if num_tokens == 0:
-        return layer.out
+    num_slots = operands.num_slots
     if blocks is None and not is_direct(num_slots, operands.num_experts):
         local, block_m = operands.num_local_experts, config["block_m"]
-        memory = layer.workspace.token_blocks(num_tokens, operands.top_k, local, block_m)
+        memory = layer.workspace.token_blocks(operands.num_tokens, operands.top_k, local, block_m)
         blocks = align_tokens(operands.topk_ids, block_m, local, expert_map=operands.expert_map, blocks=memory)
     layer.gemms(config, blocks, most_ctas)
     return layer.sum([splits(config, num_slots)])
@@ -208,13 +198,10 @@ def fused_moe_candidates(
         streams: CUDA streams for the configs after the first, as in `branches.run_beside`.
     """
     layer = _Layer.make(operands, workspace, several=True)
-    num_slots = operands.num_slots
-    if num_slots == 0:
-        return layer.out
     limits = most_ctas or [None] * len(configs)
     each = zip(configs, blocks, limits, strict=True)
     run_beside(streams, [functools.partial(layer.gemms, *its) for its in each])
-    return layer.sum([splits(config, num_slots) for config in configs], choice)
+    return layer.sum([splits(config, operands.num_slots) for config in configs], choice)
 
 
 def tuning_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
