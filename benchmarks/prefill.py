@@ -42,8 +42,9 @@ from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import format_config
 from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.triton.align.host import align_tokens
-from rampwrap.kernels.triton.quantise import GROUP, quantise_rows
+from rampwrap.kernels.triton.quantise import quantise_rows
 from rampwrap.kernels.triton.rows import CONTIGUOUS, MASKED, Routed, place
 from rampwrap.measure.full import roofline_us
 from rampwrap.routing.workloads import Routing, Workload
