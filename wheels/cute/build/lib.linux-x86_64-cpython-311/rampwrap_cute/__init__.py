@@ -1,1 +1,0 @@
-"""The compiled CuTe kernels of rampwrap, which finds the library in this folder."""
