@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from serve_vllm_report import report
-from serve_vllm_setup import ARMS, MODELS, environment_of, free_gb, needed_gb, prepare, settings_of
+from serve_vllm_setup import ARMS, MODELS, environment_of, free_gb, needed_gb, prepare, requests_of, settings_of
 
 PROFILED = 6
 "Steps of a cell that run under torch's profiler."
@@ -168,9 +168,9 @@ def decode(
 def prefill(
     arms: dict[str, Arm], order: list[str], routing: str, prompt: int, arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Prompts of one length: as many as fill a step of 8192 tokens for tokens/s, and one alone for the time to its token."""
+    """Prompts of one length: as many as fill a step for tokens/s, and one alone for the time to its token."""
     settle(arms, arguments.cpus)
-    for requests in dict.fromkeys((max(1, 8192 // prompt), 1)):
+    for requests in requests_of(prompt):
         where = {"routing": routing, "prompt": prompt, "requests": requests}
         for arm in order:
             arms[arm]("prefill", **where)  # compiles

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 import numpy as np
-from serve_vllm_setup import ARMS
+from serve_vllm_setup import ARMS, requests_of
 
 OTHERS = ARMS[:-1]
 "What the plugin is compared with."
@@ -142,7 +142,7 @@ def report_prefill(rows: list[dict[str, Any]], arms: list[str], arguments: argpa
         on_host: dict[str, list[float]] = {arm: [] for arm in arms}
         on_gpu: dict[str, list[float]] = {arm: [] for arm in arms}
         for prompt in arguments.prompts:
-            for requests in dict.fromkeys((max(1, 8192 // prompt), 1)):
+            for requests in requests_of(prompt):
                 where = {"routing": routing, "prompt": prompt, "requests": requests}
                 us = {a: median_of(rows, "gpu_us", arm=a, what="prefill share", **where) for a in arms}
                 line = f"  {requests:>4} x {prompt:<6}"

@@ -20,6 +20,8 @@ from rampwrap.plan.make import make_plan
 from rampwrap.policy.static import static_table, write_static
 
 ROOT = pathlib.Path(__file__).parent.parent
+MAX_TOKENS = 8192
+"Of a step."
 ARMS = ("installed", "static", "deep_gemm", "plugin")
 COMMON = {
     "hidden_act": "silu",
@@ -107,6 +109,11 @@ MODELS = {
 }
 
 
+def requests_of(prompt: int) -> tuple[int, ...]:
+    """How many prompts of a length are measured at once: as many as fill a step, and one alone."""
+    return tuple(dict.fromkeys((max(1, MAX_TOKENS // prompt), 1)))
+
+
 def static_file(source: pathlib.Path, name: str) -> str:
     """A table tuned per token count under uniform routing, as text of vLLM's JSON file."""
     if source.suffix == ".npz":
@@ -156,7 +163,7 @@ def profiled(folder: pathlib.Path, arguments: argparse.Namespace, gpu: str, kern
         str(folder / "plans"),
         "--quiet",
     ]
-    tokens = {1, 128, 1024, 8192, *arguments.batch_size, *arguments.prompts}
+    tokens = {1, 128, 1024, MAX_TOKENS, *arguments.batch_size, *arguments.prompts}
     command += ["--batch-size", *map(str, sorted(tokens))]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpu})
@@ -215,7 +222,7 @@ def settings_of(
         "experts": shape.num_experts,
         "top_k": shape.top_k,
         "vocabulary": config["vocab_size"],
-        "max_tokens": 8192,
+        "max_tokens": MAX_TOKENS,
         "max_seqs": max(512, *arguments.batch_size),
         "max_model_len": max(2048, *(prompt + 8 for prompt in arguments.prompts)),
         "kv_bytes": int(kv_gb * 1e9),

@@ -14,6 +14,9 @@ and whether a compiler fuses multiply and add, cannot change a bit. What rounds 
 ``ramp4`` is the published form (arXiv 2604.26039), untouched: ``a + b*waves + c*g + d*log(g+1)``, least squares.
 """
 
+from typing import Any
+
+from rampwrap.errors import FitError
 from rampwrap.model.base import CostModel
 from rampwrap.model.ramp4 import Ramp4
 from rampwrap.model.wave import Wave
@@ -22,3 +25,19 @@ MODELS: dict[str, type[CostModel]] = {"wave": Wave, "ramp4": Ramp4}
 "Every model that `fit` knows, by name."
 OLD_NAMES = {"default": "wave"}
 "What files and commands of earlier versions call a model."
+
+
+def model_class(name: Any, remedy: str) -> type[CostModel]:
+    """The model of a name, also of one that earlier versions gave it.
+
+    Args:
+        name: what stands in a file or was asked for.
+        remedy: what the error says to do with a name of `MODELS`.
+
+    Raises:
+        FitError: it is no model's.
+    """
+    current = OLD_NAMES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(current, str) or current not in MODELS:
+        raise FitError(f"there is no model {current!r:.60}; {remedy} one of {', '.join(sorted(MODELS))}.")
+    return MODELS[current]

@@ -10,7 +10,7 @@ from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.measure.timings import Timings
 from rampwrap.model.base import COEF_UNIT, WEIGHT_UNIT, CostModel
 from rampwrap.model.correction import fit_local
-from rampwrap.model.cost import MODELS, OLD_NAMES
+from rampwrap.model.cost import model_class
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.ramp4 import Ramp4
 from rampwrap.model.wave import Wave
@@ -32,13 +32,11 @@ def fit(timings: Timings, model: str = "wave", rows: IntArray | None = None) -> 
     Raises:
         FitError: an unknown model, or too few workloads or cells for it.
     """
-    model = OLD_NAMES.get(model, model)
-    if model not in MODELS:
-        raise FitError(f"there is no model {model!r}; choose one of {', '.join(sorted(MODELS))}.")
+    name = model_class(model, "choose").name
     chosen = np.arange(len(timings.us)) if rows is None else np.asarray(rows, dtype=np.int64)
     if not len(chosen):
         raise FitError("rows is empty, so there is nothing to fit; give workloads or leave it out.")
-    return FITS[model](timings, chosen)
+    return FITS[name](timings, chosen)
 
 
 def fitted_us(table: Timings) -> FloatArray:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from rampwrap import schema
-from rampwrap.errors import FitError, PlanError, RampwrapError
+from rampwrap.errors import PlanError, RampwrapError
 from rampwrap.model.base import CostModel
-from rampwrap.model.cost import MODELS, OLD_NAMES
+from rampwrap.model.cost import model_class
 from rampwrap.model.features import Geometry
 from rampwrap.policy.graph_lists import Shortlist
 from rampwrap.policy.static import StaticTable
@@ -98,12 +98,10 @@ def converter() -> "Converter":
 
     def model(raw: Any, _: Any) -> CostModel:
         name = raw.get("name") if isinstance(raw, dict) else raw
-        name = OLD_NAMES.get(name, name) if isinstance(name, str) else name
-        if not isinstance(name, str) or name not in MODELS:
-            raise FitError(f"there is no model {name!r:.60}; fit again with one of {', '.join(sorted(MODELS))}.")
+        kind = model_class(name, "fit again with")
         own = {key: value for key, value in raw.items() if key != "name" and key not in _GEOMETRY}
         own["geometry"] = {key: raw[key] for key in _GEOMETRY if key in raw}
-        return made.structure(own, MODELS[name])
+        return made.structure(own, kind)
 
     def flat(its: CostModel) -> dict[str, Any]:
         raw = made.unstructure(its, type(its))
