@@ -29,7 +29,7 @@ from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import watch
 from rampwrap.observe.tally import Telemetry
-from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans, disabled
+from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans, disabled, made_elsewhere
 from rampwrap.plan.plan import Plan, shape_arguments
 from rampwrap.policy.policies import WaveCost
 from rampwrap.policy.static import StaticTable
@@ -62,7 +62,7 @@ def register() -> None:
     plans = Plans.read()
     for sentence in plans.broken:
         _warn(sentence, "rampwrap cannot read a plan: %s", sentence)
-    if not any(plan.kernel in KERNELS for _, plan in plans.found):
+    if not any(plan.kernel in KERNELS for _, plan in plans.every):
         _warn(
             "no plans",
             "rampwrap leaves SGLang as it is: %s has no plan of kernel %s; %s.",
@@ -140,9 +140,9 @@ class Around:
         device = Device.current()
         reason = pinned(shape, given)
         if reason is None:
-            for path, plan in reversed(self._plans.found):
+            for path, plan in reversed(self._plans.every):
                 if plan.kernel in KERNELS and _fits(plan, shape, device):
-                    _log.info("rampwrap serves %s of SGLang with %s.", shape, path)
+                    _log.info("rampwrap serves %s of SGLang with %s%s.", shape, path, made_elsewhere(plan, device))
                     return Layers(plan)
             remedy = self._plans.remedy(f"{COMMAND} {shape_arguments(shape)}")
             reason = f"no plan in {self._plans.where} is for it on {device.name}; {remedy}"
@@ -186,7 +186,7 @@ def _fits(plan: Plan, shape: MoEShape, device: Device) -> bool:
     return (
         its.num_local_experts == shape.num_experts
         and all(getattr(its, name) == getattr(shape, name) for name in sizes)
-        and plan.device.label == device.label
+        and plan.device.same_kind(device)
         and all(set(config) == set(KEYS) and refusal(config, shape.dtype) is None for config in plan.configs)
     )
 

@@ -30,7 +30,7 @@ from rampwrap.engines.transformers_layer import TESTED, refusal
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans
+from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans, made_elsewhere
 from rampwrap.plan.plan import shape_arguments
 from rampwrap.policy.policies import Static
 
@@ -107,6 +107,8 @@ class Service:
             )
             return
         plan = fit.plan
+        if elsewhere := made_elsewhere(plan, device):
+            _warn(f"kind {fit.path}", "rampwrap serves by %s%s.", fit.path, elsewhere, level=logging.INFO)
         routed = plan.policy(kernel=self.kernel)
         self.dispatcher = Dispatcher(self.kernel, Static(routed.configs, routed.static), shape=self.shape)
         self.graph_dispatcher = apart(

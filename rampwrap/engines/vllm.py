@@ -37,7 +37,7 @@ from rampwrap.errors import CaptureError, RampwrapError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import start_log
-from rampwrap.plan.folder import DISABLE, Fit, OneWarning, Plans, disabled
+from rampwrap.plan.folder import DISABLE, Fit, OneWarning, Plans, disabled, made_elsewhere
 
 TESTED = ("0.26",)
 "Releases (major.minor) whose sources this module was checked against, and which it serves."
@@ -140,7 +140,10 @@ class _Engine:
             self.graph_dispatchers[fit.path] = found
             ensure_compiled(found, fit.path)
             start_log()
-            logger.info("rampwrap chooses configs of %s for layers of %s by %s.", fit.kernel.name, shape, fit.path)
+            logger.info(
+                "rampwrap chooses configs of %s for layers of %s by %s%s.",
+                *(fit.kernel.name, shape, fit.path, made_elsewhere(fit.plan, device)),
+            )
         return found
 
 

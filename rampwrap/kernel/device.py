@@ -8,6 +8,9 @@ import attrs
 from rampwrap.errors import InputError
 from rampwrap.schema import LARGEST, OMIT, between
 
+SAME_MEMORY = 0.01
+"""Part by which the memory of one kind of GPU differs: drivers keep some of it. An H100 NVL and a GH200 of as many
+multiprocessors are 1.5 % apart."""
 _known = attrs.validators.optional(between(0, 1e9, InputError, whole=False))
 
 
@@ -16,7 +19,8 @@ class Device:
     """A GPU as the cost model sees it.
 
     `copy_gbps` counts bytes read plus bytes written by a large device-to-device copy; the TFLOP/s are dense
-    matrix rates. None where nobody measured or stated them.
+    matrix rates. `capability` is that of its multiprocessors, ``9.0``; `memory_bytes` what torch finds on it. None where
+    nobody measured or stated them.
     """
 
     name: str
@@ -28,11 +32,31 @@ class Device:
     )
     bf16_tflops: float | None = attrs.field(default=None, validator=_known, metadata=OMIT)
     fp8_tflops: float | None = attrs.field(default=None, validator=_known, metadata=OMIT)
+    capability: str | None = attrs.field(default=None, metadata=OMIT)
+    memory_bytes: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(between(1, LARGEST, InputError)), metadata=OMIT
+    )
 
     @property
     def label(self) -> str:
         """What tells GPUs apart, whose timings do not mix: ``NVIDIA H200 (132 SMs)``. A part of a GPU has its name."""
         return f"{self.name} ({self.num_sms} SMs)"
+
+    def same_kind(self, other: "Device") -> bool:
+        """Whether what was measured on the other holds here: it has the same label, or every property of this one.
+
+        Drivers and vendors of machines name one GPU differently. A property that either does not state decides against
+        it, and so does a part of a GPU (MIG), which shares its memory with others.
+        """
+        if self.label == other.label:
+            return True
+        mine, its = (
+            (one.num_sms, one.capability, one.l2_bytes, one.smem_bytes_per_sm, one.memory_bytes)
+            for one in (self, other)
+        )
+        if not all(mine) or not all(its) or "MIG" in f"{self.name} {other.name}".split():
+            return False
+        return mine[:-1] == its[:-1] and abs(1 - mine[-1] / its[-1]) < SAME_MEMORY  # type: ignore[operator]
 
     @classmethod
     def current(cls) -> "Device":
@@ -51,6 +75,8 @@ class Device:
             smem_bytes_per_sm=getattr(found, "shared_memory_per_multiprocessor", None),
             bf16_tflops=stated.bf16_tflops if stated else None,
             fp8_tflops=stated.fp8_tflops if stated else None,
+            capability=f"{found.major}.{found.minor}",
+            memory_bytes=found.total_memory,
         )
 
 

@@ -3,6 +3,8 @@
     RAMPWRAP_PLANS     a folder of ``*.plan.json``, or one plan; `default_folder()` where it is not set
     RAMPWRAP_DISABLE   1 keeps every hook away from the engine
 
+Plans that come with rampwrap serve where these have none for a layer and GPU.
+
 Files are read when an engine starts and never again: a plan that is replaced while it serves counts from the next
 start on.
 """
@@ -28,6 +30,8 @@ from rampwrap.plan.plan import Plan
 PLANS = "RAMPWRAP_PLANS"
 DISABLE = "RAMPWRAP_DISABLE"
 SUFFIX = ".plan.json"
+SHIPPED = pathlib.Path(__file__).parents[1] / "plans"
+"Plans that come with rampwrap; a test holds them against the kernels as they are."
 HOOK_KERNELS = {"sglang": ("vllm_fused_moe",), "transformers": ("triton_fused_moe",)}
 """Kernels whose plans an engine's hook takes: SGLang's own kernel has the source of vLLM's. vLLM's hook takes those of
 several, which depend on the layer."""
@@ -76,16 +80,30 @@ class Plans:
         where: the folder or file.
         found: path and plan, by name.
         broken: one sentence for each file that is no usable plan.
+        shipped: path and plan of those that come with rampwrap, which serve where none of `found` does.
     """
 
     where: str
     found: tuple[tuple[str, Plan], ...] = ()
     broken: tuple[str, ...] = ()
+    shipped: tuple[tuple[str, Plan], ...] = ()
+
+    @property
+    def every(self) -> tuple[tuple[str, Plan], ...]:
+        """All of them; those that count first come last."""
+        return (*self.shipped, *self.found)
 
     @classmethod
     def read(cls, where: str | os.PathLike[str] | None = None) -> "Plans":
-        """Reads a folder's ``*.plan.json`` or one file, `plans_path()` by default; a place that is not there is empty."""
-        path = plans_path() if where is None else pathlib.Path(where)
+        """Reads a folder's ``*.plan.json`` or one file; a place that is not there is empty.
+
+        Args:
+            where: that one alone; by default `plans_path()` and the plans that come with rampwrap.
+        """
+        if where is None:
+            its, shipped = cls.read(plans_path()), cls.read(SHIPPED)
+            return attrs.evolve(its, broken=(*its.broken, *shipped.broken), shipped=shipped.found)
+        path = pathlib.Path(where)
         try:
             single = [path] if path.exists() else []
             files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else single
@@ -102,23 +120,26 @@ class Plans:
     def find(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> Fit | None:
         """The plan for a layer on a GPU; None if none fits.
 
-        Of several that fit, the kernel named first in `kernels` counts, then the newest, then the last by name.
+        Of several that fit, the kernel named first in `kernels` counts, then one made under this GPU's own name, then the
+        newest, then the last by name.
         """
         passed_over: list[str] = []
-        for name in kernels:
-            usable, refused = [], ""
-            for path, plan in self.found:
-                if alike(plan.kernel, name) and plan.shape == shape and plan.device.label == device.label:
-                    kernel = _kernel(plan.kernel, shape)
-                    reason = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
-                    if isinstance(kernel, str) or reason is not None:
-                        refused = f"{path}: {reason}"
-                        continue
-                    usable.append(Fit(path, plan, kernel))
-            if usable:
-                best = max(usable, key=lambda fit: (str(fit.plan.provenance.get("made", "")), fit.path))
-                return attrs.evolve(best, passed_over=tuple(passed_over))
-            passed_over += [refused] if refused else []
+        for plans in (self.found, self.shipped):
+            for name in kernels:
+                usable, refused = [], ""
+                for path, plan in plans:
+                    if alike(plan.kernel, name) and plan.shape == shape and plan.device.same_kind(device):
+                        kernel = _kernel(plan.kernel, shape)
+                        reason = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
+                        if isinstance(kernel, str) or reason is not None:
+                            refused = f"{path}: {reason}"
+                            continue
+                        usable.append(Fit(path, plan, kernel))
+                if usable:
+                    best = max(usable, key=lambda fit: _rank(fit, device))
+                    return attrs.evolve(best, passed_over=tuple(passed_over))
+                # Nobody asked for those that come with rampwrap: that one cannot serve here is no news.
+                passed_over += [refused] if refused and plans is self.found else []
         return None
 
     def with_local(self) -> "Plans":
@@ -126,12 +147,16 @@ class Plans:
 
         Both have the same histogram: of the tokens that each local expert gets.
         """
-        local = [
-            (path, attrs.evolve(plan, shape=attrs.evolve(plan.shape, num_experts=plan.shape.num_local_experts)))
-            for path, plan in self.found
-            if plan.shape.top_k <= plan.shape.num_local_experts < plan.shape.num_experts
-        ]
-        return attrs.evolve(self, found=(*self.found, *local))
+
+        def local(plans: tuple[tuple[str, Plan], ...]) -> list[tuple[str, Plan]]:
+            return [
+                (path, attrs.evolve(plan, shape=attrs.evolve(plan.shape, num_experts=plan.shape.num_local_experts)))
+                for path, plan in plans
+                if plan.shape.top_k <= plan.shape.num_local_experts < plan.shape.num_experts
+            ]
+
+        found, shipped = (*self.found, *local(self.found)), (*self.shipped, *local(self.shipped))
+        return attrs.evolve(self, found=found, shipped=shipped)
 
     def remedy(self, command: str) -> str:
         """How to put plans where an engine's hook looks for them, in a clause; by a 'rampwrap profile --engine ...'."""
@@ -143,29 +168,43 @@ class Plans:
 
     def why_not(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> str:
         """Why `find` gives None: the reason of the plan that comes nearest, in a clause."""
-        if not self.found:
+        # Of those that come with rampwrap only one for this layer and GPU is worth a word.
+        brought = [its for its in self.shipped if its[1].shape == shape and its[1].device.same_kind(device)]
+        if not self.found and not brought:
             extra = f" ({self.broken[0]})" if self.broken else ""
             return f"there is no plan in {self.where}{extra}"
         reasons = []
-        for path, plan in self.found:
+        for path, plan in (*self.found, *brought):
             known = any(alike(plan.kernel, name) for name in kernels)
-            near = (plan.shape == shape, plan.device.label == device.label, known)
+            near = (plan.shape == shape, plan.device.same_kind(device), known)
             if not known:
                 reason = f"it is for kernel {plan.kernel}, used here are {', '.join(kernels)}"
             else:
                 kernel = _kernel(plan.kernel, shape)
                 found = kernel if isinstance(kernel, str) else _refusal(plan, kernel, device, shape)
                 reason = found or "it fits"
-            reasons.append((sum(near), pathlib.Path(path).name, reason))
-        _, name, reason = max(reasons, key=lambda entry: entry[0])
+            reasons.append((sum(near), pathlib.Path(path), reason))
+        _, nearest, reason = max(reasons, key=lambda entry: entry[0])
+        where = self.where if nearest.parent != SHIPPED else SHIPPED
         if len(reasons) == 1:
-            return f"{name} in {self.where} does not fit: {reason}"
-        return f"none of {len(reasons)} plans in {self.where} fits; nearest is {name}: {reason}"
+            return f"{nearest.name} in {where} does not fit: {reason}"
+        return f"none of {len(reasons)} plans in {self.where} fits; nearest is {nearest.name}: {reason}"
 
 
 def alike(planned: str, name: str) -> bool:
     """Whether two names stand for one kernel; portfolios do in whatever order their members are named."""
     return planned == name or sorted(members_of(planned)) == sorted(members_of(name)) != []
+
+
+def made_elsewhere(plan: Plan, device: Device) -> str:
+    """``, made on NVIDIA H100 80GB HBM3, the same kind of GPU``, where a plan serves under another name than its own."""
+    if plan.device.label == device.label:
+        return ""
+    return f", made on {plan.device.label}, a GPU of the same kind as {device.label} by its properties"
+
+
+def _rank(fit: Fit, device: Device) -> tuple[Any, ...]:
+    return fit.plan.device.label == device.label, str(fit.plan.provenance.get("made", "")), fit.path
 
 
 def _kernel(name: str, shape: MoEShape) -> Kernel | str:

@@ -138,7 +138,7 @@ class Plan:
                 kernel neither lists nor supports; the message says which, and the command that makes a plan that fits.
         """
         pairs = [("kernel", self.kernel, kernel.name), ("kernel version", self.kernel_version, kernel_version(kernel))]
-        if device is not None:
+        if device is not None and not self.device.same_kind(device):
             pairs.append(("GPU", self.device.label, device.label))
         if shape is not None:
             pairs.append(("dtype", self.shape.dtype, shape.dtype))

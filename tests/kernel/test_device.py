@@ -1,5 +1,6 @@
 """GPUs by the names that people, tools and tuned files give them."""
 
+import attrs
 import pytest
 
 from rampwrap.errors import InputError
@@ -109,14 +110,18 @@ def test_the_device_of_a_kernel_is_what_it_says_else_torchs(monkeypatch):
             "multi_processor_count": 16,
             "L2_cache_size": 7,
             "shared_memory_per_multiprocessor": 233_472,
+            "major": 9,
+            "minor": 0,
+            "total_memory": 150 << 30,
         },
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    assert device_of(object()) == Device("NVIDIA H200", 16, 7, 4300.0, 233_472, 790.0, 1580.0)
+    found = {"capability": "9.0", "memory_bytes": 150 << 30}
+    assert device_of(object()) == Device("NVIDIA H200", 16, 7, 4300.0, 233_472, 790.0, 1580.0, **found)
     properties.name = "NVIDIA Unheard"
-    assert device_of(object()) == Device("NVIDIA Unheard", 16, 7, None, 233_472)
+    assert device_of(object()) == Device("NVIDIA Unheard", 16, 7, None, 233_472, **found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of(type("Kernel", (), {"device": "cuda"})) is SIMULATED
 
@@ -159,3 +164,27 @@ def test_numbers_that_no_device_has():
     assert [
         getattr(Device("x", 1), name) for name in ("copy_gbps", "smem_bytes_per_sm", "bf16_tflops", "fp8_tflops")
     ] == [None] * 4
+
+
+FOUND = Device("NVIDIA H100 80GB HBM3", 132, 50 << 20, 3010.0, 233_472, capability="9.0", memory_bytes=85_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"name": "NVIDIA H800"}, True),
+        ({"name": "NVIDIA H800", "copy_gbps": None}, True),  # what a table says of it, not the GPU
+        ({"name": "NVIDIA H800", "memory_bytes": 84_300_000_000}, True),
+        ({"name": "NVIDIA H100 NVL", "memory_bytes": 99_900_000_000}, False),
+        ({"name": "x", "memory_bytes": 86_000_000_000}, False),
+        *(({"name": "x", name: value}, False) for name, value in (("num_sms", 114), ("capability", "10.0"), ("l2_bytes", 60 << 20), ("smem_bytes_per_sm", 1))),
+        *(({"name": "x", name: None}, False) for name in ("capability", "memory_bytes", "smem_bytes_per_sm")),
+        ({"name": "x", "l2_bytes": 0}, False),
+        ({"name": "NVIDIA H100 80GB HBM3 MIG 7g.80gb"}, False),
+        ({"memory_bytes": None, "l2_bytes": 0}, True),  # as files of earlier versions have it
+        ({"num_sms": 131}, False),
+    ],
+)  # fmt: skip
+def test_one_kind_of_gpu_under_several_names(change, same):
+    other = attrs.evolve(FOUND, **change)
+    assert FOUND.same_kind(other) is other.same_kind(FOUND) is same
