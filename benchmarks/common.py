@@ -1,15 +1,17 @@
-"""What every figure is filed with."""
+"""What every figure is filed with, and how calls are timed beside each other."""
 
 import datetime
 import importlib.metadata
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rampwrap.kernel.device import Device
+from rampwrap.measure.timer import Measurement, Timer
 
 
 def stamp() -> dict[str, Any]:
@@ -38,3 +40,16 @@ def stamp() -> dict[str, Any]:
 def geometric_mean(values: Any) -> float:
     """Of positive numbers, at least one."""
     return float(np.exp(np.log(np.asarray(values, dtype=float)).mean()))
+
+
+def interleaved(timer: Timer, calls: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
+    """Median microseconds of each, sampled in turn."""
+    try:
+        ready = {name: timer.prepare(some) for name, some in calls.items()}
+        samples: dict[str, list[float]] = {name: [] for name in ready}
+        for _ in range(rounds):
+            for name, timed in ready.items():
+                samples[name] += timed.sample()
+    finally:
+        timer.release()
+    return {name: Measurement.of(found).us for name, found in samples.items()}

@@ -15,13 +15,13 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
-from common import stamp
+from common import interleaved, stamp
 
 from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
 from rampwrap.kernel.catalog import make_kernel
@@ -30,7 +30,7 @@ from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
 from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
 from rampwrap.measure.graph_timer import GraphTimer, default_timer
-from rampwrap.measure.timer import HostTimer, Measurement, Timer
+from rampwrap.measure.timer import HostTimer
 from rampwrap.model.in_graph import MAX_IN_GRAPH, pack
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import Shortlist
@@ -41,19 +41,6 @@ ALIGN_TOKENS = (1, 64, 256, 512, 4096)
 LAYER_TOKENS = (8, 32, 64, 128, 256, 512)
 ROUTING = Routing.parse("lognormal:1.0")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def interleaved(timer: Timer, calls: Mapping[str, Sequence[Callable[[], Any]]], rounds: int) -> dict[str, float]:
-    """Median microseconds of each, sampled in turn."""
-    try:
-        ready = {name: timer.prepare(some) for name, some in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in ready}
-        for _ in range(rounds):
-            for name, timed in ready.items():
-                samples[name] += timed.sample()
-    finally:
-        timer.release()
-    return {name: Measurement.of(found).us for name, found in samples.items()}
 
 
 def spread_heights(plan: Plan) -> tuple[int, ...]:

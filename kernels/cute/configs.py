@@ -67,6 +67,8 @@ MAX_SUMS_OF_ONE = 128
 "float32 sums of a consumer thread in the one-launch form."
 DOWN_STAGES = {(16, 4): 6, (32, 4): 4, (64, 4): 3, (16, 8): 4, (32, 8): 3}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
+STREAM_CHUNK = 32 * 1024
+"Bytes that `device.stream` copies at once: those of a step of 256 weight rows."
 
 
 @attrs.frozen(order=True)
@@ -207,6 +209,8 @@ class Variant:
     def shared_bytes(self) -> int:
         """Dynamic shared memory in bytes: the pipeline with its barriers, and what the epilogue exchanges."""
         config = self.config
+        if self in STREAMS:
+            return config.stages * (STREAM_CHUNK + 8)
         block_m, stages, cluster = config.block_m, config.stages, config.cluster
         fp8 = config.dtype == "fp8"
         if config.form == "prefill":
@@ -222,6 +226,11 @@ class Variant:
             size += 8 * block_m * cluster if cluster > 1 else 0  # maxima of the CTAs, of two tiles
         size += 24 if cluster > 1 else 0
         return size + (block_m * STEP_BYTES * config.element_bytes if self.role == "mega" else 0)  # 128 columns of h
+
+
+STREAMS = tuple(Variant(role, CuteConfig("stream", "fp8", 8, 32, 8, 6)) for role in ("stream", "stream_overlapping"))
+"""What reads weights and does nothing with them, for `benchmarks/account.py`: part of no layer, and in no library unless asked
+for. Of the config only the stages count."""
 
 
 def from_keys(keys: Mapping[str, Any], dtype: str) -> CuteConfig | str:

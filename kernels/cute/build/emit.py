@@ -12,20 +12,36 @@ ARCH = "sm_90a"
 os.environ.setdefault("CUTE_DSL_ARCH", ARCH)
 
 import cutlass.cute as cute  # noqa: E402
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int32  # noqa: E402
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Uint8  # noqa: E402
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream  # noqa: E402
 
-from rampwrap.kernels.cute.configs import SCALE, Variant  # noqa: E402
+from rampwrap.kernels.cute.configs import SCALE, STREAM_CHUNK, STREAMS, Variant  # noqa: E402
 from rampwrap.kernels.cute.device.down import DownBf16, DownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.mega import MegaBf16, MegaFp8  # noqa: E402
 from rampwrap.kernels.cute.device.prefill_down import PrefillDownBf16, PrefillDownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.prefill_up import PrefillUpBf16, PrefillUpFp8  # noqa: E402
+from rampwrap.kernels.cute.device.stream import Stream, StreamOverlapping  # noqa: E402
 from rampwrap.kernels.cute.device.up import UpBf16, UpFp8  # noqa: E402
 
-KERNELS = {("up", "fp8"): UpFp8, ("up", "bf16"): UpBf16, ("down", "fp8"): DownFp8, ("down", "bf16"): DownBf16}
+KERNELS: dict[tuple[str, str], Any] = {
+    ("up", "fp8"): UpFp8,
+    ("up", "bf16"): UpBf16,
+    ("down", "fp8"): DownFp8,
+    ("down", "bf16"): DownBf16,
+}
 KERNELS |= {("mega", "fp8"): MegaFp8, ("mega", "bf16"): MegaBf16}
 KERNELS |= {("prefill_up", "fp8"): PrefillUpFp8, ("prefill_up", "bf16"): PrefillUpBf16}
 KERNELS |= {("prefill_down", "fp8"): PrefillDownFp8, ("prefill_down", "bf16"): PrefillDownBf16}
+KERNELS |= {("stream", "fp8"): Stream, ("stream_overlapping", "fp8"): StreamOverlapping}
+
+
+STREAM = make_fake_stream(use_tvm_ffi_env_stream=True)
+
+
+def tensor(of: Any, *shape: Any, align: int = 16) -> Any:
+    """A stand-in, rows one behind the other."""
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(of, shape, stride_order=order, assumed_align=align)
 
 
 def arguments(variant: Variant) -> list[Any]:
@@ -34,15 +50,18 @@ def arguments(variant: Variant) -> list[Any]:
     Extents that must be equal are one symbol: the compiled function refuses tensors where they are not.
     """
     size = cute.sym_int
+    if variant in STREAMS:
+        return [
+            tensor(Uint8, size(), size(divisibility=STREAM_CHUNK)),
+            tensor(Int32, size(), align=4),
+            Int32(132),
+            STREAM,
+        ]
     fp8 = variant.config.dtype == "fp8"
     dtype = Float8E4M3FN if fp8 else BFloat16
     multiple = SCALE if fp8 else variant.config.step
     tokens, slots, experts = size(), size(), size()
     hidden, columns, both = size(divisibility=multiple), size(divisibility=multiple), size(divisibility=2 * multiple)
-
-    def tensor(of: Any, *shape: Any, align: int = 16) -> Any:
-        order = tuple(reversed(range(len(shape))))
-        return make_fake_compact_tensor(of, shape, stride_order=order, assumed_align=align)
 
     def scales(*shape: Any) -> list[Any]:
         return [tensor(Float32, *shape, align=4)] if fp8 else []
@@ -67,7 +86,7 @@ def arguments(variant: Variant) -> list[Any]:
     else:
         tensors = [*x, *w13, *w2, *routing, weights, tensor(Float32, tokens, hidden)]
     numbers = [Int32(8), Int32(8), Int32(64), Int32(132)]  # top_k, group_m, num_blocks, max_ctas: types only
-    return [*tensors, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True)]
+    return [*tensors, *numbers, STREAM]
 
 
 def compile_variant(variant: Variant, folder: Path, options: str = "") -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rampwrap.errors import InputError
-from rampwrap.kernels.cute.configs import Variant
+from rampwrap.kernels.cute.configs import STREAMS, Variant
 
 EM_CUDA = 190
 "ELF machine number of GPU code."
@@ -132,6 +132,8 @@ def why_unfit(found: Inspection, variant: Variant) -> str | None:
             f"It spills: {counts.get('STL', 0)} stores to local memory and {found.stack_bytes} bytes of stack a thread; "
             "use a smaller block_m or block_n."
         )
+    if variant in STREAMS:
+        return None  # it has no consumers
     if counts.pop("USETMAXREG", 0) != 2:
         return "It does not hand registers from producers to consumers (two USETMAXREG); set min_blocks_per_mp."
     name = "QGMMA" if config.dtype == "fp8" else "HGMMA"
