@@ -33,8 +33,6 @@ KERNELS |= {("mega", "fp8"): MegaFp8, ("mega", "bf16"): MegaBf16}
 KERNELS |= {("prefill_up", "fp8"): PrefillUpFp8, ("prefill_up", "bf16"): PrefillUpBf16}
 KERNELS |= {("prefill_down", "fp8"): PrefillDownFp8, ("prefill_down", "bf16"): PrefillDownBf16}
 KERNELS |= {("stream", "fp8"): Stream, ("stream_overlapping", "fp8"): StreamOverlapping}
-
-
 STREAM = make_fake_stream(use_tvm_ffi_env_stream=True)
 
 
