@@ -28,7 +28,7 @@ class AnyPython(bdist_wheel):
 
 setup(
     version=VERSION,
-    install_requires=[f"rampwrap[triton]=={VERSION}", "apache-tvm-ffi>=0.1.15"],
+    install_requires=[f"rampwrap[triton]=={VERSION}", "apache-tvm-ffi>=0.1.10"],
     distclass=Library,
     cmdclass={"bdist_wheel": AnyPython},
 )
