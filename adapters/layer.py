@@ -211,13 +211,23 @@ class CandidateKernel(LayerKernel):
 
 
 def runnable(
-    name: str, shape: MoEShape, configs: Sequence[_C], refusal: Callable[[_C, MoEShape], str | None]
+    name: str,
+    shape: MoEShape,
+    configs: Sequence[_C],
+    refusal: Callable[[_C, MoEShape], str | None],
+    *,
+    every_form: bool = False,
 ) -> list[_C]:
     """Those of a kernel's configs that nothing speaks against on a shape.
+
+    Args:
+        every_form: whether the kernel has the activations that are not SiLU.
 
     Raises:
         ConfigError: none can; says what the first lacks.
     """
+    if shape.form and not every_form:
+        raise ConfigError(f"{name} has no {' and '.join(shape.form)}; use triton_fused_moe.")
     reasons = [refusal(config, shape) for config in configs]
     found = [config for config, reason in zip(configs, reasons, strict=True) if reason is None]
     if not found:

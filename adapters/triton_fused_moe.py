@@ -31,7 +31,7 @@ class TritonFusedMoE(CandidateKernel):
     version = "2"
 
     def __init__(self, shape: MoEShape) -> None:
-        usable = runnable(self.name, shape, tuning.CONFIGS[shape.dtype], self.supports)
+        usable = runnable(self.name, shape, tuning.CONFIGS[shape.dtype], self.supports, every_form=True)
         super().__init__(shape, usable, Contract(shape))
 
     def default_config(self, num_tokens: int) -> Config:
@@ -111,7 +111,7 @@ class TritonFusedMoE(CandidateKernel):
         if blocks is not None:
             check_blocks(operands, blocks, config["block_m"])
         most_ctas = self.most_ctas(config, waves, operands.topk_ids.device)
-        return fused_moe(config, operands, workspace=workspace, blocks=blocks, most_ctas=most_ctas)
+        return fused_moe(config, operands, self.shape, workspace=workspace, blocks=blocks, most_ctas=most_ctas)
 
     def run_candidates(
         self,
@@ -131,5 +131,5 @@ class TritonFusedMoE(CandidateKernel):
             check_blocks(operands, its, config["block_m"])
         limits = [self.most_ctas(config, waves, operands.topk_ids.device) for config in configs]
         return fused_moe_candidates(
-            configs, blocks, choice, operands, workspace=workspace, most_ctas=limits, streams=streams
+            configs, blocks, choice, operands, self.shape, workspace=workspace, most_ctas=limits, streams=streams
         )

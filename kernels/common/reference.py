@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.fp8 import FP8_MAX, GROUP, MIN_ABS
@@ -90,10 +91,16 @@ def weights_of(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return w.double() * scale.double().repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
 
 
-def activate(x: torch.Tensor, w13: torch.Tensor, gate_up_dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """silu(x W_gate^T) * (x W_up^T) of one expert, float64 [n, H] x [2I, H] -> [n, I]; both factors are rounded first."""
+def activate(
+    x: torch.Tensor, w13: torch.Tensor, gate_up_dtype: torch.dtype = torch.float64, activation: Activation = SILU
+) -> torch.Tensor:
+    """The activation of x W_gate^T and x W_up^T of one expert, float64 [n, H] x [2I, H] -> [n, I]; both are rounded first."""
     gate, up = (x @ w13.T).to(gate_up_dtype).double().chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    if activation.limit is not None:
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    if activation.name == "gelu_tanh":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + activation.beta)
 
 
 def layer(
@@ -126,7 +133,7 @@ def layer(
             continue
         w13 = weights_of(inputs["w13"][expert], None if w13_scale is None else w13_scale[expert])
         w2 = weights_of(inputs["w2"][expert], None if w2_scale is None else w2_scale[expert])
-        h = activate(x[token], w13, gate_up_dtype).to(h_dtype)
+        h = activate(x[token], w13, gate_up_dtype, shape.activation).to(h_dtype)
         h = dequantise(*quantise(h)) if fp8 else h.double()
         out.index_add_(0, token, (h @ w2.T) * routing[token, k, None])
     return out

@@ -8,6 +8,7 @@ import click
 from rampwrap.cli.command import options
 from rampwrap.cli.types import positive
 from rampwrap.errors import InputError
+from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.kernel.shape import SHAPES, MoEShape
 
 
@@ -23,6 +24,7 @@ class LayerRequest:
     dtype: str | None = None
     tp_size: int = 1
     num_local_experts: int | None = None
+    activation: str | None = None
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -62,7 +64,12 @@ class LayerRequest:
                 f"--tp-size {self.tp_size} does not divide intermediate_size={base.intermediate_size}; use a divisor."
             )
         local = self.num_local_experts or base.num_experts
-        return attrs.evolve(base, intermediate_size=base.intermediate_size // self.tp_size, num_local_experts=local)
+        return attrs.evolve(
+            base,
+            intermediate_size=base.intermediate_size // self.tp_size,
+            num_local_experts=local,
+            activation=Activation.parse(self.activation) if self.activation else SILU,
+        )
 
 
 layer_options = options(
@@ -74,10 +81,12 @@ layer_options = options(
     click.option("--dtype", help="bf16, fp16 or fp8; bf16 by default, with --engine what the model's config says"),
     click.option("--tp-size", type=positive, metavar="N"),
     click.option("--num-local-experts", type=positive, metavar="N", help="on this rank; all by default"),
+    click.option("--activation", metavar="NAME", help="silu (default), silu:limit=10, swiglu_oai, gelu_tanh"),
 )
 
 
 def shape_name(shape: MoEShape) -> str:
     """``E64-k8-H2048-I1024-bf16``, for names of files."""
     local = "" if shape.num_local_experts == shape.num_experts else f"({shape.num_local_experts})"
-    return f"E{shape.num_experts}{local}-k{shape.top_k}-H{shape.hidden_size}-I{shape.intermediate_size}-{shape.dtype}"
+    sizes = f"E{shape.num_experts}{local}-k{shape.top_k}-H{shape.hidden_size}-I{shape.intermediate_size}"
+    return "-".join([sizes, shape.dtype, *shape.suffixes])

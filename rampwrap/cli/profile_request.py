@@ -65,6 +65,10 @@ class ProfileRequest:
         """The layers of a model's folder, or the one that the sizes name."""
         its = self.layer
         if its.model and its.num_experts is None and its.num_local_experts is None:
+            if its.activation:
+                raise InputError(
+                    f"--activation {its.activation} is for a layer given by its sizes; a model's config says its own, leave it out."
+                )
             ranks = Ranks(its.tp_size, self.ep, self.num_redundant_experts)
             return read_layers(its.model, ranks, dtype=its.dtype, engine=self.engine)
         if not its.model and its.num_experts is None:

@@ -93,7 +93,7 @@ def plan_name(kernel: str, device: str, shape: MoEShape) -> str:
     """``triton_fused_moe-NVIDIA_H200-E64-k8-H2048-I1024-bf16``; for people, since plans are found by their content."""
     local = "" if shape.num_local_experts == shape.num_experts else f"of{shape.num_local_experts}"
     sizes = f"E{shape.num_experts}{local}-k{shape.top_k}-H{shape.hidden_size}-I{shape.intermediate_size}"
-    return f"{file_name(kernel)}-{'_'.join(device.split())}-{sizes}-{shape.dtype}"
+    return "-".join([file_name(kernel), "_".join(device.split()), sizes, shape.dtype, *shape.suffixes])
 
 
 def profile_model(

@@ -1,8 +1,11 @@
 """The shape of a routed MoE layer, and those of published models."""
 
+import re
+
 import attrs
 
 from rampwrap.errors import InputError
+from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.schema import MOST_EXPERTS, MOST_SIZE, OMIT, between
 
 DTYPES = ("bf16", "fp16", "fp8")
@@ -13,7 +16,8 @@ class MoEShape:
     """The shape of one routed MoE layer on one rank.
 
     `intermediate_size` is per rank (after tensor parallelism); `num_local_experts` is the number of experts
-    whose weights this rank holds and therefore the length of `expert_counts`.
+    whose weights this rank holds and therefore the length of `expert_counts`. Files name the activation where it is
+    not SiLU.
     """
 
     num_experts: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError))
@@ -22,6 +26,7 @@ class MoEShape:
     intermediate_size: int = attrs.field(validator=between(1, MOST_SIZE, InputError))
     dtype: str = "bf16"
     num_local_experts: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError), metadata=OMIT)
+    activation: Activation = attrs.field(default=SILU, metadata=OMIT)
 
     @num_local_experts.default
     def _all(self) -> int:
@@ -47,7 +52,18 @@ class MoEShape:
 
     def __str__(self) -> str:
         local = "" if self.num_local_experts == self.num_experts else f" ({self.num_local_experts} here)"
-        return f"E={self.num_experts}{local} top_k={self.top_k} H={self.hidden_size} I={self.intermediate_size} {self.dtype}"
+        sizes = f"E={self.num_experts}{local} top_k={self.top_k} H={self.hidden_size} I={self.intermediate_size}"
+        return " ".join([sizes, self.dtype, *self.form])
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        """What sets the layer apart from the plain one of its sizes and dtype, in words; empty for SiLU."""
+        return () if self.activation == SILU else (str(self.activation),)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """`form` as parts of a file's name: ``silu_limit10``."""
+        return tuple(re.sub(r"[:,]", "_", its).replace("=", "") for its in self.form)
 
 
 # Layers of published models, tensor parallelism applied where the name says so.

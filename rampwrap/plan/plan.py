@@ -8,6 +8,7 @@ import numpy as np
 
 from rampwrap.errors import PlanError, PlanMismatchError
 from rampwrap.files import replacing
+from rampwrap.kernel.activation import SILU
 from rampwrap.kernel.catalog import KERNELS
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.grid import CtaGrid
@@ -186,9 +187,10 @@ class Plan:
 def shape_arguments(shape: MoEShape) -> str:
     """The options of the command line that name a layer."""
     local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"
+    activation = "" if shape.activation == SILU else f" --activation {shape.activation}"
     return (
         f"--num-experts {shape.num_experts} --top-k {shape.top_k} --hidden-size {shape.hidden_size} "
-        f"--intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}"
+        f"--intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}{activation}"
     )
 
 

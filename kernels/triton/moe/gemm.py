@@ -42,10 +42,14 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    GELU_TANH: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The gate+up GEMM and SwiGLU, one `up_tile` a CTA, or in turn."""
+    """The gate+up GEMM and the activation, one `up_tile` a CTA, or in turn."""
     wait_for_launch_before(PDL)
     TILES_N: tl.constexpr = (INTERMEDIATE + BLOCK_N // 2 - 1) // (BLOCK_N // 2)
     num_blocks = num_slots
@@ -74,6 +78,10 @@ def up_kernel(
                 BLOCK_N,
                 BLOCK_K,
                 SWAP_AB,
+                GELU_TANH,
+                LIMIT,
+                ALPHA,
+                BETA,
             )
     else:
         if tl.program_id(0) >= num_blocks * TILES_N:
@@ -103,6 +111,10 @@ def up_kernel(
             BLOCK_N,
             BLOCK_K,
             SWAP_AB,
+            GELU_TANH,
+            LIMIT,
+            ALPHA,
+            BETA,
         )
 
 

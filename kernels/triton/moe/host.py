@@ -1,4 +1,4 @@
-"""The fused MoE layer: gate+up GEMM with SwiGLU in the epilogue, down GEMM with routing weights, sum over top-k.
+"""The fused MoE layer: gate+up GEMM with the activation in the epilogue, down GEMM with routing weights, sum over top-k.
 
 Launches of a layer: alignment, [quantise x], up, [quantise h], down, sum; up to `DIRECT_FACTOR` the alignment
 is left out. Every grid is sized from capacity and CTAs past the last block leave at once, so nothing ever
@@ -18,10 +18,12 @@ import torch
 
 import triton
 from rampwrap.kernel.grid import max_blocks
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.branches import run_beside
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens
+from rampwrap.kernels.triton.moe.activate import activation_arguments
 from rampwrap.kernels.triton.moe.configs import quantises_h, splits
 from rampwrap.kernels.triton.moe.gemm import down_kernel, sum_kernel, up_kernel
 from rampwrap.kernels.triton.moe.workspace import Workspace, allocate
@@ -42,6 +44,7 @@ class _Layer:
     """The operands of one call with what is made of them, from which each config's launches follow."""
 
     operands: Operands
+    shape: MoEShape
     x: torch.Tensor
     x_scale: torch.Tensor | None
     out: torch.Tensor
@@ -50,7 +53,7 @@ class _Layer:
     "`pdl.arguments` of all launches."
 
     @classmethod
-    def make(cls, operands: Operands, workspace: Workspace | None, several: bool) -> "_Layer":
+    def make(cls, operands: Operands, shape: MoEShape, workspace: Workspace | None, several: bool) -> "_Layer":
         """Allocates what is absent and, for FP8 weights, quantises the hidden states."""
         launch = pdl.arguments(several)
         x, x_scale, fp8 = operands.hidden_states, None, operands.w13_scale is not None
@@ -61,7 +64,7 @@ class _Layer:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
             x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
             quantise_rows(operands.hidden_states, x, x_scale, launch=launch)
-        return cls(operands, x, x_scale, operands.output(), workspace, launch)
+        return cls(operands, shape, x, x_scale, operands.output(), workspace, launch)
 
     def gemms(self, config: Mapping[str, Any], blocks: TokenBlocks | None, most_ctas: int | None) -> None:
         """Up and down; without `blocks` every slot is a block of its own. `most_ctas` as in `fused_moe`."""
@@ -105,6 +108,7 @@ class _Layer:
             TOP_K=its.top_k,
             HIDDEN=hidden,
             INTERMEDIATE=intermediate,
+            **activation_arguments(self.shape.activation),
             **tuning,
         )
         if h_scale is not None and not in_epilogue:
@@ -154,6 +158,7 @@ class _Layer:
 def fused_moe(
     config: Mapping[str, Any],
     operands: Operands,
+    shape: MoEShape,
     *,
     workspace: Workspace | None = None,
     blocks: TokenBlocks | None = None,
@@ -164,12 +169,13 @@ def fused_moe(
     Args:
         config: block_m, block_n, block_k, group_m, num_warps, num_stages, swap_ab; split_k where it is not 1.
         operands: of at least one token, taken as they are (the adapter checks them).
+        shape: the layer, for its activation; sizes are those of the operands.
         workspace: from `workspace.allocate`, for a call that allocates nothing but an absent `out`.
         blocks: an alignment of the topk_ids with the config's block_m; made here where absent.
         most_ctas: grids of at most so many CTAs, each of which goes on to further tiles; same bits. Not used where
             the batch is so small that it runs without an alignment.
     """
-    layer = _Layer.make(operands, workspace, several=blocks is not None)
+    layer = _Layer.make(operands, shape, workspace, several=blocks is not None)
     num_slots = operands.num_slots
     if blocks is None and not is_direct(num_slots, operands.num_experts):
         local, block_m = operands.num_local_experts, config["block_m"]
@@ -184,6 +190,7 @@ def fused_moe_candidates(
     blocks: Sequence[TokenBlocks],
     choice: torch.Tensor,
     operands: Operands,
+    shape: MoEShape,
     *,
     workspace: Workspace | None = None,
     most_ctas: Sequence[int | None] = (),
@@ -197,7 +204,7 @@ def fused_moe_candidates(
         most_ctas: for each config; absent means grids sized from capacity.
         streams: CUDA streams for the configs after the first, as in `branches.run_beside`.
     """
-    layer = _Layer.make(operands, workspace, several=True)
+    layer = _Layer.make(operands, shape, workspace, several=True)
     limits = most_ctas or [None] * len(configs)
     each = zip(configs, blocks, limits, strict=True)
     run_beside(streams, [functools.partial(layer.gemms, *its) for its in each])

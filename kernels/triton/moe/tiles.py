@@ -1,7 +1,7 @@
 """One tile of the two GEMMs of the fused MoE layer: what a CTA of `gemm` does with an M block and an N tile.
 
 In the first GEMM the `block_n` weight rows of a tile are block_n/2 gate rows and the block_n/2 up rows that belong
-to them, interleaved so that a thread's accumulator holds both halves of each product: SwiGLU then needs no second
+to them, interleaved so that a thread's accumulator holds both halves of each product: the activation then needs no second
 tile, no exchange between threads and half the memory traffic of writing 2I columns. There is one `tl.dot` per step,
 as in a plain GEMM.
 """
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from rampwrap.kernels.triton.align.by_expert import local_expert_ids
 from rampwrap.kernels.triton.interpreter import downcast, operand
+from rampwrap.kernels.triton.moe.activate import activate
 from rampwrap.kernels.triton.quantise import quantise_groups
 
 
@@ -145,8 +146,12 @@ def up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    GELU_TANH: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
 ):
-    """h[slot] = silu(x W_gate^T) * (x W_up^T) for the slots of one M block and BLOCK_N / 2 columns of h."""
+    """h[slot] = activate(x W_gate^T, x W_up^T) for the slots of one M block and BLOCK_N / 2 columns of h."""
     HALF_N: tl.constexpr = BLOCK_N // 2
     slots = block_slots(block, sorted_token_ids_ptr, num_slots, BLOCK_M)
     row_mask = slots < num_slots
@@ -193,10 +198,10 @@ def up_tile(
     if SWAP_AB:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
         gate, up = tl.split(pairs)
-        h = tl.trans(tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (HALF_N, BLOCK_M)))
+        h = tl.trans(tl.reshape(activate(gate, up, GELU_TANH, LIMIT, ALPHA, BETA), (HALF_N, BLOCK_M)))
     else:
         gate, up = tl.split(tl.reshape(acc, (BLOCK_M, HALF_N, 2)))
-        h = gate / (1.0 + tl.exp(-gate)) * up
+        h = activate(gate, up, GELU_TANH, LIMIT, ALPHA, BETA)
 
     columns = tile * HALF_N + tl.arange(0, HALF_N)
     h_rows = slots.to(tl.int64) * INTERMEDIATE

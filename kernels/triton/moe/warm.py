@@ -69,7 +69,7 @@ def run_once(
             for operands in batches:
                 for setting, most_ctas in ways:
                     with pdl.using(setting):
-                        fused_moe(config, operands, most_ctas=most_ctas)
+                        fused_moe(config, operands, shape, most_ctas=most_ctas)
     return reasons
 
 

@@ -361,9 +361,11 @@ import json, pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from rampwrap.kernel.activation import SILU
 from rampwrap.kernels.triton import quantise
 from rampwrap.kernels.triton.align import host as align
 from rampwrap.kernels.triton.moe import configs, gemm, host as fused_moe
+from rampwrap.kernels.triton.moe.activate import activation_arguments
 
 INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "block_m", "capacity", "most_rows", "pieces"}
 
@@ -407,7 +409,7 @@ for row, dtype, persistent in json.loads(sys.argv[1]):
     act, quant = ("fp8e4nv" if fp8 else "bf16"), fp8 and configs.quantises_h(config)
     tuning = fused_moe.tuning_arguments(config)
     options = {key: tuning.pop(key) for key in ("num_warps", "num_stages")}
-    constants = dict(tuning, TOP_K=8, HIDDEN=2048, INTERMEDIATE=768, SPLIT_K=1, PERSISTENT=persistent)
+    constants = dict(tuning, **activation_arguments(SILU), TOP_K=8, HIDDEN=2048, INTERMEDIATE=768, SPLIT_K=1, PERSISTENT=persistent)
     blocks = dict(sorted_token_ids_ptr="i32", expert_ids_ptr="i32", num_tokens_post_padded_ptr="i32", w_ptr=act)
     if fp8:
         blocks |= dict(x_scale_ptr="fp32", w_scale_ptr="fp32")
