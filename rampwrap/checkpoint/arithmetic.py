@@ -39,27 +39,28 @@ _UNSUPPORTED = {
 }
 
 
-def check_arithmetic(kinds: Sequence[str], config: Mapping[str, Any], where: str) -> None:
-    """Refuses models no layer of which is SiLU(gate) * up."""
+def arithmetic_of(kinds: Sequence[str], config: Mapping[str, Any], where: str) -> str:
+    """A sentence on why no layer of a model is SiLU(gate) * up; "" where some may be.
+
+    Raises:
+        InputError: the model has no experts.
+    """
+    for name in _SWITCHES:
+        if config.get(name) is False:
+            raise InputError(f"{where} has {name}=False and thus no experts; is it a mixture of experts?")
     for kind in kinds:
         reason = next((why for begin, why in _UNSUPPORTED.items() if kind.startswith(begin)), None)
         if reason is not None:
-            raise InputError(f"model {kind} of {where} cannot be profiled: {reason}; leave it to the engine.")
+            return f"model {kind} of {where} cannot be profiled: {reason}; leave it to the engine."
     field, activation = first(config, _ACTIVATION)
     if isinstance(activation, Mapping):  # DBRX: {"name": "silu"}, which is what it has without a name too
         field, activation = f"{field}.name", activation.get("name")
     if activation is not None and str(activation).lower() not in _SILU:
-        raise InputError(
-            f"{where} has the activation {field}={short(activation)}; our kernels compute SiLU-gated experts only."
-        )
+        return f"{where} has the activation {field}={short(activation)}; our kernels compute SiLU-gated experts only."
     for name in _WEIGHTED_INPUT:
         if config.get(name):
-            raise InputError(
-                f"{where} has {name}={short(config[name])}: it weights the tokens before the experts; leave it to the engine."
-            )
-    for name in _SWITCHES:
-        if config.get(name) is False:
-            raise InputError(f"{where} has {name}=False and thus no experts; is it a mixture of experts?")
+            return f"{where} has {name}={short(config[name])}: it weights the tokens before the experts; leave it to the engine."
+    return ""
 
 
 def clamps(config: Mapping[str, Any], where: str) -> Any:

@@ -1,16 +1,15 @@
 """A model's `config.json` as the shapes of its MoE layers on one rank, read as the engine that serves it reads it."""
 
-import collections
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from rampwrap.checkpoint.arithmetic import check_arithmetic, clamps
+from rampwrap.checkpoint.arithmetic import arithmetic_of, clamps
 from rampwrap.checkpoint.config import beside, first, flat, kinds_of, levels_of, listed, read_config, short
 from rampwrap.checkpoint.layers import MOST_LAYERS, sparse_layers
-from rampwrap.checkpoint.quantisation import GROUP, Reader, Stored, reader_of
+from rampwrap.checkpoint.quantisation import GROUP, PLAIN, Reader, Stored, reader_of
 from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
 
@@ -41,16 +40,48 @@ MOST_KINDS = 16
 
 
 @attrs.frozen
+class Alike:
+    """Layers of a model that are the same on a rank, or stay with the engine for the same reason.
+
+    Attributes:
+        numbers: of the layers; none where the config does not say how many there are.
+        shapes: of one layer: one, or two where ranks have unlike numbers of experts; none that stays with the engine.
+        form: how their experts are stored, of `rampwrap.checkpoint.quantisation.FORMS`.
+        reason: a sentence on why they stay with the engine; "" where they need not.
+    """
+
+    numbers: tuple[int, ...]
+    shapes: tuple[MoEShape, ...]
+    form: str = PLAIN
+    reason: str = ""
+
+
+@attrs.frozen
 class Layers:
     """The routed layers of a model on one rank.
 
     Attributes:
-        shapes: each once, in the order of the layers.
-        left: a sentence for each reason why some of its layers stay with the engine.
+        alike: in the order of the layers.
+        kinds: the model's types and architectures.
     """
 
-    shapes: tuple[MoEShape, ...]
-    left: tuple[str, ...] = ()
+    alike: tuple[Alike, ...]
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> tuple[MoEShape, ...]:
+        """Each once, in the order of the layers."""
+        return tuple(dict.fromkeys(shape for its in self.alike for shape in its.shapes))
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """A sentence for each reason why some of its layers stay with the engine."""
+        count = sum(max(1, len(its.numbers)) for its in self.alike)
+        return tuple(
+            f"{max(1, len(its.numbers))} of {count} routed layers stay with the engine: {its.reason}"
+            for its in self.alike
+            if its.reason
+        )
 
 
 @attrs.frozen
@@ -62,11 +93,14 @@ class Ranks:
         expert_parallel: the ranks share out whole experts instead; where they do not come out even, the first ranks
             have one more and there are two shapes.
         redundant_experts: copies that expert parallelism adds; ids are then those of physical experts.
+        fused_shared_experts: shared experts that the engine makes routed ones, which every token visits; None for what it
+            does by itself.
     """
 
     tp_size: int = 1
     expert_parallel: bool = False
     redundant_experts: int = 0
+    fused_shared_experts: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.tp_size < 1:
@@ -77,6 +111,19 @@ class Ranks:
             raise InputError(
                 f"redundant_experts is {self.redundant_experts} without expert parallelism, which alone has them; add --ep."
             )
+        if self.fused_shared_experts is not None and not 0 <= self.fused_shared_experts < MOST:
+            raise InputError(f"fused_shared_experts is {self.fused_shared_experts}; give 0 or more.")
+
+    @property
+    def arguments(self) -> str:
+        """The options of the command line that name it, each after a space."""
+        given = (
+            ("--tp-size", self.tp_size if self.tp_size > 1 else None),
+            ("--ep", "" if self.expert_parallel else None),
+            ("--num-redundant-experts", self.redundant_experts or None),
+            ("--fused-shared-experts", self.fused_shared_experts),
+        )
+        return "".join(f" {name} {value}".rstrip() for name, value in given if value is not None)
 
 
 def read_layers(
@@ -94,37 +141,57 @@ def read_layers(
     Raises:
         InputError: no readable config, no routed layer, or none that our kernels compute; with the reason.
     """
+    found = layers_of(model, ranks, dtype=dtype, engine=engine)
+    if not found.shapes:
+        raise InputError(found.alike[0].reason)
+    return found
+
+
+def layers_of(
+    model: str | os.PathLike[str], ranks: Ranks | None = None, *, dtype: str | None = None, engine: str | None = None
+) -> Layers:
+    """As `read_layers`, also of models no layer of which our kernels compute.
+
+    Raises:
+        InputError: no readable config, or no routed layer.
+    """
     where, raw = read_config(model)
     levels = levels_of(raw, where)
     config = flat(levels)
-    check_arithmetic(kinds_of(levels), config, where)
-    columns = [_numbers(config, names, where) for names in (_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE)]
-    sparse = sparse_layers(config, where)
-    rows = _together(where, columns, sparse)
+    kinds = kinds_of(levels)
+    other = arithmetic_of(kinds, config, where)
+    try:
+        columns = [_numbers(config, names, where) for names in (_EXPERTS, _TOP_K, _HIDDEN, _INTERMEDIATE)]
+        sparse = sparse_layers(config, where)
+        rows = _together(where, columns, sparse)
+    except InputError:
+        if other:  # its experts may have sizes by other names
+            raise InputError(other) from None
+        raise
     plain = dtype or _plain_dtype(config, where, engine)
     stored: Reader = (lambda layer: Stored(plain)) if dtype else reader_of(config, beside(where, config), where)
     clamped = clamps(config, where)
     ranks = ranks or Ranks()
-    shapes: dict[MoEShape, None] = {}
-    left: collections.Counter[str] = collections.Counter()
+    alike: dict[tuple[tuple[MoEShape, ...], str, str], list[int]] = {}
     for layer, (num_experts, top_k, hidden_size, intermediate_size) in rows:
-        form = stored(layer)
-        if reason := clamped(layer) or _not_ours(form):
-            left[reason] += 1
-            continue
-        whole = MoEShape(num_experts, top_k, hidden_size, intermediate_size, form.dtype or plain)
-        if engine == "sglang" and not ranks.expert_parallel:
-            whole = _with_shared(whole, raw, config)
-        shapes |= dict.fromkeys(_on_a_rank(whole, ranks, where))
-    if not shapes and not left:
+        its = stored(layer)
+        shapes: tuple[MoEShape, ...] = ()
+        reason = clamped(layer) or _not_ours(its)
+        reason = other or (reason and f"{where} {reason}.")
+        if not reason:
+            whole = MoEShape(num_experts, top_k, hidden_size, intermediate_size, its.dtype or plain)
+            shared = ranks.fused_shared_experts
+            if shared is None and engine == "sglang" and not ranks.expert_parallel:
+                shared = _shared(whole, raw, config)
+            whole = _with_shared(whole, shared or 0)
+            try:
+                shapes = tuple(_on_a_rank(whole, ranks, where))
+            except InputError as error:
+                reason = str(error)
+        alike.setdefault((shapes, its.form, reason), []).append(layer)
+    if not alike:
         raise InputError(f"{where} has no layer with more than one expert; is it a mixture of experts?")
-    if not shapes:
-        raise InputError(f"{where} {next(iter(left))}.")
-    said = (
-        f"{count} of {len(rows)} routed layers stay with the engine: {where} {reason}."
-        for reason, count in left.items()
-    )
-    return Layers(tuple(shapes), tuple(said))
+    return Layers(tuple(Alike(tuple(numbers) if sparse else (), *key) for key, numbers in alike.items()), tuple(kinds))
 
 
 def _not_ours(form: Stored) -> str:
@@ -175,8 +242,14 @@ def _together(
     return [(layer, sizes) for layer, sizes in rows if sizes[0] > 1]
 
 
-def _with_shared(whole: MoEShape, raw: Mapping[str, Any], config: Mapping[str, Any]) -> MoEShape:
-    """The layer with its shared experts as routed ones that every token visits, where SGLang makes it so."""
+def _with_shared(whole: MoEShape, shared: int) -> MoEShape:
+    """The layer with shared experts as routed ones that every token visits."""
+    experts = whole.num_experts + shared
+    return attrs.evolve(whole, num_experts=experts, top_k=whole.top_k + shared, num_local_experts=experts)
+
+
+def _shared(whole: MoEShape, raw: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """How many shared experts SGLang makes routed ones of a layer by itself."""
     architecture = next(iter(listed(raw.get("architectures"))), config.get("model_type"))
     for name, (kind, counts) in _FUSED.items():
         if architecture in (name, kind) and (not counts or whole.num_experts in counts):
@@ -184,13 +257,8 @@ def _with_shared(whole: MoEShape, raw: Mapping[str, Any], config: Mapping[str, A
             if name.startswith("Qwen"):
                 shared = int(config.get("shared_expert_intermediate_size") == whole.intermediate_size)
             if type(shared) is int and 0 < shared < MOST and (shared == 1 or name == "Glm4MoeForCausalLM"):
-                return attrs.evolve(
-                    whole,
-                    num_experts=whole.num_experts + shared,
-                    top_k=whole.top_k + shared,
-                    num_local_experts=whole.num_experts + shared,
-                )
-    return whole
+                return shared
+    return 0
 
 
 def _on_a_rank(whole: MoEShape, ranks: Ranks, where: str) -> list[MoEShape]:

@@ -23,6 +23,7 @@ _BLOCK_FP8 = {"type": "float", "num_bits": 8, "strategy": "block", "block_struct
 _EXEMPT = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude", "llm_int8_skip_modules")
 "Lists of modules that a quantisation leaves alone, by the names that its methods have for them."
 _FP8_NAMES = ("fp8", "fp8_e4m3", "float8_e4m3fn")
+_FP4_NAMES = ("fp4", "mxfp4", "float4_e2m1fn_x2")
 _PLAIN_NAMES = ("bf16", "bfloat16", "fp16", "float16", "half")
 
 # Where experts are in published checkpoints: a prefix, the block of a layer, the projections of an expert.
@@ -38,6 +39,23 @@ MOST_PATTERNS = 10_000
 MOST_SECONDS = 10
 
 
+PLAIN = "plain"
+FORMS = {
+    PLAIN: "as computed",
+    "fp8_block": "FP8 with blocks of scales",
+    "fp8_channel": "FP8 with scales for channels and tokens",
+    "fp8_tensor": "FP8 with a scale for each tensor",
+    "fp8_static": "FP8 with a scale for each tensor, activations too",
+    "int4": "INT4",
+    "mxfp4": "MXFP4",
+    "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
+    "other": "another form",
+}
+"Forms in which experts are stored, in words; an engine chooses its kernel by them."
+_MODELOPT = {"FP8": "fp8_static", "FP8_PER_CHANNEL_PER_TOKEN": "fp8_channel", "MXFP8": "mxfp8", "NVFP4": "nvfp4"}
+
+
 @attrs.frozen
 class Stored:
     """The form of a layer's experts.
@@ -45,10 +63,16 @@ class Stored:
     Attributes:
         dtype: ``fp8`` for 128x128 blocks of scales, "" for whatever the model is computed in.
         why_not: the field that says otherwise, for a sentence; then no kernel of ours runs them.
+        form: of `FORMS`.
     """
 
     dtype: str = ""
     why_not: str = ""
+    form: str = attrs.field(validator=attrs.validators.in_(FORMS))
+
+    @form.default
+    def _usual(self) -> str:
+        return "other" if self.why_not else "fp8_block" if self.dtype == "fp8" else PLAIN
 
 
 Reader = Callable[[int], Stored]
@@ -75,7 +99,8 @@ def reader_of(config: Mapping[str, Any], beside: Any, where: str) -> Reader:
         return of_quantised
     if isinstance(named, str) and named.lower() in _PLAIN_NAMES:
         return _always(Stored())
-    other = Stored(why_not=f"expert_dtype={short(named)}")
+    four_bits = isinstance(named, str) and named.lower() in _FP4_NAMES
+    other = Stored(why_not=f"expert_dtype={short(named)}", form="mxfp4" if four_bits else "other")
     if isinstance(named, str) and named.lower() in _FP8_NAMES:
         return lambda layer: other if (its := of_quantised(layer)) == Stored() else its
     return _always(other)
@@ -126,10 +151,12 @@ def _fp8(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
     block, scheme = quantised.get("weight_block_size"), quantised.get("activation_scheme", "dynamic")
     kind = quantised.get("fmt") or "e4m3"
     its = Stored("fp8")
+    of_tensors = "fp8_tensor" if scheme == "dynamic" else "fp8_static"
+    form = of_tensors if block is None else "fp8_block"
     if block != [GROUP, GROUP]:
-        its = Stored(why_not=f"{field} of quant_method 'fp8' with weight_block_size={short(block)}")
+        its = Stored(why_not=f"{field} of quant_method 'fp8' with weight_block_size={short(block)}", form=form)
     elif scheme != "dynamic":
-        its = Stored(why_not=f"{field}.activation_scheme={short(scheme)}")
+        its = Stored(why_not=f"{field}.activation_scheme={short(scheme)}", form=form)
     elif kind not in ("e4m3", "float8_e4m3fn"):
         its = Stored(why_not=f"{field}.fmt={short(kind)}")
     return _always(its)
@@ -166,15 +193,30 @@ def _group(group: Any, place: str) -> Stored:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         return Stored(why_not=f"{place} has no weights")
+    activations = group.get("input_activations", {})
+    form = _form(weights, activations)
     for key, wanted in _BLOCK_FP8.items():
         if weights.get(key) != wanted:
-            return Stored(why_not=f"{place}.weights.{key}={short(weights.get(key))}")
-    activations = group.get("input_activations", {})
+            return Stored(why_not=f"{place}.weights.{key}={short(weights.get(key))}", form=form)
     if not isinstance(activations, Mapping):  # null: weights alone are quantised
         return Stored(why_not=f"{place}.input_activations={short(activations)}")
     if not activations.get("dynamic", True):
         return Stored(why_not=f"{place}.input_activations.dynamic={short(activations['dynamic'])}")
     return Stored("fp8")
+
+
+def _form(weights: Mapping[str, Any], activations: Any) -> str:
+    """The form of a group of compressed-tensors, as far as it says."""
+    kind, bits, strategy = (weights.get(name) for name in ("type", "num_bits", "strategy"))
+    if kind == "int" and bits == 4:
+        return "int4"
+    if kind == "float" and bits == 4:
+        return "nvfp4" if weights.get("group_size") == 16 else "mxfp4" if weights.get("group_size") == 32 else "other"
+    if kind != "float" or bits != 8 or not isinstance(activations, Mapping):
+        return "other"
+    static = not activations.get("dynamic", True)
+    forms = {"block": "fp8_block", "channel": "fp8_channel", "tensor": "fp8_static" if static else "fp8_tensor"}
+    return forms.get(strategy, "other") if isinstance(strategy, str) else "other"
 
 
 def _modelopt(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
@@ -184,7 +226,8 @@ def _modelopt(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
         return _always(Stored())
     named = quantised.get("quantized_layers")
     if algo != "MIXED_PRECISION" or not isinstance(named, Mapping):
-        return _always(Stored(why_not=f"{field}.quant_algo={short(algo)}"))
+        kind = _MODELOPT.get(algo, "other") if isinstance(algo, str) else "other"
+        return _always(Stored(why_not=f"{field}.quant_algo={short(algo)}", form=kind))
     patterns = Patterns([str(key) for key in named], f"{field}.quantized_layers", where)
     kinds = sorted({str(its.get("quant_algo")) for its in named.values() if isinstance(its, Mapping)})
 
@@ -197,7 +240,9 @@ def _modelopt(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
 
 
 def _other(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
-    return _always(Stored(why_not=f"{field}.quant_method={short(quantised.get('quant_method'))}"))
+    method, bits = quantised.get("quant_method"), quantised.get("bits", quantised.get("w_bit"))
+    form = "mxfp4" if method == "mxfp4" else "int4" if method in ("awq", "gptq") and bits == 4 else "other"
+    return _always(Stored(why_not=f"{field}.quant_method={short(method)}", form=form))
 
 
 _READERS: dict[Any, Callable[[Mapping[str, Any], str, str], Reader]] = {"fp8": _fp8, "compressed-tensors": _compressed}

@@ -25,10 +25,11 @@ class Decorator(Protocol):
 
 @attrs.frozen
 class Answer:
-    """What a command found, for people and as one JSON object."""
+    """What a command found, for people and as one JSON object, and its exit code."""
 
     text: str
     values: Mapping[str, Any]
+    status: int = 0
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "Answer":
@@ -52,17 +53,17 @@ class Command(click.Command):
         """As click, with options of several values."""
         return super().parse_args(ctx, gathered(args, self.get_params(ctx), ctx))
 
-    def invoke(self, ctx: click.Context) -> Callable[[], str]:
-        """What to call for the text to print."""
+    def invoke(self, ctx: click.Context) -> Callable[[], tuple[str, int]]:
+        """What to call for the text to print and the exit code."""
         as_json, answer = ctx.params.pop("as_json"), self.callback
         its = request(self.kind, ctx.params)
         assert answer is not None
 
-        def text() -> str:
+        def answered() -> tuple[str, int]:
             found: Answer = answer(its)
-            return json.dumps(found.values, default=float) if as_json else found.text
+            return json.dumps(found.values, default=float) if as_json else found.text, found.status
 
-        return text
+        return answered
 
 
 class Commands(click.Group):

@@ -83,6 +83,21 @@ layer_options = options(
     click.option("--num-local-experts", type=positive, metavar="N", help="on this rank; all by default"),
     click.option("--activation", metavar="NAME", help="silu (default), silu:limit=10, swiglu_oai, gelu_tanh"),
 )
+rank_options = options(
+    click.option("--ep", is_flag=True, help="the --tp-size ranks of an engine share out whole experts"),
+    click.option(
+        "--num-redundant-experts",
+        type=int,
+        metavar="N",
+        help="with --ep: copies of experts that the engine adds for balance, over all ranks",
+    ),
+    click.option(
+        "--fused-shared-experts",
+        type=int,
+        metavar="N",
+        help="shared experts that the engine makes routed ones; by default those that SGLang does by itself",
+    ),
+)
 
 
 def shape_name(shape: MoEShape) -> str:

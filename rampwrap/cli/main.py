@@ -1,6 +1,6 @@
 """The command ``rampwrap``: a group of commands, each of which builds a request and hands it to a function.
 
-Exit codes: 0 done, 1 a one-sentence error, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 a one-sentence error or layers that are not served, 2 wrong usage, 130 interrupted.
 """
 
 import os
@@ -17,6 +17,10 @@ PLACES = {
     "profile": (
         "rampwrap.cli.profile:profile",
         "time every config on every workload; resumes where a killed run stopped",
+    ),
+    "doctor": (
+        "rampwrap.cli.doctor:doctor",
+        "which layers of a model an engine would run by a plan, why not the others, and the command that makes one",
     ),
     "fit": ("rampwrap.cli.plans:fit", "fit a timing table and write the plan a deployment loads"),
     "show": ("rampwrap.cli.plans:show", "what a plan or a timing table holds"),
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         answer = _parsed(sys.argv[1:] if argv is None else argv)
-        return _printed(answer())
+        return _printed(*answer())
     except RampwrapError as error:
         print(f"rampwrap: {error}", file=sys.stderr)
         return 1
@@ -66,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parsed(arguments: Sequence[str]) -> Callable[[], str]:
+def _parsed(arguments: Sequence[str]) -> Callable[[], tuple[str, int]]:
     """What a command line asks for. click's own `main` would end the process also where a command is interrupted."""
     try:
         with COMMANDS.make_context("rampwrap", list(arguments)) as context:
-            answer: Callable[[], str] = COMMANDS.invoke(context)
+            answer: Callable[[], tuple[str, int]] = COMMANDS.invoke(context)
             return answer
     except click.exceptions.Exit as ended:
         raise SystemExit(ended.exit_code) from None
@@ -81,14 +85,14 @@ def _parsed(arguments: Sequence[str]) -> Callable[[], str]:
         raise SystemExit(_unwritten(error)) from None
 
 
-def _printed(text: str) -> int:
+def _printed(text: str, status: int) -> int:
     """Prints a command's answer; returns the exit code."""
     try:
         try:
             print(text, flush=True)
         except UnicodeEncodeError:
             print(text.encode("ascii", "backslashreplace").decode(), flush=True)
-        return 0
+        return status
     except OSError as error:
         return _unwritten(error)
 

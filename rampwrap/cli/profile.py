@@ -4,7 +4,7 @@ import click
 
 from rampwrap.cli import profiling
 from rampwrap.cli.command import Answer, command
-from rampwrap.cli.layer import layer_options
+from rampwrap.cli.layer import layer_options, rank_options
 from rampwrap.cli.measuring import measuring_options
 from rampwrap.cli.profile_request import ENGINES, ProfileRequest
 from rampwrap.cli.types import positive, seconds
@@ -30,13 +30,7 @@ from rampwrap.kernel import catalog
     help="profile all MoE shapes of the model in the folder --model and write its plans",
 )
 @layer_options
-@click.option("--ep", is_flag=True, help="with --engine: the --tp-size ranks share out whole experts")
-@click.option(
-    "--num-redundant-experts",
-    type=int,
-    metavar="N",
-    help="with --ep: copies of experts that the engine adds for balance, over all ranks",
-)
+@rank_options
 @tokens_option()
 @routings_option()
 @seed_option

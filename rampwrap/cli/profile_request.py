@@ -4,7 +4,7 @@ from typing import Any
 
 import attrs
 
-from rampwrap.checkpoint.model import Layers, Ranks, read_layers
+from rampwrap.checkpoint.model import Alike, Layers, Ranks, read_layers
 from rampwrap.cli.layer import LayerRequest
 from rampwrap.cli.measuring import MeasuringRequest
 from rampwrap.cli.workloads import EVAL_ROUTINGS, EVAL_TOKENS, RECORDED_LIMIT, recorded_of, recorded_said, routings_of
@@ -31,6 +31,7 @@ class ProfileRequest:
     layer: LayerRequest = attrs.field(factory=LayerRequest)
     ep: bool = False
     num_redundant_experts: int = 0
+    fused_shared_experts: int | None = None
     batch_size: tuple[int, ...] = TRAIN_TOKENS
     routing: tuple[Routing, ...] = attrs.field(default=TRAIN_ROUTINGS, converter=routings_of)
     seed: int = 0
@@ -53,7 +54,11 @@ class ProfileRequest:
 
     def shape(self) -> MoEShape:
         """The one layer that is named."""
-        for name, given in (("--ep", self.ep), ("--num-redundant-experts", self.num_redundant_experts)):
+        for name, given in (
+            ("--ep", self.ep),
+            ("--num-redundant-experts", self.num_redundant_experts),
+            ("--fused-shared-experts", self.fused_shared_experts is not None),
+        ):
             if given:
                 raise InputError(
                     f"{name} is for the models of an engine, --engine with --model DIR; give the experts of a "
@@ -69,13 +74,13 @@ class ProfileRequest:
                 raise InputError(
                     f"--activation {its.activation} is for a layer given by its sizes; a model's config says its own, leave it out."
                 )
-            ranks = Ranks(its.tp_size, self.ep, self.num_redundant_experts)
+            ranks = Ranks(its.tp_size, self.ep, self.num_redundant_experts, self.fused_shared_experts)
             return read_layers(its.model, ranks, dtype=its.dtype, engine=self.engine)
         if not its.model and its.num_experts is None:
             raise InputError(
                 "--engine was given without --model; give the folder of a model with its config.json, or the sizes of a layer."
             )
-        return Layers((self.shape(),))
+        return Layers((Alike((), (self.shape(),)),))
 
     def kernel_name(self, shape: MoEShape) -> str:
         """The kernel asked for, else what serves the shape best."""

@@ -140,10 +140,10 @@ class Around:
         device = Device.current()
         reason = pinned(shape, given)
         if reason is None:
-            for path, plan in reversed(self._plans.every):
-                if plan.kernel in KERNELS and _fits(plan, shape, device):
-                    _log.info("rampwrap serves %s of SGLang with %s%s.", shape, path, made_elsewhere(plan, device))
-                    return Layers(plan)
+            if (found := plan_for(self._plans, shape, device)) is not None:
+                path, plan = found
+                _log.info("rampwrap serves %s of SGLang with %s%s.", shape, path, made_elsewhere(plan, device))
+                return Layers(plan)
             remedy = self._plans.remedy(f"{COMMAND} {shape_arguments(shape)}")
             reason = f"no plan in {self._plans.where} is for it on {device.name}; {remedy}"
         _warn(f"left {shape}", "rampwrap leaves %s of SGLang as it is: %s.", shape, reason)
@@ -178,6 +178,12 @@ def pinned(shape: MoEShape, given: Mapping[str, Any]) -> str | None:
         if any(config.get("USE_TMA") for config in (tuned or {}).values()):
             return "its tuned file uses TMA, which plans do not know"
     return None
+
+
+def plan_for(plans: Plans, shape: MoEShape, device: Device) -> tuple[str, Plan] | None:
+    """The plan of a layer of local experts, and where it lies: a user's own first, of several the last by name."""
+    fitting = ((path, plan) for path, plan in reversed(plans.every) if plan.kernel in KERNELS)
+    return next((its for its in fitting if _fits(its[1], shape, device)), None)
 
 
 def _fits(plan: Plan, shape: MoEShape, device: Device) -> bool:

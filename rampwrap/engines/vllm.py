@@ -32,7 +32,7 @@ from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
 from rampwrap.engines.prepare import ensure_compiled
-from rampwrap.engines.vllm_layer import Refusal, command, layer_shape, preference
+from rampwrap.engines.vllm_layer import Refusal, by_another, command, layer_shape, preference
 from rampwrap.errors import CaptureError, RampwrapError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
@@ -210,8 +210,7 @@ def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refus
     """What stands against our launch in a layer that has a plan."""
     triton = importlib.import_module(f"{_PACKAGE}.experts.triton_moe").TritonExperts
     if type(experts) is not triton:
-        name = type(experts).__name__
-        return Refusal(f"vLLM runs it with {name}; start it with --moe-backend triton", logging.WARNING)
+        return by_another(type(experts).__name__)
     if engine.ubatches:
         return Refusal("micro-batches (DBO) share scratch memory between streams", logging.WARNING)
     plain = type(impl.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"

@@ -38,6 +38,11 @@ class Refusal:
     level: int = logging.DEBUG
 
 
+def by_another(name: str) -> Refusal:
+    """That of a layer which vLLM runs with another kernel than `TritonExperts`."""
+    return Refusal(f"vLLM runs it with {name}; start it with --moe-backend triton", logging.WARNING)
+
+
 def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
     """The shape of a layer on this rank by vLLM's `FusedMoEConfig` and `FusedMoEQuantConfig`, or why we cannot run it."""
     activation = getattr(config.activation, "value", config.activation)
@@ -78,17 +83,16 @@ def command(model: str, config: Any, shape: MoEShape | None = None) -> str:
         shape: what the plans must serve; a layer that the model's config does not give, or whose config is not here, is
             named by its own sizes. None trusts the config.
     """
-    ranks = config.ep_size if config.use_ep else config.tp_size
-    expert_parallel = bool(config.use_ep and config.ep_size > 1)
     redundant = config.num_experts - (getattr(config, "num_logical_experts", None) or config.num_experts)
+    size = config.ep_size if config.use_ep else config.tp_size
+    ranks = Ranks(size, bool(config.use_ep and config.ep_size > 1), redundant)
     profile = "rampwrap profile --engine vllm"
-    options = f"{profile} --model {shlex.quote(model)}" + (f" --tp-size {ranks}" if ranks > 1 else "")
-    options += (" --ep" if expert_parallel else "") + (f" --num-redundant-experts {redundant}" if redundant else "")
+    options = f"{profile} --model {shlex.quote(model)}{ranks.arguments}"
     if shape is None:
         return options
     for dtype in (None, shape.dtype):
         try:
-            found = read_layers(model, Ranks(ranks, expert_parallel, redundant), dtype=dtype, engine="vllm")
+            found = read_layers(model, ranks, dtype=dtype, engine="vllm")
         except InputError:
             continue
         if shape in found.shapes:

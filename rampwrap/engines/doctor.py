@@ -1,0 +1,217 @@
+"""What would serve the layers of a model in an engine, found out without a GPU and by the code that decides it there."""
+
+import os
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from rampwrap.checkpoint.model import Alike, Layers, Ranks, layers_of
+from rampwrap.checkpoint.quantisation import FORMS
+from rampwrap.engines import sglang
+from rampwrap.engines.backends import TRITON, Backend, backend_of
+from rampwrap.engines.installed import NAMES, Installed, installed
+from rampwrap.engines.profile import kernels_of
+from rampwrap.engines.vllm_layer import by_another
+from rampwrap.errors import InputError
+from rampwrap.kernel.device import SIMULATED, Device, find_device, no_gpu
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.plan.folder import SHIPPED, Plans, made_elsewhere
+from rampwrap.plan.plan import Plan
+
+
+@attrs.frozen
+class Served:
+    """What serves a layer on a GPU.
+
+    Attributes:
+        gpu: its label; "" where there is neither a GPU here nor a plan for any.
+        shape: of the layer.
+        kernel, plan: ours and the plan's file; "" where the engine's own runs it.
+        source: ``own`` for a plan of the user's, ``rampwrap`` for one that came with it.
+        reason: why none does, or what else is to be said of the plan, as clauses.
+        remedy: what to do about it, with the exact command.
+    """
+
+    gpu: str
+    shape: MoEShape
+    kernel: str = ""
+    plan: str = ""
+    source: str = ""
+    reason: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        where = f"on {self.gpu}: " if self.gpu else ""
+        if not self.kernel:
+            return f"{where}not served: {self.reason}; {self.remedy}"
+        brought = ", which came with rampwrap" if self.source == "rampwrap" else ""
+        more = f" ({self.reason})" if self.reason else ""
+        return f"{where}{self.kernel} by {self.plan}{brought}{more}"
+
+
+@attrs.frozen
+class Finding:
+    """Layers that are alike.
+
+    Attributes:
+        alike: the layers.
+        backend: what the engine itself runs them with on Hopper; None where that is not known.
+        reason: why they stay with the engine whatever plans there are; "" where they need not.
+        served: by GPU and shape.
+    """
+
+    alike: Alike
+    backend: Backend | None
+    reason: str = ""
+    served: tuple[Served, ...] = ()
+
+    def on(self, gpu: str) -> bool:
+        """Whether all of them are served on a GPU."""
+        return not self.reason and all(its.kernel for its in self.served if its.gpu == gpu)
+
+    def text(self, engine: str) -> str:
+        """Lines for people."""
+        number = len(self.alike.numbers)
+        layers = "1 layer" if number == 1 else f"{number} layers" if number else "layers"
+        shapes = " and ".join(map(str, self.alike.shapes)) or FORMS[self.alike.form]
+        own = f"{NAMES[engine]} itself runs them with {self.backend.name}" if self.backend else ""
+        own += f" ({self.backend.remark})" if self.backend and self.backend.remark else ""
+        lines = [f"{layers}, {shapes}" + (f"; {own}" if own else "")]
+        lines += [f"  not served: {self.reason.removesuffix('.')}"] if self.reason else []
+        return "\n".join([*lines, *(f"  {its}" for its in self.served)])
+
+
+@attrs.frozen
+class Diagnosis:
+    """What `diagnose` found."""
+
+    model: str
+    engine: Installed
+    plans: Plans
+    findings: tuple[Finding, ...]
+
+    @property
+    def served(self) -> bool:
+        """Whether there is a GPU, of those looked at, on which every layer is served; an engine not here may be elsewhere."""
+        gpus = {its.gpu for finding in self.findings for its in finding.served} - {""}
+        return not self.engine.faults and any(all(finding.on(gpu) for finding in self.findings) for gpu in gpus)
+
+    def __str__(self) -> str:
+        where = f"plans in {self.plans.where} ({len(self.plans.found)})"
+        where += f" and of rampwrap ({len(self.plans.shipped)})" if self.plans.shipped else ""
+        lines = [f"{self.model} in {self.engine}; {where}"]
+        lines += [f"rampwrap leaves {self.engine} as it is: {fault}" for fault in self.engine.faults]
+        lines += [f"passed over: {sentence}" for sentence in self.plans.broken]
+        lines += [finding.text(self.engine.engine) for finding in self.findings]
+        return "\n".join([*lines, "every layer is served" if self.served else "not every layer is served"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, to be printed as JSON."""
+        return {
+            "model": self.model,
+            "engine": attrs.asdict(self.engine),
+            "plans": {
+                "where": self.plans.where,
+                "own": [path for path, _ in self.plans.found],
+                "rampwrap": [path for path, _ in self.plans.shipped],
+                "broken": list(self.plans.broken),
+            },
+            "layers": [
+                {
+                    "layers": list(finding.alike.numbers),
+                    "form": finding.alike.form,
+                    "backend": finding.backend and attrs.asdict(finding.backend),
+                    "reason": finding.reason,
+                    "served": [attrs.asdict(its) for its in finding.served],
+                }
+                for finding in self.findings
+            ],
+            "served": self.served,
+        }
+
+
+def diagnose(
+    model: str | os.PathLike[str],
+    engine: str,
+    ranks: Ranks,
+    *,
+    dtype: str | None = None,
+    gpu: str | None = None,
+    triton: bool = False,
+) -> Diagnosis:
+    """What would serve the layers of a model.
+
+    Args:
+        model: a folder with its ``config.json``, the file, or a name that Hugging Face's cache knows.
+        engine: of `rampwrap.engines.installed.NAMES`.
+        ranks: how the engine spreads it.
+        dtype: in place of what the config says.
+        gpu: its name; by default the one that is here, else all that plans are for.
+        triton: whether vLLM is started with ``--moe-backend triton``.
+
+    Raises:
+        InputError: no readable config, no routed layer, or a GPU that nobody knows.
+    """
+    layers, plans, its = layers_of(model, ranks, dtype=dtype, engine=engine), Plans.read(), installed(engine)
+    devices = _devices(gpu, plans, engine, layers)
+    command = f"rampwrap profile --engine {engine} --model {shlex.quote(os.fspath(model))}{ranks.arguments}"
+    command += f" --dtype {dtype}" if dtype else ""
+    findings = []
+    for alike in layers.alike:
+        parallel = ranks.expert_parallel and ranks.tp_size > 1
+        backend = backend_of(engine, alike.form, expert_parallel=parallel, kinds=layers.kinds, version=its.version)
+        if triton and engine == "vllm" and backend is not None and alike.shapes:
+            backend = attrs.evolve(backend, name=TRITON, hooked=True, remark="")
+        served, reason = [], alike.reason
+        for shape in alike.shapes:
+            try:
+                kernels = kernels_of(engine, shape)
+            except InputError as error:
+                reason = str(error)
+                continue
+            if backend is not None and not backend.hooked and engine == "vllm":
+                reason = by_another(backend.name).reason
+            served += [_served(engine, plans, shape, device, kernels, command) for device in devices]
+        findings.append(Finding(alike, backend, reason, tuple(served)))
+    return Diagnosis(os.fspath(model), its, plans, tuple(findings))
+
+
+def _devices(gpu: str | None, plans: Plans, engine: str, layers: Layers) -> list[Device | None]:
+    """The GPUs to look at; None alone where there is none."""
+    known = {plan.device.label: plan.device for _, plan in plans.every}
+    if gpu is not None:
+        named = [device for device in known.values() if device.name.lower() == gpu.strip().lower()]
+        return list(named) if named else [find_device(gpu)]
+    if no_gpu() is None:
+        return [Device.current()]
+    return list(known.values()) or [None]
+
+
+def _served(
+    engine: str, plans: Plans, shape: MoEShape, device: Device | None, kernels: Sequence[str], command: str
+) -> Served:
+    # The hooks of these know a rank's experts alone.
+    here = shape if engine == "vllm" else attrs.evolve(shape, num_experts=shape.num_local_experts)
+    usable = plans if engine == "vllm" else plans.with_local()
+    gpu = "" if device is None else device.label
+    found, passed_over = _plan(engine, usable, here, device, kernels) if device is not None else (None, ())
+    if found is not None:
+        path, plan = found
+        assert device is not None
+        said = [*passed_over, *filter(None, [made_elsewhere(plan, device).removeprefix(", ")])]
+        source = "rampwrap" if pathlib.Path(path).parent == SHIPPED else "own"
+        return Served(gpu, shape, plan.kernel, path, source, "; ".join(said))
+    reason = usable.why_not(here, device or SIMULATED, kernels)
+    return Served(gpu, shape, reason=reason, remedy=plans.remedy(command))
+
+
+def _plan(
+    engine: str, plans: Plans, shape: MoEShape, device: Device, kernels: Sequence[str]
+) -> tuple[tuple[str, Plan] | None, tuple[str, ...]]:
+    if engine == "sglang":
+        return sglang.plan_for(plans, shape, device), ()
+    fit = plans.find(shape, device, kernels)
+    return (None, ()) if fit is None else ((fit.path, fit.plan), fit.passed_over)
