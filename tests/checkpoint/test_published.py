@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import pytest
 
-from rampwrap.checkpoint.model import Ranks, read_layers
+from rampwrap.checkpoint.model import Ranks, layers_of, read_layers
 from rampwrap.errors import InputError, RampwrapError
 from rampwrap.kernel.shape import MoEShape
 
@@ -419,6 +420,49 @@ def test_experts_are_told_apart(more: dict[str, Any], said: str, tmp_path: pathl
             read_model(folder)
 
 
+TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+
+
+@pytest.mark.parametrize(
+    ("more", "form"),
+    [
+        ({}, "plain"),
+        ({"quantization_config": BLOCKS}, "fp8_block"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": [64, 64]}}, "fp8_block"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": None}}, "fp8_tensor"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": None, "activation_scheme": "static"}}, "fp8_static"),
+        ({"quantization_config": BLOCKS, "expert_dtype": "fp4"}, "mxfp4"),
+        ({"quantization_config": BLOCKS, "expert_dtype": "int3"}, "other"),
+        ({"quantization_config": CHANNEL}, "fp8_channel"),
+        (groups((["Linear"], BLOCK_WEIGHTS)), "fp8_block"),
+        (groups((["Linear"], TENSOR)), "fp8_tensor"),
+        ({"quantization_config": INT4}, "int4"),
+        (groups((["Linear"], {"num_bits": 4, "type": "float", "group_size": 16})), "nvfp4"),
+        (groups((["Linear"], {"num_bits": 4, "type": "float", "group_size": 32})), "mxfp4"),
+        (groups((["Linear"], {"num_bits": 4, "type": "float", "group_size": [32]})), "other"),
+        (groups((["Linear"], TENSOR | {"strategy": ["tensor"]})), "other"),
+        (groups((["re:.*self_attn.*"], TENSOR)), "plain"),
+        ({"quantization_config": NVFP4}, "nvfp4"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "fp8_static"),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": ["FP8"]}}, "other"),
+        ({"quantization_config": AWQ}, "int4"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "other"),
+        ({"quantization_config": MXFP4}, "mxfp4"),
+    ],
+)
+def test_the_form_by_which_an_engine_chooses_its_kernel(
+    more: dict[str, Any], form: str, tmp_path: pathlib.Path
+) -> None:
+    """Also of layers that our kernels do not run."""
+    assert [its.form for its in layers_of(write(tmp_path, LAYERS | more)).alike] == [form]
+
+
+def test_static_scales_of_compressed_tensors(tmp_path: pathlib.Path) -> None:
+    static = {"targets": ["Linear"], "weights": TENSOR, "input_activations": TENSOR | {"dynamic": False}}
+    more = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": static}}}
+    assert layers_of(write(tmp_path, LAYERS | more)).alike[0].form == "fp8_static"
+
+
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
@@ -476,6 +520,8 @@ def test_layers_that_stay_with_the_engine_are_counted(
         ({"architectures": ["DeepseekV3ForCausalLM"]}, Ranks(8, True, 32), MoEShape(288, 8, 7168, 2048, "bf16", 36)),
         ({"architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 160}, Ranks(), MoEShape(161, 9, 7168, 2048)),
         ({"model_type": "deepseek_v3"}, Ranks(), MoEShape(257, 9, 7168, 2048)),
+        ({"model_type": "deepseek_v3"}, Ranks(8, False, 0, 0), MoEShape(256, 8, 7168, 256)),
+        ({"model_type": "else"}, Ranks(fused_shared_experts=2), MoEShape(258, 10, 7168, 2048)),
     ],
 )
 def test_sglang_makes_the_shared_expert_one_more(
@@ -483,7 +529,17 @@ def test_sglang_makes_the_shared_expert_one_more(
 ) -> None:
     folder = write(tmp_path, config("deepseek_v3", DEEPSEEK, V3, n_shared_experts=1) | more)
     assert read_layers(folder, ranks, engine="sglang").shapes == (want,)
-    assert read_layers(folder, ranks, engine="vllm").shapes[0].num_experts in (256, 384, 160, 288)
+    assert read_layers(folder, attrs.evolve(ranks, fused_shared_experts=None), engine="vllm").shapes[0].num_experts in (
+        *(256, 384, 160, 288),
+    )
+
+
+def test_ranks_as_options(tmp_path: pathlib.Path) -> None:
+    assert Ranks().arguments == Ranks(1).arguments == ""
+    assert (
+        Ranks(8).arguments == " --tp-size 8" and Ranks(fused_shared_experts=0).arguments == " --fused-shared-experts 0"
+    )
+    assert Ranks(4, True, 32).arguments == " --tp-size 4 --ep --num-redundant-experts 32"
 
 
 @pytest.mark.parametrize(
@@ -493,9 +549,10 @@ def test_sglang_makes_the_shared_expert_one_more(
         ((4, True, 3), "4 ranks do not divide 131 physical experts"),
         ((4, True, -1), "redundant_experts is -1"),
         ((0, True, 0), "tp_size is 0"),
+        ((1, False, 0, -1), "fused_shared_experts is -1"),
     ],
 )
-def test_ranks_that_no_engine_has(ranks: tuple[int, bool, int], said: str, tmp_path: pathlib.Path) -> None:
+def test_ranks_that_no_engine_has(ranks: Any, said: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match=said):
         read_layers(write(tmp_path, BASE), Ranks(*ranks))
 

@@ -118,7 +118,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     ("arguments", "said"),
     [
         (["profiel"], "Did you mean 'profile'?"),
-        (["xyz"], "Use one of profile, fit,"),
+        (["xyz"], "Use one of profile, doctor,"),
         (["profile", "--batchsize", "3"], "--batch-size"),
         (["profile", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
         (["profile", "--eval-batch-size", "8", "x"], "'x' is not a whole number of at least 1"),
