@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rampwrap.compare.oracle import Oracle
     from rampwrap.dispatch.graph import GraphDispatcher
     from rampwrap.dispatch.host import Dispatcher
+    from rampwrap.ep.group import ExpertParallel
+    from rampwrap.ep.received import Received
     from rampwrap.errors import RampwrapError
     from rampwrap.kernel.device import Device
     from rampwrap.kernel.grid import CtaGrid
@@ -35,6 +37,7 @@ _HOME = {
     "CtaGrid": "kernel.grid",
     "Device": "kernel.device",
     "Dispatcher": "dispatch.host",
+    "ExpertParallel": "ep.group",
     "GraphDispatcher": "dispatch.graph",
     "Kernel": "kernel.protocol",
     "MoEShape": "kernel.shape",
@@ -44,6 +47,7 @@ _HOME = {
     "Policy": "policy.policies",
     "Portfolio": "kernel.portfolio",
     "RampwrapError": "errors",
+    "Received": "ep.received",
     "Routing": "routing.workloads",
     "SHAPES": "kernel.shape",
     "Static": "policy.policies",
@@ -67,6 +71,7 @@ __all__ = [
     "CtaGrid",
     "Device",
     "Dispatcher",
+    "ExpertParallel",
     "GraphDispatcher",
     "Kernel",
     "MoEShape",
@@ -76,6 +81,7 @@ __all__ = [
     "Policy",
     "Portfolio",
     "RampwrapError",
+    "Received",
     "Routing",
     "Static",
     "Timings",

@@ -9,6 +9,7 @@
     |   +-- PlanMismatchError         a sound plan for another GPU, dtype, shape or kernel version
     +-- CaptureError (RuntimeError)  something that must not happen under CUDA graph capture
     +-- DeviceFault (RuntimeError)   the GPU context is lost
+    +-- GroupError (RuntimeError)    ranks of a group disagree, one refused its part, or one did not arrive
 
 A message is one sentence that names the offending value and the fix.
 """
@@ -48,3 +49,7 @@ class CaptureError(RampwrapError, RuntimeError):
 
 class DeviceFault(RampwrapError, RuntimeError):  # noqa: N818
     """The GPU context is lost (illegal address, device assert); only a new process can use the GPU again."""
+
+
+class GroupError(RampwrapError, RuntimeError):
+    """Ranks of a group disagree, one of them refused its part, or one did not arrive."""

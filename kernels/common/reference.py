@@ -74,14 +74,15 @@ def random_weights(shape: MoEShape, device: torch.device, seed: int) -> dict[str
 
 def quantise(x: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
     """float [..., n] -> (e4m3 [..., n], float32 scales [..., n / group]): the largest of each group becomes 448."""
-    groups = x.float().view(*x.shape[:-1], -1, group)
+    groups = x.float().view(*x.shape[:-1], x.shape[-1] // group, group)
     scale = groups.abs().amax(-1).clamp_min(MIN_ABS) / FP8_MAX
     return (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(-2), scale
 
 
 def dequantise(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Undoes `quantise`, in float64; a scale serves as many columns as there are for it."""
-    return (q.double().view(*scale.shape, -1) * scale.double()[..., None]).flatten(-2)
+    groups = q.double().view(*scale.shape, q.shape[-1] // scale.shape[-1])
+    return (groups * scale.double()[..., None]).flatten(-2)
 
 
 def weights_of(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:

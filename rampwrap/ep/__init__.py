@@ -1,1 +1,4 @@
-"""Experts spread over ranks: which rank holds which. Imports `plan` and below; `cli` imports it."""
+"""Experts spread over ranks: which rank holds which, and how tokens reach them and come back summed.
+
+Imports `dispatch` and below; `engines` and `cli` import it.
+"""

@@ -1,0 +1,128 @@
+"""`Layout`: the memory of a rank that its peers write into, region by region."""
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+
+from rampwrap.errors import InputError
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
+from rampwrap.schema import between
+
+PROTOCOL = 1
+"Of regions, cells and their meaning: ranks of different ones must not meet."
+MOST_RANKS = 64
+MOST_TOKENS = 1 << 16
+ALIGNED = 256
+"Bytes at whose multiples regions start: whole lines of 128 bytes, and 16 bytes for every vector."
+HEADER = 64
+"int64 values: epoch and fault code, each on a line of its own, and room."
+
+
+@attrs.frozen
+class Region:
+    """A tensor inside the memory of a rank."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Without what pads it to the next region."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+@attrs.frozen
+class Layout:
+    """What every rank keeps, the same on each: rows of all sources by rank, and the partial sums that come back.
+
+    Attributes:
+        shape: of the layer; how many experts are local plays no part.
+        num_ranks: of the group.
+        max_tokens_per_rank: most tokens that a rank may bring to a dispatch.
+        payload: type that rows travel in: the layer's own ("bf16", "fp16"), or "fp8" with a float32 scale for each 128
+            columns. An FP8 layer's own is "fp8".
+        partials: type that sums travel in: the layer's own, or "fp32".
+    """
+
+    shape: MoEShape
+    num_ranks: int = attrs.field(validator=between(1, MOST_RANKS, InputError))
+    max_tokens_per_rank: int = attrs.field(validator=between(1, MOST_TOKENS, InputError))
+    payload: str = attrs.field()
+    partials: str = attrs.field()
+
+    @payload.default
+    def _payload_of_layer(self) -> str:
+        return self.shape.dtype
+
+    @partials.default
+    def _partials_of_layer(self) -> str:
+        return self.own_dtype
+
+    def __attrs_post_init__(self) -> None:
+        own = self.own_dtype
+        if self.payload not in (own, "fp8"):
+            raise InputError(f"payload is {self.payload!r}; a layer in {self.shape.dtype} sends {own} or fp8.")
+        if self.partials not in (own, "fp32"):
+            raise InputError(f"partials is {self.partials!r}; a layer in {self.shape.dtype} adds {own} or fp32.")
+        step = GROUP if self.payload == "fp8" else 8  # a group of columns has one scale; 16 bytes are one store
+        if self.shape.hidden_size % step:
+            raise InputError(
+                f"hidden_size={self.shape.hidden_size} is no multiple of {step}, as rows in {self.payload} need; pad it."
+            )
+
+    @property
+    def own_dtype(self) -> str:
+        """Of the layer's hidden states and output: "bf16" or "fp16"."""
+        return "fp16" if self.shape.dtype == "fp16" else "bf16"
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.own_dtype]
+
+    @property
+    def payload_dtype(self) -> torch.dtype:
+        return FP8 if self.payload == "fp8" else self.hidden_dtype
+
+    @property
+    def partial_dtype(self) -> torch.dtype:
+        return torch.float32 if self.partials == "fp32" else self.hidden_dtype
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """In the order of memory, each at a multiple of 256 bytes."""
+        shape, ranks = self.shape, self.num_ranks
+        rows = ranks * self.max_tokens_per_rank
+        columns, top_k = shape.hidden_size, shape.top_k
+        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+            ("header", torch.int64, (HEADER,)),
+            ("cells", torch.int64, (2, ranks)),  # of dispatch and of combine, one a source
+            ("topk_ids", torch.int32, (rows, top_k)),
+            ("topk_weights", torch.float32, (rows, top_k)),
+            ("rows", self.payload_dtype, (rows, columns)),
+            ("partials", self.partial_dtype, (ranks, self.max_tokens_per_rank, columns)),
+        ]
+        if self.payload == "fp8":
+            wanted.insert(-1, ("scales", torch.float32, (rows, columns // GROUP)))
+        regions, offset = [], 0
+        for name, dtype, its in wanted:
+            regions.append(Region(name, dtype, its, offset))
+            offset += -(-regions[-1].bytes // ALIGNED) * ALIGNED
+        return tuple(regions)
+
+    @property
+    def bytes(self) -> int:
+        """Of one rank's memory."""
+        last = self.regions[-1]
+        return last.offset + -(-last.bytes // ALIGNED) * ALIGNED
+
+    def views(self, memory: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The regions of uint8 memory of `bytes`, by name; "scales" only where rows travel in FP8."""
+        return {
+            its.name: memory[its.offset : its.offset + its.bytes].view(its.dtype).view(its.shape)
+            for its in self.regions
+        }

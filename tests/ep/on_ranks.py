@@ -1,0 +1,190 @@
+"""What the processes of the expert-parallel tests run: each is one rank, takes calls on a socket of its own and answers there.
+
+A call names a function of this file and the ranks of its group; the answer is what it returns, or its error. They are forks
+of one process: importing torch takes seconds.
+"""
+
+import io
+import os
+import pickle
+import socket
+import sys
+import time
+from datetime import timedelta
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rampwrap.ep.group import ExpertParallel
+from rampwrap.errors import RampwrapError
+from rampwrap.kernel.placement import Placement
+from rampwrap.kernel.shape import MoEShape
+
+Batch = dict[str, torch.Tensor]
+
+
+def expert_of(rows: torch.Tensor, expert: int) -> torch.Tensor:
+    """What stands for an expert: bf16 [n, H] -> bf16 [n, H], different for each expert and column."""
+    columns = torch.arange(rows.shape[1]) % 7 + 1
+    return (rows.float() * (expert + 1) / columns).to(torch.bfloat16)
+
+
+def by_slot(rows: torch.Tensor, topk_ids: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """bf16 [n, top_k, H]: each local slot's output, NaN for the others, which nobody may read."""
+    out = torch.full((*topk_ids.shape, rows.shape[1]), torch.nan, dtype=torch.bfloat16)
+    for row, slot in here.nonzero().tolist():
+        out[row, slot] = expert_of(rows[row : row + 1], int(topk_ids[row, slot]))[0]
+    return out
+
+
+def opened(group: dist.ProcessGroup, arguments: dict[str, Any]) -> ExpertParallel:
+    arguments = dict(arguments)
+    each = arguments.pop("each", None)  # of each rank its own
+    if each is not None:
+        arguments |= each[dist.get_rank(group)]
+    experts = arguments.pop("experts", None)
+    if experts is not None:
+        mine = np.array(experts[dist.get_rank(group)])
+        arguments["placement"] = Placement(arguments["shape"].num_experts, mine)
+    return ExpertParallel(group, **arguments)
+
+
+def rounds(
+    group: dist.ProcessGroup, arguments: dict[str, Any], batches: list[list[Batch]], known: bool, summed: bool
+) -> list[dict[str, Any]]:
+    """Dispatch and combine of each batch, [round][rank]; what this rank saw and got."""
+    rank, seen = dist.get_rank(group), []
+    with opened(group, arguments) as ep:
+        for batch in batches:
+            counts = [len(its["topk_ids"]) for its in batch] if known else None
+            received = ep.dispatch(**batch[rank], tokens_per_rank=counts)
+            here = ep.owners.is_local(received.topk_ids)
+            read = here.any(1)
+            rows = received.hidden_states(torch.bfloat16)
+            output: torch.Tensor = by_slot(rows, received.topk_ids, here)
+            if summed:
+                output = received.partial(output, torch.float32)
+                output[~read] = torch.nan
+            seen.append(
+                {
+                    "rows": rows[read],
+                    "read": read,
+                    "topk_ids": received.topk_ids.clone(),
+                    "topk_weights": received.topk_weights.clone(),
+                    "expert_counts": received.expert_counts,
+                    "first": received.first,
+                    "path": str(received.path),
+                    "out": ep.combine(output),
+                }
+            )
+    return seen
+
+
+def whole_layer(
+    group: dist.ProcessGroup, shape: MoEShape, batch: list[Batch], weights: Batch, payload: str
+) -> torch.Tensor:
+    """The layer by `ep.layer` with a wrapped kernel on this rank's experts."""
+    from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+
+    rank = dist.get_rank(group)
+    with ExpertParallel(group, shape, 16, payload=payload) as ep:
+        kernel = TritonFusedMoE(ep.shape)
+        mine = {name: its[torch.from_numpy(ep.placement.experts)] for name, its in weights.items()}
+
+        def run(**operands: Any) -> torch.Tensor:
+            return kernel.launch(kernel.default_config(8), **operands)
+
+        return ep.layer(run, **batch[rank], **mine)
+
+
+def alignment(group: dist.ProcessGroup, shape: MoEShape, batch: list[Batch], block_m: int) -> Any:
+    """The block list of a dispatch that was asked for one."""
+    with ExpertParallel(group, shape, 16) as ep:
+        blocks = ep.dispatch(**batch[dist.get_rank(group)], block_m=block_m).blocks
+        assert blocks is not None
+        return blocks.sorted_token_ids, blocks.expert_ids, blocks.num_tokens_post_padded, blocks.expert_counts
+
+
+def refused(group: dist.ProcessGroup, arguments: dict[str, Any], calls: list[Any]) -> list[str | None]:
+    """What each call of a sequence says, where it is refused; a call is of all ranks, or a list with one of each."""
+    rank, said = dist.get_rank(group), []
+    ep = opened(group, arguments)
+    for call in calls:
+        name, *its = call[rank] if isinstance(call, list) else call
+        try:
+            if name == "sleep":
+                time.sleep(its[0])
+            elif name == "second":
+                ExpertParallel(OTHERS[its[0]], arguments["shape"], 4, timeout_s=2.0).open()._let_go()
+            else:
+                values = [value[rank] if isinstance(value, list) else value for value in its]
+                getattr(ep, name)(*values)
+            said.append(None)
+        except RampwrapError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    ep._let_go()
+    return said
+
+
+OTHERS: dict[int, dist.ProcessGroup] = {}
+"Groups of the first ranks, by their number; -2 is another of two."
+
+
+def tell(stream: IO[bytes], what: Any) -> None:
+    """Writes a message; torch's format holds e4m3, which pickle does not."""
+    text = io.BytesIO()
+    torch.save(what, text)
+    pickle.dump(text.getvalue(), stream)
+    stream.flush()
+
+
+def hear(stream: IO[bytes]) -> Any:
+    return torch.load(io.BytesIO(pickle.load(stream)), weights_only=False)
+
+
+def serve(rank: int, num_ranks: int, port: int, channel: socket.socket) -> None:
+    """Answers calls until there are no more."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=60),
+    )
+    for number in range(1, num_ranks + 1):
+        OTHERS[number] = dist.new_group(range(number))
+    OTHERS[-2] = dist.new_group(range(2))
+    with channel.makefile("rwb") as stream:
+        tell(stream, None)
+        while True:
+            try:
+                name, number, arguments = hear(stream)
+            except EOFError:
+                return
+            try:
+                answer: Any = globals()[name](OTHERS[number], *arguments)
+            except Exception as error:
+                answer = error
+            tell(stream, answer)
+
+
+def main() -> None:
+    port, *channels = map(int, sys.argv[1:])
+    for rank, number in enumerate(channels):
+        if not os.fork():
+            for other in channels:
+                if other != number:
+                    os.close(other)
+            serve(rank, len(channels), port, socket.socket(fileno=number))
+            os._exit(0)
+    for number in channels:
+        os.close(number)
+    for _ in channels:
+        os.wait()
+
+
+if __name__ == "__main__":
+    main()
