@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-EXTRAS = ("triton", "cute", "plot", "metrics")
+EXTRAS = ("triton", "cute", "plot", "metrics", "transformers")
 "What users install beside an engine; `cute-kernels` needs what `cute` does, and no compiler."
 # SGLang's wheels ask for glibc 2.34; uv's plain linux means 2.28 and would take a release of half a year ago.
 PLATFORM = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_39", "--no-python-downloads")

@@ -13,7 +13,6 @@ once. One operator, `rampwrap::experts`, is all that `torch.compile` sees.
 """
 
 import contextlib
-import importlib.metadata
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
-from rampwrap.engines.transformers_layer import TESTED, refusal
+from rampwrap.engines.transformers_layer import CHECKED, mismatch, refusal
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
@@ -295,15 +294,16 @@ def register(
         model: whose module names layers get in `rampwrap.stats`; "experts.0" and on without one.
 
     Raises:
-        InputError: transformers is not installed, or is a release that was not tested.
+        InputError: transformers is not installed, older than 5.17, or does not keep the contract.
     """
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
-        raise InputError(f"transformers has no ExpertsInterface here ({error}); install transformers 5.17.") from error
-    found = importlib.metadata.version("transformers")
-    if ".".join(found.split(".")[:2]) not in TESTED:
-        raise InputError(f"transformers {found} was not tested with rampwrap; use {' or '.join(TESTED)}.")
+        raise InputError(
+            f"transformers has no ExpertsInterface here ({error}); install transformers 5.17 or later."
+        ) from error
+    if (reason := mismatch()) is not None:
+        raise InputError(f"{reason}; install transformers {CHECKED[0]} to {CHECKED[-1]}.")
     global _serving
     _serving = Serving(Plans.read(plans), max_tokens)
     for path, module in () if model is None else model.named_modules():

@@ -1,7 +1,16 @@
-"""Which layers of transformers the kernel runs."""
+"""Which releases and which layers of transformers the kernel runs: by what they promise, not by their number.
+
+A release is checked once: its experts functions take the arguments that ours takes, and on a tiny layer they compute what the
+kernel computes. A layer is checked by its flags and its parts: any that is not known here may change the result, so the
+layer is left to transformers. (From 5.20 on Muse Spark has a norm after each expert, which a check of the flags of 5.17 let
+through.)
+"""
 
 import functools
 import importlib.metadata
+import inspect
+import logging
+import types
 from typing import Any
 
 import torch
@@ -10,24 +19,33 @@ from torch.distributed.tensor import DTensor
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.plan.folder import DISABLE, disabled
 
-TESTED = ("5.17",)
-"Releases of transformers that this module was tested with; layers of others fall back."
+CHECKED = ("5.17", "5.24")
+"""Oldest and newest release that the tests ran with. Older ones are not served; later ones are where they pass the checks, with
+a line in the log."""
+FLAGS: dict[str, tuple[bool, str]] = {
+    "has_gate": (True, "it has no gate"),
+    "has_bias": (False, "it has biases"),
+    "has_post_expert_norm": (False, "it has a norm after each expert"),
+    "is_transposed": (False, "its weights are transposed"),
+    "is_concatenated": (True, "its gate and up rows are interleaved"),
+}
+"Flags that transformers' decorator sets: the value that the kernel is made for, and what another one means."
+PARTS = frozenset({"gate_up_proj", "down_proj", "act_fn"})
+"Parameters, buffers and submodules of a layer that the kernel computes."
+ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
+"What transformers hands to an experts function, after the module."
 # The tiles of the kernel's configs are made for the shared memory of sm_90.
 MIN_CAPABILITY = (9, 0)
 
 
 def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> str | None:
     """Why a layer goes to transformers' own implementation, in a clause; None where the kernel runs it."""
-    if not getattr(module, "has_gate", True):
-        return "it has no gate"
-    if getattr(module, "has_bias", False):
-        return "it has biases"
-    if getattr(module, "is_transposed", False):
-        return "its weights are transposed"
-    if not getattr(module, "is_concatenated", True):
-        return "its gate and up rows are interleaved"
-    if getattr(module, "has_post_expert_norm", False):
-        return "it has a norm after each expert"
+    for flag, (made_for, reason) in FLAGS.items():
+        if getattr(module, flag, made_for) is not made_for:
+            return reason
+    unknown: str | None = _unknown(module)
+    if unknown is not None:
+        return unknown
     gate = getattr(type(module), "_apply_gate", None)
     if gate is not None and gate.__module__ != "transformers.integrations.moe":
         return "it has a gate of its own"
@@ -52,6 +70,20 @@ def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor)
     return environment
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _unknown(module: Any) -> str | None:
+    """The first flag, parameter, buffer or submodule that is not known here, in a clause; None without one."""
+    for holder in (module.__dict__, *(vars(cls) for cls in type(module).__mro__ if cls is not torch.nn.Module)):
+        for name, value in holder.items():
+            if name.startswith(("has_", "is_")) and name not in FLAGS and not callable(value):
+                return f"its flag {name}={value} is not known to rampwrap"
+    for parts in (module._parameters, module._buffers, module._modules):
+        for name in parts:
+            if name not in PARTS:
+                return f"its part {name} is not known to rampwrap"
+    return None
+
+
 def _is_silu(activation: Any) -> bool:
     """Whether an activation is SiLU: torch's module or function, or transformers' own module."""
     return (
@@ -70,12 +102,80 @@ def _environment(device_type: str, index: int | None) -> str | None:
 @functools.cache
 def _installation(device_type: str, index: int | None) -> str | None:
     """What of it cannot change; reading a package's version takes a millisecond, ten times a layer's launches."""
-    found = importlib.metadata.version("transformers")
-    if ".".join(found.split(".")[:2]) not in TESTED:
-        return f"transformers {found} was not tested, only {', '.join(TESTED)}"
+    if (reason := mismatch()) is not None:
+        return reason
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability(index)
         if capability < MIN_CAPABILITY or torch.version.hip:
             return f"the GPU is sm_{capability[0]}{capability[1]}, the kernel is made for sm_90 and later"
         return None
     return None if INTERPRETED.value and device_type == "cpu" else f"its tensors are on {device_type}, not on a GPU"
+
+
+@functools.cache
+def mismatch() -> str | None:
+    """What speaks against the installed transformers, in a clause; None where it keeps the contract."""
+    from packaging.version import Version  # which transformers asks for
+
+    found = Version(importlib.metadata.version("transformers"))
+    if found < Version(CHECKED[0]):
+        return f"transformers {found} is older than {CHECKED[0]}"
+    broken = _broken()
+    if broken is not None:
+        return f"transformers {found} is not what rampwrap was made for: {broken}"
+    if found.release[:2] > Version(CHECKED[-1]).release:
+        logging.getLogger("rampwrap").info(
+            "transformers %s is newer than %s, the last that rampwrap's tests ran with; it passes the checks and is served.",
+            found,
+            CHECKED[-1],
+        )
+    return None
+
+
+def _broken() -> str | None:
+    """What of transformers' experts functions differs from what ours promises to replace, in a clause; a few milliseconds."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+        function = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+        given = tuple(inspect.signature(function).parameters)
+        if given[1:] != ARGUMENTS:
+            return f"its experts functions take ({', '.join(given)})"
+        return _computes_otherwise(function, use_experts_implementation(_Tiny))
+    except Exception as error:  # whatever it is: a release that fails here is not served
+        return f"it fails on a layer of plain SiLU experts with {type(error).__name__}: {error}"
+
+
+def _computes_otherwise(function: Any, experts_class: Any) -> str | None:
+    """What an experts function makes of a layer of plain SiLU experts, where the kernel makes something else; in a clause."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        layer = experts_class(types.SimpleNamespace())
+        if (reason := _unknown(layer)) is not None:
+            return reason
+        # No generator: whoever seeded theirs gets the numbers they would have got.
+        x = torch.linspace(-1, 1, 40).view(5, 8)
+        ids = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
+        weights = torch.linspace(0.1, 0.9, 10).view(5, 2)
+        theirs = function(layer, x, ids, weights)
+        expected = torch.zeros_like(x)
+        for token, slot in ((t, k) for t in range(5) for k in range(2)):
+            expert = int(ids[token, slot])
+            gate, up = (layer.gate_up_proj[expert] @ x[token]).chunk(2)
+            h = torch.nn.functional.silu(gate) * up
+            expected[token] += weights[token, slot] * (layer.down_proj[expert] @ h)
+    if theirs.shape != x.shape or not torch.allclose(theirs.float(), expected, rtol=1e-3, atol=1e-3):
+        return "its grouped_mm computes something else on a layer of plain SiLU experts"
+    return None
+
+
+class _Tiny(torch.nn.Module):
+    """Three experts of transformers' plain layout."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = 3, torch.nn.SiLU()
+        self.gate_up_proj = torch.nn.Parameter(torch.linspace(-0.5, 0.6, 3 * 16 * 8).sin().view(3, 16, 8))
+        self.down_proj = torch.nn.Parameter(torch.linspace(0.7, -0.4, 3 * 8 * 8).cos().view(3, 8, 8))
+
+    def forward(self) -> None:
+        """Never called: transformers' decorator asks for one."""

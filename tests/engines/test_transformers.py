@@ -16,9 +16,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra 'transformers')")
 pytest.importorskip("triton")
-if importlib.metadata.version("transformers").rsplit(".", 1)[0] != "5.17":
-    pytest.skip("made for transformers 5.17", allow_module_level=True)
 
+from transformers.integrations import moe
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 import rampwrap
@@ -101,6 +100,12 @@ def save_plan(folder: pathlib.Path, shape: MoEShape = SHAPE, name: str = "tiny")
     return path
 
 
+def forget() -> None:
+    """What was found out about the installed transformers."""
+    transformers_layer._installation.cache_clear()
+    transformers_layer.mismatch.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[None]:
     """No plans but those of the test, and warnings not yet said."""
@@ -108,7 +113,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Iterator[N
     monkeypatch.delenv("RAMPWRAP_DISABLE", raising=False)
     (tmp_path / "plans").mkdir()
     monkeypatch.setattr(engine, "_serving", None)
-    transformers_layer._installation.cache_clear()
+    forget()
     monkeypatch.setattr(engine, "_warn", OneWarning(logging.getLogger("rampwrap")))
     torch._dynamo.reset()
     ExpertsInterface.register("rampwrap", engine.experts_forward)
@@ -193,6 +198,7 @@ def test_remote_experts_are_dropped_and_any_weights_serve(
     x, ids, weights = inputs(21, dtype=dtype)
     ids[::2, 0] = 8  # the number of experts of this rank: an expert of another rank
     ids[3] = 8  # a token with nothing to do here
+    module._is_expert_parallel = True  # without which transformers takes ids for its own, from 5.18 on
     with torch.no_grad():
         out = engine.experts_forward(module, x, ids, weights)
         close(out, theirs(module, x, ids, weights.float()))
@@ -247,6 +253,11 @@ def parameter(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = Fal
         ({"has_bias": True}, "biases"),
         ({"is_transposed": True}, "transposed"),
         ({"is_concatenated": False}, "interleaved"),
+        ({"has_router_scale": False}, "flag has_router_scale=False is not known"),
+        ({"is_sparse": 3}, "flag is_sparse=3 is not known"),
+        ({"is_ready": lambda: True}, None),
+        ({"down_proj_scale": parameter(8)}, "part down_proj_scale is not known"),
+        ({"out_norm": torch.nn.LayerNorm(64)}, "part out_norm is not known"),
         ({"act_fn": torch.nn.GELU()}, "GELU"),
         ({"down_proj": parameter(8, 32, 64)}, "not contiguous"),
         ({"down_proj": parameter(8, 64, 32, dtype=torch.float16)}, "float16"),
@@ -259,6 +270,16 @@ def test_a_refusal_names_what_is_different(differently: dict[str, Any], said: st
     x, ids, _ = inputs(3)
     found = transformers_layer.refusal(layer, x, ids)
     assert found is None if said is None else said in str(found)
+
+
+def test_a_buffer_and_a_flag_of_the_class_are_refused() -> None:
+    class Flagged(Layer):
+        has_shared_scale = True
+
+    layer = Layer()
+    layer.register_buffer("limit", torch.zeros(1))
+    for module, said in ((layer, "part limit"), (Flagged(), "flag has_shared_scale=True")):
+        assert said in str(transformers_layer.refusal(module.to(DEVICE), *inputs(3)[:2]))
 
 
 def test_a_gate_of_its_own_is_refused() -> None:
@@ -428,6 +449,94 @@ def test_two_models_in_one_process(tmp_path: pathlib.Path) -> None:
     assert all(service.graph_dispatcher is not None for service in engine.serving().services.values())
 
 
+GROUPED = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+
+def up_first(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    kept = self.gate_up_proj.data
+    self.gate_up_proj.data = torch.cat(kept.chunk(2, 1)[::-1], 1)
+    out = GROUPED(self, hidden_states, top_k_index, top_k_weights)
+    self.gate_up_proj.data = kept
+    return out
+
+
+def more_arguments(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any, scale: float = 1) -> Any:
+    return GROUPED(self, hidden_states, top_k_index, top_k_weights)
+
+
+def raises(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    return self.experts_config
+
+
+def scaled(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    return 1.01 * GROUPED(self, hidden_states, top_k_index, top_k_weights)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (up_first, "computes something else"),
+        (scaled, "computes something else"),
+        (more_arguments, "take (self, hidden_states, top_k_index, top_k_weights, scale)"),
+        (raises, "fails on a layer of plain SiLU experts with AttributeError"),
+    ],
+)
+def test_a_release_that_computes_something_else_is_refused(
+    changed: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert transformers_layer.mismatch() is None
+    forget()
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "grouped_mm", changed)
+    with pytest.raises(InputError, match="is not what rampwrap was made for") as caught:
+        engine.register()
+    assert said in str(caught.value)
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_release_whose_layers_have_a_flag_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    decorate = moe.use_experts_implementation
+
+    def decorator(experts_class: Any) -> Any:
+        class Flagged(experts_class):
+            has_pre_norm = False
+
+        return decorate(Flagged)
+
+    monkeypatch.setattr(moe, "use_experts_implementation", decorator)
+    assert "flag has_pre_norm=False is not known" in str(transformers_layer.mismatch())
+    forget()
+
+
+def test_a_model_with_a_norm_after_each_expert_keeps_it(caplog: pytest.LogCaptureFixture) -> None:
+    """The real class of Muse Spark, from 5.20 on: SiLU, concatenated, no bias, and yet another function."""
+    muse = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark", reason="from transformers 5.20 on")
+    config = muse.MuseSparkTextConfig(**{**TINY, **MOE}, moe_hidden_size=64, num_local_experts=8, head_dim=16)
+    torch.manual_seed(0)
+    module, given = muse.MuseSparkExperts(config).to(DEVICE, torch.bfloat16).eval(), inputs()
+    torch.nn.init.normal_(module.gate_up_proj)
+    torch.nn.init.normal_(module.down_proj)
+    with torch.no_grad():
+        out = engine.experts_forward(module, *given)
+        torch.testing.assert_close(out, GROUPED(module, *given), rtol=0, atol=0)
+    assert "a norm after each expert" in caplog.text and out.any()
+
+
+def test_a_release_after_the_last_checked_is_served_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    version: Callable[[str], str] = importlib.metadata.version
+    for found, serves, said in (("6.0.1", True, "newer than"), ("6.0.0rc1", True, "newer than"), ("5.24.3", True, "")):
+        forget()
+        caplog.clear()
+        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "rampwrap"):
+            patch.setattr(importlib.metadata, "version", lambda name, found=found: found)
+            assert (transformers_layer.mismatch() is None) == serves
+        assert said in caplog.text and bool(caplog.records) == bool(said)
+    forget()
+    assert version("transformers").startswith("5.") is (transformers_layer.mismatch() is None)
+
+
 @pytest.mark.parametrize("how", ["switch", "version"])
 def test_what_keeps_the_kernel_away(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -437,17 +546,17 @@ def test_what_keeps_the_kernel_away(
         monkeypatch.setenv("RAMPWRAP_DISABLE", "1")
     else:
         version: Callable[[str], str] = importlib.metadata.version
-        other = {"transformers": "6.0.1"}
+        other = {"transformers": "5.16.3"}
         monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or version(name))
-        transformers_layer._installation.cache_clear()
-        with pytest.raises(InputError, match=r"6\.0\.1 was not tested with rampwrap; use 5\.17"):
+        forget()
+        with pytest.raises(InputError, match=r"5\.16\.3 is older than 5\.17; install transformers 5\.17"):
             engine.register()
     given = inputs()
     with torch.no_grad():
         out = engine.experts_forward(module, *given)
         torch.testing.assert_close(out, ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *given), rtol=0, atol=0)
-    assert ("RAMPWRAP_DISABLE is set" if how == "switch" else "6.0.1") in caplog.text
-    transformers_layer._installation.cache_clear()
+    assert ("RAMPWRAP_DISABLE is set" if how == "switch" else "5.16.3") in caplog.text
+    forget()
 
 
 def test_warm_prepares_sizes(tmp_path: pathlib.Path) -> None:
