@@ -68,10 +68,10 @@ def _sglang(version: str) -> list[str]:
 
 
 def _transformers(version: str) -> list[str]:
-    from rampwrap.engines.transformers_layer import TESTED
+    from rampwrap.engines.transformers_layer import mismatch
 
-    known = ".".join(version.split(".")[:2]) in TESTED
-    return [] if known else [f"it is tested with {', '.join(TESTED)} alone"]
+    reason = mismatch(version)
+    return [] if reason is None else [reason]
 
 
 _FAULTS = {"vllm": _vllm, "sglang": _sglang, "transformers": _transformers}

@@ -13,6 +13,7 @@ once. One operator, `rampwrap::experts`, is all that `torch.compile` sees.
 """
 
 import contextlib
+import importlib.metadata
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -302,7 +303,7 @@ def register(
         raise InputError(
             f"transformers has no ExpertsInterface here ({error}); install transformers 5.17 or later."
         ) from error
-    if (reason := mismatch()) is not None:
+    if (reason := mismatch(importlib.metadata.version("transformers"))) is not None:
         raise InputError(f"{reason}; install transformers {CHECKED[0]} to {CHECKED[-1]}.")
     global _serving
     _serving = Serving(Plans.read(plans), max_tokens)

@@ -102,7 +102,7 @@ def _environment(device_type: str, index: int | None) -> str | None:
 @functools.cache
 def _installation(device_type: str, index: int | None) -> str | None:
     """What of it cannot change; reading a package's version takes a millisecond, ten times a layer's launches."""
-    if (reason := mismatch()) is not None:
+    if (reason := mismatch(importlib.metadata.version("transformers"))) is not None:
         return reason
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability(index)
@@ -113,11 +113,11 @@ def _installation(device_type: str, index: int | None) -> str | None:
 
 
 @functools.cache
-def mismatch() -> str | None:
-    """What speaks against the installed transformers, in a clause; None where it keeps the contract."""
+def mismatch(version: str) -> str | None:
+    """What speaks against the installed transformers, of this version, in a clause; None where it keeps the contract."""
     from packaging.version import Version  # which transformers asks for
 
-    found = Version(importlib.metadata.version("transformers"))
+    found = Version(version)
     if found < Version(CHECKED[0]):
         return f"transformers {found} is older than {CHECKED[0]}"
     broken = _broken()
