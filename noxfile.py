@@ -1,4 +1,5 @@
-"""The tests with the oldest and with the newest releases that pyproject.toml declares: ``nox``, or ``nox -s oldest``.
+"""The tests with the oldest and with the newest releases that pyproject.toml declares: ``nox``, or ``nox -s oldest``;
+``nox -s transformers`` tests that hook alone, with two releases of transformers.
 
 Each session is an environment of its own with some 6 GB of torch and CUDA libraries; arguments after ``--`` are pytest's.
 Where a CPU build of torch lies in a folder, UV_FIND_LINKS names it and the file that UV_CONSTRAINT names holds its version.
@@ -13,6 +14,7 @@ import os
 import nox
 
 nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["oldest", "newest"]
 EXTRAS = "triton,cute,plot,transformers,dev"
 SHOWN = (
     "attrs",
@@ -50,3 +52,12 @@ def oldest(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """Whatever the index has."""
     run(session, "highest")
+
+
+@nox.session(python="3.12")
+@nox.parametrize("release", ["5.17.0", "5.24.0"])
+def transformers(session: nox.Session, release: str) -> None:
+    """The hook's tests with the oldest and the newest release that `rampwrap.engines.transformers_layer.CHECKED` names."""
+    session.install("-e", ".[triton,transformers,dev]", f"transformers=={release}")
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    session.run("python", "-m", "pytest", "tests/engines/test_transformers.py", *session.posargs, env=threads)

@@ -150,8 +150,9 @@ def _computes_otherwise(function: Any, experts_class: Any) -> str | None:
     """What an experts function makes of a layer of plain SiLU experts, where the kernel makes something else; in a clause."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         layer = experts_class(types.SimpleNamespace())
-        if (reason := _unknown(layer)) is not None:
-            return reason
+        unknown: str | None = _unknown(layer)
+        if unknown is not None:
+            return unknown
         # No generator: whoever seeded theirs gets the numbers they would have got.
         x = torch.linspace(-1, 1, 40).view(5, 8)
         ids = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
