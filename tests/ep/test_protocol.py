@@ -1,0 +1,316 @@
+"""The low-latency protocol as a model: ranks whose stores become visible to others in any order that no release forbids.
+
+A rank runs launches one after the other; CTAs of a launch run at any speed, its tail runs when all of them are done (what the
+last CTA by ticket does). A store into a peer's memory stays on its way for as long as it likes, but for two rules: stores of
+a rank to one address arrive in order, and a release arrives after what it covers. Each read knows of which round its value
+must be. Random schedules search large cases; the smallest is searched whole. Then the protocol is broken, once each way.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import pytest
+
+Op = tuple[Any, ...]
+State = tuple[Any, ...]
+
+
+@attrs.frozen
+class Rules:
+    """The protocol, and what breaks it."""
+
+    release: str = "all"
+    "What a flag arrives after: all stores of the launch's CTAs; only those of its own CTA (a ticket without order); none."
+    combine_waits_for: str = "every rank"
+    "Or the ranks that own experts of this rank's tokens."
+    dispatch_waits_for: str = "every rank"
+    "Or the ranks that sent a row."
+    epoch_read: str = "by the launch"
+    "Or early: by the start of the next launch, which overlaps the one before."
+    epoch_bumped: str = "by the tail"
+    "Of the last launch; or by its first CTA."
+    buffers: int = 1
+    "Sets of rows and sums, taken in turn."
+    parity: bool = False
+    "Whether flags hold the epoch's last bit alone."
+
+
+@attrs.frozen
+class Launch:
+    """Programs of the CTAs of one launch, and of its tail."""
+
+    ctas: tuple[tuple[Op, ...], ...]
+    tail: tuple[Op, ...] = ()
+
+
+Routing = list[list[list[set[int]]]]
+"[round][rank][token]: the ranks that own its experts."
+
+
+def programs(routing: Routing, num_ranks: int, rules: Rules) -> list[list[Launch]]:
+    """Of each rank, its launches of all rounds."""
+    return [
+        [launch for step in range(len(routing)) for launch in one_round(routing, step, rank, num_ranks, rules)]
+        for rank in range(num_ranks)
+    ]
+
+
+def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rules) -> list[Launch]:
+    everyone, mine, buffer = range(num_ranks), routing[step][rank], step % rules.buffers
+    owners = set().union(*mine) if mine else set()
+    senders = {other for other in everyone if any(rank in its for its in routing[step][other])}
+    early = rules.epoch_read != "by the launch"
+
+    dispatch = Launch(
+        ctas=tuple(
+            tuple(("store", to, ("row", buffer, rank, token), step) for to in sorted(its))
+            + tuple(("store", to, ("ids", buffer, rank, token), step) for to in everyone)
+            for token, its in enumerate(mine)
+        ),
+        tail=(
+            *([("epoch", "dispatch")] if not early or not step else []),
+            *(("flag", to, ("dispatch", rank), "dispatch") for to in everyone),
+            *(
+                ("wait", ("dispatch", other), "dispatch")
+                for other in everyone
+                if rules.dispatch_waits_for == "every rank" or other in senders
+            ),
+            *(
+                ("read", ("ids", buffer, other, token), step)
+                for other in everyone
+                if rules.dispatch_waits_for == "every rank" or other in senders
+                for token in range(len(routing[step][other]))
+            ),
+        ),
+    )
+    rows = [(other, token) for other in everyone for token, its in enumerate(routing[step][other]) if rank in its]
+    push = Launch(
+        ctas=tuple(
+            (("read", ("row", buffer, *row), step), ("store", row[0], ("part", buffer, rank, row[1]), step))
+            for row in rows
+        ),
+        tail=(("epoch", "push"), *(("flag", to, ("combine", rank), "push") for to in everyone)),
+    )
+    bump_first = rules.epoch_bumped != "by the tail"
+    awaited = everyone if rules.combine_waits_for == "every rank" else sorted(owners)
+    sums = [
+        (
+            ("epoch", f"sum {token}"),
+            *([("bump", "sum 0")] if bump_first and not token else []),
+            *(("wait", ("combine", other), f"sum {token}") for other in awaited),
+            *(("read", ("part", buffer, owner, token), step) for owner in sorted(its)),
+        )
+        for token, its in enumerate(mine or [set()])
+    ]
+    # The next dispatch's first lines, where that launch does not wait for this one.
+    prologue = [(("epoch", "dispatch"),)] if early and step + 1 < len(routing) else []
+    tail: tuple[Op, ...] = () if bump_first else (("epoch", "last"), ("bump", "last"))
+    return [dispatch, push, Launch((*sums, *prologue), tail)]
+
+
+@attrs.frozen
+class Model:
+    """All ranks' programs, and the steps that lead from a state to the next.
+
+    A state is: for each rank its launch and the places of its CTAs and tail, registers, memory; and the stores on their way.
+    """
+
+    launches: list[list[Launch]]
+    rules: Rules
+
+    def start(self) -> State:
+        ranks = tuple((0, self._places(rank, 0), (), (("epoch", 0),)) for rank in range(len(self.launches)))
+        return ranks, ()
+
+    def _places(self, rank: int, launch: int) -> tuple[int, ...]:
+        if launch == len(self.launches[rank]):
+            return ()
+        return (0,) * (len(self.launches[rank][launch].ctas) + 1)
+
+    def done(self, state: State) -> bool:
+        return all(launch == len(self.launches[rank]) for rank, (launch, *_) in enumerate(state[0]))
+
+    def steps(self, state: State) -> Iterator[tuple[int, Any]]:
+        """What may happen next: (rank, CTA of it), or (-1, a store that arrives)."""
+        ranks, flying = state
+        for rank, (launch, places, _, _) in enumerate(ranks):
+            if launch == len(self.launches[rank]):
+                continue
+            its = self.launches[rank][launch]
+            ended = all(place == len(cta) for place, cta in zip(places, its.ctas, strict=False))
+            for number, (place, program) in enumerate(zip(places, (*its.ctas, its.tail), strict=True)):
+                is_tail = number == len(its.ctas)
+                if place < len(program) and (ended or not is_tail) and self._may(ranks[rank], program[place]):
+                    yield rank, number
+        for index, (_, to, address, _, after) in enumerate(flying):
+            first = not any((at[1], at[2]) == (to, address) for at in flying[:index])
+            if first and not any(at[0] in after for at in flying):
+                yield -1, index
+
+    def _may(self, its: Any, op: Op) -> bool:
+        _, _, registers, memory = its
+        if op[0] != "wait":
+            return True
+        return dict(memory).get(op[1], 0) == self._flag(dict(registers)[op[2]])
+
+    def _flag(self, epoch: int) -> int:
+        return (epoch + 1) % 2 if self.rules.parity else epoch + 1
+
+    def step(self, state: State, choice: tuple[int, Any]) -> State | str:
+        """The next state, or what went wrong."""
+        ranks, flying = state
+        who, which = choice
+        if who < 0:
+            _, to, address, value, _ = flying[which]
+            launch, places, registers, memory = ranks[to]
+            written = (launch, places, registers, _put(memory, address, value))
+            return self._with(ranks, to, written), flying[:which] + flying[which + 1 :]
+        launch, places, registers, memory = ranks[who]
+        its = self.launches[who][launch]
+        op = (*its.ctas, its.tail)[which][places[which]]
+        kind = op[0]
+        if kind == "read" and dict(memory).get(op[1]) != op[2]:
+            return f"rank {who} reads {op[1]} of round {dict(memory).get(op[1])} in round {op[2]}"
+        if kind == "epoch":
+            registers = _put(registers, op[1], dict(memory)["epoch"])
+        elif kind == "bump":
+            memory = _put(memory, "epoch", dict(registers)[op[1]] + 1)
+        elif kind in ("store", "flag"):
+            name = (who, launch, which, places[which])
+            after: frozenset[Any] = frozenset()
+            value = op[3]
+            if kind == "flag":
+                value = self._flag(dict(registers)[op[3]])
+                after = self._covered(flying, who, launch, len(its.ctas))
+            flying = (*flying, (name, op[1], op[2], value, after))
+        places = (*places[:which], places[which] + 1, *places[which + 1 :])
+        if all(place == len(program) for place, program in zip(places, (*its.ctas, its.tail), strict=True)):
+            launch, places = launch + 1, self._places(who, launch + 1)
+        return self._with(ranks, who, (launch, places, registers, memory)), flying
+
+    def _covered(self, flying: Any, rank: int, launch: int, num_ctas: int) -> frozenset[Any]:
+        """Stores that a flag arrives after; the last CTA of a launch runs its tail."""
+        if self.rules.release == "none":
+            return frozenset()
+        own = {num_ctas - 1, num_ctas}
+        return frozenset(
+            name
+            for name, *_ in flying
+            if name[0] == rank and (self.rules.release == "all" or (name[1] == launch and name[2] in own))
+        )
+
+    @staticmethod
+    def _with(ranks: Any, rank: int, its: Any) -> Any:
+        return (*ranks[:rank], its, *ranks[rank + 1 :])
+
+
+def _put(pairs: Any, key: Any, value: Any) -> Any:
+    return tuple(sorted({**dict(pairs), key: value}.items(), key=str))
+
+
+def at_random(model: Model, rng: random.Random) -> str | None:
+    """One schedule, some ranks and some stores slower than others; what went wrong."""
+    state, patience = model.start(), [rng.choice((1, 1, 5, 20)) for _ in model.launches]
+    lazy = rng.choice((0.02, 0.3, 1.0, 5.0))
+    while not model.done(state):
+        choices = list(model.steps(state))
+        if not choices:
+            return "all wait for each other"
+        weights = [lazy if who < 0 else 1 / patience[who] for who, _ in choices]
+        after = model.step(state, rng.choices(choices, weights)[0])
+        if isinstance(after, str):
+            return after
+        state = after
+    return None
+
+
+def in_every_order(model: Model) -> tuple[str | None, int]:
+    """All schedules: what goes wrong in one of them, and how many states there are."""
+    seen, waiting = {model.start()}, [model.start()]
+    while waiting:
+        state = waiting.pop()
+        choices = list(model.steps(state))
+        if not choices and not model.done(state):
+            return "all wait for each other", len(seen)
+        # Sending a store changes nothing that others see, and it may arrive late: one order is as good as any.
+        sends = [its for its in choices if its[0] >= 0 and _op(model, state, its)[0] in ("store", "flag")]
+        for choice in sends[:1] or choices:
+            after = model.step(state, choice)
+            if isinstance(after, str):
+                return after, len(seen)
+            if after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return None, len(seen)
+
+
+def _op(model: Model, state: State, choice: tuple[int, Any]) -> Op:
+    rank, number = choice
+    launch, places, _, _ = state[0][rank]
+    its = model.launches[rank][launch]
+    return (*its.ctas, its.tail)[number][places[number]]
+
+
+def drawn(rng: random.Random, num_ranks: int, rounds: int = 3) -> Routing:
+    """Few tokens, none on some ranks; a token has up to two owners, or none."""
+    return [
+        [
+            [set(rng.choices(range(num_ranks), k=rng.randrange(3))) for _ in range(rng.randrange(3))]
+            for _ in range(num_ranks)
+        ]
+        for _ in range(rounds)
+    ]
+
+
+def failures(rules: Rules, runs: int, ranks: Sequence[int] = (2, 3), seed: int = 0) -> list[str]:
+    found = []
+    for run in range(runs):
+        rng = random.Random(1000 * seed + run)
+        num_ranks = ranks[run % len(ranks)]
+        reason = at_random(Model(programs(drawn(rng, num_ranks), num_ranks, rules), rules), rng)
+        found += [] if reason is None else [reason]
+    return found
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules(parity=True), Rules(buffers=2)])
+def test_the_protocol_holds(rules: Rules) -> None:
+    """One buffer is enough, and so is one bit of the epoch."""
+    assert failures(rules, 150, (2, 3, 4)) == []
+
+
+MUTANTS = {
+    "flags without release": (Rules(release="none"), "reads"),
+    "a ticket without order": (Rules(release="own"), "reads"),
+    "combine waits for owners only": (Rules(combine_waits_for="owners"), "reads|wait"),
+    "dispatch waits for senders only": (Rules(dispatch_waits_for="senders"), "reads|wait"),
+    "the epoch is read early": (Rules(epoch_read="early"), "reads|wait"),
+    "the epoch is bumped by the first CTA": (Rules(epoch_bumped="by the first CTA"), "wait"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_broken_protocols_are_seen(name: str) -> None:
+
+    rules, said = MUTANTS[name]
+    found = failures(rules, 90)
+    assert len(found) >= 3 and all(re.search(said, reason) for reason in found), found[:3]
+
+
+SMALLEST: Routing = [[[{1}], []], [[{1}], []], [[{0}], []]]
+"Two ranks, one token of the first, which goes to the other, twice, and then stays."
+
+
+def test_the_smallest_case_in_every_order() -> None:
+    reason, states = in_every_order(Model(programs(SMALLEST, 2, Rules()), Rules()))
+    assert reason is None and states > 500
+
+
+@pytest.mark.parametrize(
+    "rules", [Rules(release="none"), Rules(combine_waits_for="owners"), Rules(epoch_read="early")], ids=str
+)
+def test_broken_protocols_fail_in_the_smallest_case(rules: Rules) -> None:
+    reason, _ = in_every_order(Model(programs(SMALLEST, 2, rules), rules))
+    assert reason is not None
