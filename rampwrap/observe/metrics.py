@@ -13,7 +13,7 @@ from rampwrap.errors import InputError
 from rampwrap.observe import registry
 
 try:
-    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client import CollectorRegistry, generate_latest, start_http_server
     from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector as ClientCollector
 except ImportError as error:
@@ -75,6 +75,17 @@ class Collector(ClientCollector):
             self._last = registry.as_found(measured)
             registry.say_drift(measured)
         return families(self._last)
+
+
+def listen(port: int, host: str) -> None:
+    """Answers Prometheus on a port from now on, in a thread of its own; other collectors of the process stay out of it.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+    one = CollectorRegistry()
+    one.register(Collector())
+    start_http_server(port, host, one)
 
 
 class _Snapshot(ClientCollector):

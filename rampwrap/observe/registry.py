@@ -3,7 +3,7 @@
     rampwrap.stats()        JSON-able: per layer and bucket which config ran how often, gain, drift
     RAMPWRAP_STATS=60       a line in the log every 60 seconds
 
-`rampwrap.observe.metrics` hands the same to Prometheus.
+`rampwrap.observe.metrics` hands the same to Prometheus, `rampwrap.observe.server` at a port of each process.
 
 Reading waits for the GPU, so it is left out while a CUDA graph is captured. Drift beyond what was profiled is said
 once for each plan, with the command that profiles anew.
@@ -22,6 +22,7 @@ from typing import Any
 from rampwrap._version import __version__
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.protocol import format_config
+from rampwrap.observe import server
 from rampwrap.routing.drift import drift
 
 INTERVAL = "RAMPWRAP_STATS"
@@ -56,11 +57,13 @@ os.register_at_fork(before=_changing.acquire, after_in_parent=_changing.release,
 
 
 def watch(source: Any) -> None:
-    """Counts a `GraphDispatcher` or `Dispatcher` in, for as long as it lives; starts the log where $RAMPWRAP_STATS asks for it."""
+    """Counts a `GraphDispatcher` or `Dispatcher` in, for as long as it lives; starts log and endpoint where variables ask for them."""
     with _changing:
         _sources.setdefault(source, next(_numbers))
     if _running is None and os.environ.get(INTERVAL):
         start_log()
+    if os.environ.get(server.ADDRESS):
+        server.start()
 
 
 _running: "Log | None" = None
