@@ -53,12 +53,9 @@ def _version(engine: str) -> str:
 
 
 def _vllm(version: str) -> list[str]:
-    from rampwrap.engines import vllm, vllm_contract
+    from rampwrap.engines.vllm_contract import faults
 
-    tested = getattr(vllm, "TESTED", None)
-    if tested is not None and ".".join(version.split(".")[:2]) not in tested:
-        return [f"it is tested with {', '.join(tested)} alone"]
-    return vllm_contract.faults()
+    return faults()
 
 
 def _sglang(version: str) -> list[str]:

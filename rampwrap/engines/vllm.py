@@ -17,39 +17,29 @@ Plans are read when an engine starts; one that is replaced later counts from the
 
 import functools
 import importlib
-import inspect
 import logging
 import os
+import pathlib
 import time
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
-import attrs
 import torch
 
 from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
-from rampwrap.dispatch.lane import Layer
-from rampwrap.dispatch.spans import capturing
+from rampwrap.engines import vllm_contract
 from rampwrap.engines.prepare import ensure_compiled
-from rampwrap.engines.vllm_layer import Refusal, by_another, command, layer_shape, preference
-from rampwrap.errors import CaptureError, RampwrapError
+from rampwrap.engines.vllm_experts import Experts
+from rampwrap.engines.vllm_layer import Refusal, by_another, command, layer_shape, preference, unlike
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import start_log
 from rampwrap.plan.folder import DISABLE, Fit, OneWarning, Plans, disabled, made_elsewhere
 
-TESTED = ("0.26",)
-"Releases (major.minor) whose sources this module was checked against, and which it serves."
-REFUSED = "RAMPWRAP_REFUSED_VLLM"
-"Set for child processes, which load the plugin again, once a version was refused: the operator reads it once."
+SAID = "RAMPWRAP_SAID_VLLM"
+"Set for child processes, which load the plugin again, once a version was remarked on: the operator reads it once."
 
 _PACKAGE = "vllm.model_executor.layers.fused_moe"
-# What `_fused_experts` is called with; a release with other names has another contract, whatever its number.
-_EXPECTED = (
-    *("in_dtype", "a1q", "a1q_scale", "w1", "w2", "topk_weights", "topk_ids", "activation", "expert_map"),
-    *("apply_router_weight_on_input", "output_alias"),
-)
 
 # Below vLLM's own logger, so that lines come in its format and by its settings.
 logger = logging.getLogger("vllm.rampwrap")
@@ -61,33 +51,30 @@ def register() -> None:
     if disabled():
         logger.debug("rampwrap leaves vLLM as it is: %s is set.", DISABLE)
         return
-    version = str(importlib.import_module("vllm").__version__)
-    if ".".join(version.split(".")[:2]) not in TESTED:
-        if os.environ.get(REFUSED) != version:
-            os.environ[REFUSED] = version
-            _warn(
-                "version",
-                "rampwrap leaves vLLM %s as it is: it is tested with %s; install one of those, or a newer rampwrap.",
-                version,
-                ", ".join(f"{release}.x" for release in TESTED),
-            )
+    vllm = importlib.import_module("vllm")
+    version = str(vllm.__version__)
+    if faults := vllm_contract.faults(pathlib.Path(vllm.__path__[0])):
+        said = "rampwrap leaves vLLM %s as it is: %s; install a newer rampwrap or an older vLLM."
+        _once(version, said, "; ".join(faults), level=logging.WARNING)
         return
+    if vllm_contract.beyond(version):
+        said = "rampwrap serves vLLM %s, newer than the last one read, %s: its sources have all that it relies on, and no more."
+        _once(version, said, vllm_contract.NEWEST)
     install(importlib.import_module(f"{_PACKAGE}.modular_kernel"))
 
 
-def install(module: Any) -> bool:
-    """Makes kernels of vLLM's module `modular_kernel` that are constructed from now on look for a plan; once.
+def _once(version: str, text: str, more: str, level: int = logging.INFO) -> None:
+    """Says a sentence on a version in one process of an engine."""
+    if os.environ.get(SAID) != version:
+        os.environ[SAID] = version
+        _warn("version", text, version, more, level=level)
 
-    Returns:
-        Whether it is installed; not where the module's functions have other parameters than those of `TESTED`.
-    """
+
+def install(module: Any) -> None:
+    """Makes kernels of vLLM's module `modular_kernel` that are constructed from now on look for a plan; once."""
     made = module.FusedMoEKernel.__init__
     if hasattr(made, "rampwrap"):
-        return True
-    names = tuple(inspect.signature(module.FusedMoEKernelModularImpl._fused_experts).parameters)
-    if missing := [name for name in _EXPECTED if name not in names]:
-        _warn("signature", "rampwrap leaves vLLM as it is: its experts take no %s.", ", ".join(missing))
-        return False
+        return
 
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -100,7 +87,6 @@ def install(module: Any) -> bool:
 
     __init__.rampwrap = True  # type: ignore[attr-defined]
     module.FusedMoEKernel.__init__ = __init__
-    return True
 
 
 class _Engine:
@@ -201,7 +187,7 @@ def _attach(kernel: Any) -> None:
     if shape.dtype == "fp8":
         kind: Any = type(experts)
         experts.__class__ = _deferring(kind)
-    impl._fused_experts = Experts(impl, graph_dispatcher, engine)
+    impl._fused_experts = Experts(impl, graph_dispatcher, engine.kept, _warn)
     engine.layers += 1
     engine.seconds += time.perf_counter() - start
 
@@ -216,122 +202,13 @@ def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refus
     plain = type(impl.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"
     if shape.dtype == "fp8" and not plain:
         return Refusal("FP8 activations of other ranks arrive quantised", logging.WARNING)
-    return None
+    return unlike(experts, shape.hidden_size)
 
 
 @functools.cache
 def _deferring(experts: Any) -> type:
     """vLLM's experts, told to leave the quantisation of activations to the launch, as ours does it itself."""
     return type(experts.__name__, (experts,), {"expects_unquantized_inputs": property(lambda self: True)})
-
-
-class Experts:
-    """In place of the bound method `_fused_experts` of one layer's kernel: same arguments by name, same result."""
-
-    def __init__(self, impl: Any, graph_dispatcher: GraphDispatcher, engine: _Engine) -> None:
-        self._impl, self._engine, self.graph_dispatcher = impl, engine, graph_dispatcher
-        self._own = impl._fused_experts
-        self._scales: dict[str, torch.Tensor] = {}
-        if graph_dispatcher.shape.dtype == "fp8":
-            quant = impl.fused_experts.quant_config
-            self._scales = {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
-        parameters = inspect.signature(graph_dispatcher.kernel.launch).parameters
-        self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
-        self._layer: Layer | None = None
-        self._given_up = False
-
-    def __call__(self, **call: Any) -> Any:
-        """One step of the layer; what we cannot run goes to vLLM's own launch."""
-        if self._given_up or not self._runnable(call):
-            return self._own(**call)
-        try:
-            if self._layer is None:
-                self._layer = self.graph_dispatcher.layer(self._name())
-            return self._layer(**self._arguments(call))
-        except CaptureError as error:
-            _warn("capture", "rampwrap leaves a captured step to vLLM: %s", error)
-        except RampwrapError as error:
-            self._given_up = True
-            _warn(str(error), "rampwrap leaves a layer with a plan to vLLM: %s", error)
-        return self._own(**call)
-
-    def _runnable(self, call: Mapping[str, Any]) -> bool:
-        shape, hidden, ids = self.graph_dispatcher.shape, call["a1q"], call["topk_ids"]
-        tokens = ids.shape[0]
-        return (
-            0 < tokens <= self.graph_dispatcher.max_tokens
-            and hidden.dim() == 2
-            and hidden.dtype == call["in_dtype"]
-            and hidden.is_contiguous()
-            and ids.is_contiguous()
-            and tuple(call["w1"].shape) == (shape.num_local_experts, 2 * shape.intermediate_size, shape.hidden_size)
-            and call["w1"].is_contiguous()
-            and call["w2"].is_contiguous()
-            and not call["apply_router_weight_on_input"]
-            and getattr(self._impl.fused_experts, "_lora_context", None) is None
-            and (call["expert_map"] is not None or shape.num_local_experts == shape.num_experts)
-        )
-
-    def _arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        hidden, ids = call["a1q"], call["topk_ids"]
-        out: dict[str, Any] = {
-            "hidden_states": hidden,
-            "w13": call["w1"],
-            "w2": call["w2"],
-            "topk_weights": call["topk_weights"],
-            "topk_ids": ids,
-            **self._scales,
-        }
-        if call["expert_map"] is not None:
-            out["expert_map"] = call["expert_map"]
-        if self._takes_out:
-            # The caller's own output saves the copy that vLLM makes of what its experts return.
-            alias = call.get("output_alias")
-            wanted = hidden.shape, hidden.dtype
-            if alias is None or (alias.shape, alias.dtype) != wanted or not alias.is_contiguous():
-                alias = torch.empty_like(hidden)
-            out["out"] = alias
-        if self._takes_memory and (memory := self._memory(len(ids))) is not None:
-            out["workspace"] = memory
-        return out
-
-    def _memory(self, num_tokens: int) -> Any:
-        """A workspace in the memory that vLLM keeps for its own experts; None lets the graph dispatcher allocate one."""
-        manager = importlib.import_module("vllm.v1.worker.workspace")
-        if not manager.is_workspace_manager_initialized():
-            return None
-        from rampwrap.kernels.triton.moe.workspace import Workspace
-
-        names, specs = _layout(self.graph_dispatcher.shape, num_tokens)
-        tensors = manager.current_workspace_manager().get_simultaneous(*specs)
-        if capturing():
-            self._engine.kept.setdefault(tensors[0].data_ptr(), tensors[0])
-        slots = num_tokens * self.graph_dispatcher.shape.top_k
-        return Workspace(slots, **dict(zip(names, tensors, strict=True)))
-
-    def _name(self) -> str:
-        """The layer's name in the model, by which its figures are reported."""
-        context = importlib.import_module("vllm.forward_context")
-        if context.is_forward_context_available():
-            for name, layer in context.get_forward_context().no_compile_layers.items():
-                method = getattr(getattr(layer, "routed_experts", None), "quant_method", None)
-                kernel = getattr(method, "moe_kernel", None)
-                if kernel is not None and kernel.impl is self._impl:
-                    return str(name)
-        return f"layer {id(self):x}"
-
-
-@functools.lru_cache(maxsize=1024)
-def _layout(
-    shape: MoEShape, num_tokens: int
-) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
-    """Names, shapes and types of a `Workspace` of a batch."""
-    from rampwrap.kernels.triton.moe.workspace import workspace
-
-    made = workspace(shape, num_tokens, "meta")
-    fields = [(field.name, getattr(made, field.name)) for field in attrs.fields(type(made))]
-    tensors = [(name, value) for name, value in fields if isinstance(value, torch.Tensor)]
-    return tuple(name for name, _ in tensors), tuple((tuple(t.shape), t.dtype) for _, t in tensors)
 
 
 def engines() -> list[dict[str, Any]]:

@@ -16,8 +16,10 @@ from typing import Any
 
 import attrs
 
-OLDEST, NEWEST = (0, 26), (0, 33)
-"First and last release (major, minor) whose sources were read and whose classes run in our tests."
+from rampwrap.plan.folder import enabled
+
+OLDEST, NEWEST = "0.26", "0.33"
+"First and last release whose sources were read and whose classes run in our tests."
 STRICT = "RAMPWRAP_STRICT_VLLM"
 "Set to 1, releases above `NEWEST` stay as they are, whatever the contract says."
 
@@ -130,6 +132,12 @@ def release(version: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def beyond(version: str) -> bool:
+    """Whether a version is above `NEWEST`, or names no release at all."""
+    number, newest = release(version), release(NEWEST)
+    return number is None or newest is None or number > newest
+
+
 def source_version(root: pathlib.Path) -> str:
     """What vLLM's files say they are; "" where they do not."""
     try:
@@ -150,9 +158,11 @@ def faults(root: pathlib.Path | None = None) -> list[str]:
     if root is None:
         return ["vLLM is not installed"]
     version = source_version(root)
-    number = release(version)
-    if number is not None and number < OLDEST:
-        return [f"vLLM {version} is older than {OLDEST[0]}.{OLDEST[1]}"]
+    if enabled(STRICT) and beyond(version):
+        return [f"{STRICT} is set, and vLLM was read up to {NEWEST}"]
+    number, oldest = release(version), release(OLDEST)
+    if number is not None and oldest is not None and number < oldest:
+        return [f"vLLM {version} is older than {OLDEST}"]
     return list(_faults(_Sources(root)))
 
 

@@ -8,6 +8,7 @@ import attrs
 import torch
 
 from rampwrap.checkpoint.model import Ranks, read_layers
+from rampwrap.engines.vllm_contract import strange
 from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import shape_arguments
@@ -22,6 +23,8 @@ FP8_KERNELS = ("cute_moe", BOTH, "triton_fused_moe", "vllm_fused_moe")
 no token count by more than 1 %."""
 _FP8 = torch.float8_e4m3fn
 _GROUP = 128
+# Of the quantisation and of the layer: which one counts has changed between releases.
+_SCALED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -50,7 +53,7 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
         return Refusal(f"its activation is {activation}, not silu")
     if config.has_bias or quant.w1_bias is not None or quant.w2_bias is not None:
         return Refusal("its experts have biases")
-    if any(getattr(quant, name, None) is not None for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")):
+    if any(getattr(its, name, None) is not None for its in (quant, config) for name in _SCALED):
         return Refusal("its activation is clamped or scaled")
     if config.is_lora_enabled:
         return Refusal("LoRA is enabled")
@@ -66,6 +69,8 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
         dtype = "fp8"
     else:
         return Refusal(f"it is quantised as {quant.weight_quant_dtype} with {quant.quant_dtype} activations")
+    if (reason := _strange(config, quant)) is not None:
+        return Refusal(reason, logging.INFO)
     return MoEShape(
         config.num_experts,
         config.experts_per_token,
@@ -74,6 +79,25 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
         dtype,
         config.num_local_experts,
     )
+
+
+def _strange(config: Any, quant: Any) -> str | None:
+    """A setting of the layer that we do not know and that says something: releases to come will have some."""
+    descriptions = [("FusedMoEQuantDesc", getattr(quant, name)) for name in ("_a1", "_a2", "_w1", "_w2")]
+    configs = [("FusedMoEConfig", config), ("FusedMoEParallelConfig", config.moe_parallel_config)]
+    each = [*configs, ("FusedMoEQuantConfig", quant), *descriptions]
+    return next((reason for one in each if (reason := strange(*one)) is not None), None)
+
+
+def unlike(experts: Any, hidden_size: int) -> Refusal | None:
+    """What vLLM's own experts of a layer were told to do otherwise than ours, as far as their construction says."""
+    activation = getattr(experts, "activation_config", None)  # from 0.28 on
+    if activation is not None and (reason := strange("ApplyMoEActivationConfig", activation)) is not None:
+        return Refusal(reason, logging.INFO)
+    if getattr(experts, "quantization_emulation", False):
+        return Refusal("its quantisation is emulated", logging.INFO)
+    wide = getattr(experts, "output_hidden_dim", lambda size: size)(hidden_size)  # from 0.33 on
+    return None if wide == hidden_size else Refusal(f"its output is {wide} wide, not {hidden_size}", logging.INFO)
 
 
 def command(model: str, config: Any, shape: MoEShape | None = None) -> str:

@@ -39,7 +39,12 @@ several, which depend on the layer."""
 
 def disabled() -> bool:
     """Whether RAMPWRAP_DISABLE is set to anything but nothing, 0, no or false."""
-    return os.environ.get(DISABLE, "").strip().lower() not in ("", "0", "no", "false")
+    return enabled(DISABLE)
+
+
+def enabled(variable: str) -> bool:
+    """Whether a variable of the environment is set to anything but nothing, 0, no or false."""
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "no", "false")
 
 
 def default_folder() -> pathlib.Path:

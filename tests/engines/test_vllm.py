@@ -5,10 +5,12 @@ Both run on a CPU: our kernel in Triton's interpreter, vLLM's in a plain loop.
 
 import ast
 import contextlib
+import dataclasses
 import enum
 import importlib.util
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -26,7 +28,7 @@ import numpy as np
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import vllm as plugin
-from rampwrap.engines import vllm_layer
+from rampwrap.engines import vllm_experts, vllm_layer
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.device import SIMULATED, Device
 from rampwrap.kernel.shape import MoEShape
@@ -53,7 +55,7 @@ class Activation(enum.Enum):
     GELU = "gelu"
 
 
-@attrs.define(slots=False)
+@dataclasses.dataclass
 class Parallel:
     """Of vLLM's FusedMoEParallelConfig."""
 
@@ -66,7 +68,7 @@ class Parallel:
     use_ep: bool = False
 
 
-@attrs.define(slots=False)
+@dataclasses.dataclass
 class Config:
     """Of vLLM's FusedMoEConfig."""
 
@@ -81,7 +83,10 @@ class Config:
     has_bias: bool = False
     is_lora_enabled: bool = False
     num_logical_experts: int | None = None
-    moe_parallel_config: Parallel = attrs.Factory(Parallel)
+    swiglu_limit: float | None = None
+    moe_backend: str = "auto"
+    new_setting: float = 0.0
+    moe_parallel_config: Parallel = dataclasses.field(default_factory=Parallel)
 
     def __getattr__(self, name):
         if name.startswith("_"):
@@ -89,20 +94,56 @@ class Config:
         return getattr(self.moe_parallel_config, name)
 
 
-@attrs.define(slots=False)
+@dataclasses.dataclass
+class Description:
+    """Of vLLM's FusedMoEQuantDesc."""
+
+    dtype: object = None
+    shape: object = None
+    scale: torch.Tensor | None = None
+    zp: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(init=False)
 class Quant:
     """Of vLLM's FusedMoEQuantConfig."""
 
-    quant_dtype: torch.dtype | None = None
-    weight_quant_dtype: torch.dtype | None = None
-    block_shape: list | None = None
-    w1_scale: torch.Tensor | None = None
-    w2_scale: torch.Tensor | None = None
-    w1_bias: torch.Tensor | None = None
-    w2_bias: torch.Tensor | None = None
-    a1_scale: torch.Tensor | None = None
-    a2_scale: torch.Tensor | None = None
+    _a1: Description
+    _a2: Description
+    _w1: Description
+    _w2: Description
     gemm1_clamp_limit: float | None = None
+
+    def __init__(self, quant_dtype=None, weight_quant_dtype=None, block_shape=None, gemm1_clamp_limit=None, **its):
+        for name, dtype in (
+            ("a1", quant_dtype),
+            ("a2", quant_dtype),
+            ("w1", weight_quant_dtype),
+            ("w2", weight_quant_dtype),
+        ):
+            scale, zp, bias = (its.get(f"{name}_{what}") for what in ("scale", "zp", "bias"))
+            setattr(self, f"_{name}", Description(dtype, block_shape, scale, zp, bias))
+        self.gemm1_clamp_limit = gemm1_clamp_limit
+
+    quant_dtype = property(lambda self: self._a1.dtype)
+    weight_quant_dtype = property(lambda self: self._w1.dtype)
+    block_shape = property(lambda self: self._w1.shape)
+    a1_scale = property(lambda self: self._a1.scale)
+    a2_scale = property(lambda self: self._a2.scale)
+    w1_scale = property(lambda self: self._w1.scale)
+    w2_scale = property(lambda self: self._w2.scale)
+    w1_bias = property(lambda self: self._w1.bias)
+    w2_bias = property(lambda self: self._w2.bias)
+
+
+@dataclasses.dataclass
+class ActivationConfig:
+    """Of vLLM's ApplyMoEActivationConfig."""
+
+    clamp_limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
 
 
 class MoEPrepareAndFinalizeNoDPEPModular:
@@ -138,10 +179,23 @@ class StandIn:
 
         class TritonExperts:
             _lora_context = None
+            post_gemm2_hook = None
+            quantization_emulation = False
             expects_unquantized_inputs = False
 
             def __init__(self, moe_config, quant_config):
                 self.moe_config, self.quant_config = moe_config, quant_config
+                self.activation_config = ActivationConfig()
+
+            @staticmethod
+            def moe_problem_size(a1, w1, w2, topk_ids):
+                return len(w1), len(a1), w1.shape[1], a1.shape[1], topk_ids.shape[1]
+
+            def output_hidden_dim(self, hidden_dim):
+                return hidden_dim
+
+            def finalize_weight_and_reduce_impl(self):
+                return None
 
         class FlashInferExperts(TritonExperts):
             pass
@@ -149,6 +203,12 @@ class StandIn:
         class FusedMoEKernelModularImpl:
             def __init__(self, prepare_finalize, fused_experts):
                 self.prepare_finalize, self.fused_experts = prepare_finalize, fused_experts
+
+            def _allocate_buffers(self, out_dtype, **its):
+                # Far more than vLLM's, which is the larger only at real sizes: ours begins with 128 rows an expert.
+                shape = (64 * its["M_full"], its["top_k"], max(its["N"], its["K"]))
+                manager = sys.modules["vllm.v1.worker.workspace"].current_workspace_manager()
+                manager.get_simultaneous((shape, out_dtype), (shape, out_dtype))
 
             def _fused_experts(
                 self,
@@ -167,6 +227,19 @@ class StandIn:
                 expert_tokens_meta,
                 output_alias=None,
             ):
+                self._allocate_buffers(
+                    out_dtype=in_dtype,
+                    device=a1q.device,
+                    M_chunk=len(a1q),
+                    M_full=len(a1q),
+                    N=w1.shape[1],
+                    K=a1q.shape[1],
+                    top_k=topk_ids.shape[1],
+                    global_num_experts=global_num_experts,
+                    local_num_experts=local_num_experts,
+                    expert_tokens_meta=expert_tokens_meta,
+                    activation=activation,
+                )
                 calls.append(len(topk_ids))
                 return layer_by_hand(a1q, w1, w2, topk_weights, topk_ids, expert_map).to(in_dtype)
 
@@ -199,16 +272,21 @@ class StandIn:
                 self.impl = FusedMoEKernelModularImpl(prepare_finalize, fused_experts)
 
         class Manager:
-            asked = ()
+            asked, most, locked = (), 0, False
 
             def get_simultaneous(self, *specs):
                 self.asked = specs
+                wanted = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs)
+                assert wanted <= self.most or not self.locked, "Workspace is locked"
+                self.most = max(self.most, wanted)
                 return [torch.full(shape, 7, dtype=torch.uint8).to(dtype) for shape, dtype in specs]
 
         self.manager = Manager()
         self.config = self.new_config()
         self.envs = self.module(monkeypatch, "vllm.envs", VLLM_BATCH_INVARIANT=False)
-        self.root = self.module(monkeypatch, "vllm", __version__="0.26.0")
+        self.root = self.module(monkeypatch, "vllm", __version__="0.26.0", __path__=["/site/vllm"])
+        self.faults = []
+        monkeypatch.setattr(plugin.vllm_contract, "faults", lambda root: list(self.faults))
         self.module(monkeypatch, "vllm.config", get_current_vllm_config_or_none=lambda: self.config)
         for name in ("vllm.model_executor", "vllm.model_executor.layers", PACKAGE, f"{PACKAGE}.experts", "vllm.v1"):
             self.module(monkeypatch, name)
@@ -300,7 +378,7 @@ def plan():
 def world(monkeypatch, tmp_path, plan):
     """The stand-in, a folder with one plan, and a plugin that knows of nothing yet."""
     monkeypatch.delenv(places.DISABLE, raising=False)
-    monkeypatch.delenv(plugin.REFUSED, raising=False)
+    monkeypatch.delenv(plugin.SAID, raising=False)
     monkeypatch.setenv(places.PLANS, str(tmp_path / "plans"))
     monkeypatch.setattr(plugin, "_engines", {})
     monkeypatch.setattr(plugin, "_warn", places.OneWarning(plugin.logger))
@@ -580,27 +658,40 @@ def test_plans_of_several_gpus_and_shapes_in_one_folder(world, plan):
     assert plugin.engines()[0]["plans"] == [str(world.folder / "c.plan.json")]
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.27.0", "0.33.0", "1.0.0"])
-def test_other_versions_are_refused_by_name(world, caplog, version):
-    """Once, also for child processes, with the versions that were tested."""
-    world.root.__version__ = version
-    made = world.mk.FusedMoEKernel.__init__
+def starts_twice():
+    """The plugin in an engine's process and in one of its children."""
     plugin.register()
-    plugin._warn = places.OneWarning(plugin.logger)  # as a child process starts
+    plugin._warn = places.OneWarning(plugin.logger)
     plugin.register()
-    assert world.mk.FusedMoEKernel.__init__ is made
-    (said,) = messages(caplog)
-    assert version in said and all(f"{tested}.x" in said for tested in plugin.TESTED)
 
 
 def test_another_contract_is_refused(world, caplog):
-    """Same version number, other parameters."""
-    world.mk.FusedMoEKernelModularImpl._fused_experts = lambda self, hidden_states, w1, w2: None
+    """Whatever its number, with all that is new, once."""
     made = world.mk.FusedMoEKernel.__init__
-    plugin.register()
+    world.faults = ["TritonExperts has _scale_rows, which rampwrap does not know", "no a1q"]
+    starts_twice()
     assert world.mk.FusedMoEKernel.__init__ is made
     (said,) = messages(caplog)
-    assert "a1q" in said and "topk_ids" in said
+    assert "vLLM 0.26.0 as it is: TritonExperts has _scale_rows" in said and "no a1q" in said
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "1.0.0", "0.1.dev3+gabc"])
+def test_a_release_above_the_newest_that_was_read(world, caplog, version):
+    """Served where its sources keep the contract, which is said once."""
+    caplog.set_level(logging.INFO, plugin.logger.name)
+    world.root.__version__ = version
+    starts_twice()
+    assert hasattr(world.mk.FusedMoEKernel.__init__, "rampwrap")
+    (said,) = messages(caplog, logging.INFO)
+    assert f"vLLM {version}, newer than the last one read, 0.33" in said
+
+
+@pytest.mark.parametrize("version", ["0.26.1", "0.30.0", "0.33.0"])
+def test_releases_that_were_read_are_served_without_a_word(world, caplog, version):
+    caplog.set_level(logging.INFO, plugin.logger.name)
+    world.root.__version__ = version
+    plugin.register()
+    assert hasattr(world.mk.FusedMoEKernel.__init__, "rampwrap") and not messages(caplog, logging.INFO)
 
 
 def broken(**changes):
@@ -618,6 +709,9 @@ FP8 = {"quant_dtype": torch.float8_e4m3fn, "weight_quant_dtype": torch.float8_e4
         (broken(is_lora_enabled=True), "LoRA"),
         (broken(in_dtype=torch.float32), "torch.float32"),
         ({"quant": Quant(gemm1_clamp_limit=7.0)}, "clamped"),
+        (broken(swiglu_limit=7.0), "clamped"),
+        (broken(new_setting=0.5), "FusedMoEConfig.new_setting is 0.5, which rampwrap does not know"),
+        ({"quant": Quant(w1_zp=torch.ones(1))}, "FusedMoEQuantDesc.zp is tensor"),
         ({"quant": Quant(weight_quant_dtype="int4")}, "int4"),
         ({"quant": Quant(**FP8, block_shape=None)}, "float8"),
         ({"quant": Quant(**FP8, block_shape=[1, 32])}, "float8"),
@@ -680,7 +774,19 @@ def test_fp8_layers_quantise_their_own_activations(world):
     assert world.calls == [] and float((out.double() - want).norm() / want.norm()) < 2e-2
 
 
-@pytest.mark.parametrize("what", ["too many tokens", "no tokens", "weighted input", "strided", "other weights", "lora"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "too many tokens",
+        "no tokens",
+        "weighted input",
+        "strided",
+        "other weights",
+        "lora",
+        "hook",
+        "weights on the host",
+    ],
+)
 def test_single_steps_that_go_to_vllm(world, what):
     plugin.register()
     kernel = world.kernel()
@@ -693,6 +799,10 @@ def test_single_steps_that_go_to_vllm(world, what):
         its["w1"] = torch.cat([its["w1"]] * 2, dim=1)[:, ::2]
     elif what == "lora":
         kernel.impl.fused_experts._lora_context = object()
+    elif what == "hook":
+        kernel.impl.fused_experts.post_gemm2_hook = lambda rows, output: None
+    elif what == "weights on the host":
+        its["w2"]._vllm_is_uva_offloaded = True
     kernel.impl.apply(**its, **more)
     assert world.calls == [len(its["topk_ids"])]
 
@@ -739,6 +849,71 @@ def test_an_error_of_ours_lets_the_engine_start(world, caplog, monkeypatch):
     assert world.calls == [12] and "error of its own" in messages(caplog)[0]
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"activation_config": ActivationConfig(clamp_limit=7.0)}, "ApplyMoEActivationConfig.clamp_limit is 7.0"),
+        ({"activation_config": ActivationConfig(alpha=1.7)}, "alpha is 1.7"),
+        ({"quantization_emulation": True}, "emulated"),
+        ({"output_hidden_dim": lambda hidden_dim: hidden_dim // 2}, "its output is 32 wide, not 64"),
+    ],
+)
+def test_experts_that_were_told_something_else(world, caplog, change, says):
+    """A layer with a plan stays with vLLM, and the log says why."""
+    caplog.set_level(logging.INFO, plugin.logger.name)
+    plugin.register()
+    kernel = world.kernel(experts=lambda config, quant: told(world.experts(config, quant), change))
+    assert "_fused_experts" not in vars(kernel.impl)
+    assert any(says in one for one in messages(caplog, logging.INFO))
+
+
+def told(experts, change):
+    vars(experts).update(change)
+    return experts
+
+
+def test_a_large_step_goes_to_vllm_after_its_memory_was_locked(world):
+    """Ours is smaller than what its own launch takes; what a step of that size would take is there all the same."""
+    plugin.register()
+    kernel = world.kernel()
+    its = inputs(32)
+    assert near(kernel.impl.apply(**its), its) and world.calls == []
+    theirs, ours = world.manager.most, sum(math.prod(shape) * dtype.itemsize for shape, dtype in world.manager.asked)
+    world.manager.locked = True
+    kernel.impl.fused_experts.post_gemm2_hook = lambda rows, output: None
+    assert near(kernel.impl.apply(**its), its) and world.calls == [32]
+    assert theirs == 2 * 64 * 32 * 2 * 64 * 2 > ours
+    kernel.impl.fused_experts.post_gemm2_hook = None
+    assert near(kernel.impl.apply(**inputs(5)), inputs(5)) and world.calls == [32]
+
+
+def test_memory_is_reserved_outside_captures_only_and_once_a_size(world, monkeypatch):
+    plugin.register()
+    kernel = world.kernel()
+    asked = []
+    monkeypatch.setattr(kernel.impl, "_allocate_buffers", lambda **its: asked.append(its["M_full"]), raising=False)
+    for tokens in (12, 12, 5, 20):
+        kernel.impl.apply(**inputs(tokens))
+    monkeypatch.setattr(vllm_experts, "capturing", lambda: True)
+    kernel.impl.apply(**inputs(24))
+    assert asked == [12, 20]
+
+
+def test_the_result_goes_where_a_combine_wants_it(world):
+    """From 0.33 on the step after the layer may bring its own buffer."""
+
+    class Combine(MoEPrepareAndFinalizeNoDPEPModular):
+        def allocate_fused_expert_output(self, shape, dtype, device, weight_and_reduce_impl):
+            self.buffer = torch.empty(shape, dtype=dtype, device=device)
+            return self.buffer
+
+    plugin.register()
+    kernel = world.kernel(prepare=Combine)
+    its = inputs()
+    assert near(kernel.impl.apply(**its), its) and world.calls == []
+    assert near(kernel.impl.prepare_finalize.buffer, its) and not kernel.impl.in_place
+
+
 def test_buffers_of_captured_graphs_are_kept(world, monkeypatch):
     """A second engine in the process replaces vLLM's workspace; the first one's graphs still point into the old."""
     plugin.register()
@@ -746,7 +921,7 @@ def test_buffers_of_captured_graphs_are_kept(world, monkeypatch):
     kernel.impl.apply(**inputs())
     (_, engine) = next(iter(plugin._engines.values()))
     assert not engine.kept
-    monkeypatch.setattr(plugin, "capturing", lambda: True)
+    monkeypatch.setattr(vllm_experts, "capturing", lambda: True)
     kernel.impl.apply(**inputs())
     assert len(engine.kept) == 1
 

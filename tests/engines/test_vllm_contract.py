@@ -159,6 +159,16 @@ def test_a_file_that_is_not_there(tmp_path, file):
     assert any(missing in one for one in said)
 
 
+@pytest.mark.parametrize(("version", "strict"), [("0.33.0", []), ("0.34.0", ["is set"]), ("0.1.dev1+gabc", ["is set"])])
+def test_an_operator_who_wants_no_surprise(tmp_path, monkeypatch, version, strict):
+    """RAMPWRAP_STRICT_VLLM=1: nothing above the newest release that was read, whatever its sources say."""
+    root = write(tmp_path, TREE | {"_version.py": f"__version__ = version = '{version}'\n"})
+    assert contract.faults(root) == []
+    monkeypatch.setenv(contract.STRICT, "1")
+    said = contract.faults(root)
+    assert len(said) == len(strict) and all(part in one for part, one in zip(strict, said, strict=True))
+
+
 def test_the_installed_one(tmp_path, monkeypatch):
     """Found as Python would find it, and not imported."""
     monkeypatch.syspath_prepend(tmp_path)
