@@ -47,6 +47,11 @@ from rampwrap.kernel import catalog
     metavar="N",
     help="keep N configs of each kernel after a short sweep; all by default, 40 with --engine and no --budget",
 )
+@click.option(
+    "--ignore-engine",
+    is_flag=True,
+    help="profile although the hook would leave the engine that is installed here as it is",
+)
 @click.option("--dry-run", is_flag=True, help="say what would be measured, and for how long")
 @click.option("--out", metavar="TABLE.npz")
 def profile(its: ProfileRequest) -> Answer:

@@ -4,7 +4,7 @@ from typing import Any
 
 import attrs
 
-from rampwrap.checkpoint.model import Alike, Layers, Ranks, read_layers
+from rampwrap.checkpoint.model import Alike, Layers, Ranks, layers_of
 from rampwrap.cli.layer import LayerRequest
 from rampwrap.cli.measuring import MeasuringRequest
 from rampwrap.cli.workloads import EVAL_ROUTINGS, EVAL_TOKENS, RECORDED_LIMIT, recorded_of, recorded_said, routings_of
@@ -43,6 +43,7 @@ class ProfileRequest:
     measuring: MeasuringRequest = attrs.field(factory=MeasuringRequest)
     budget: float | None = None
     most_configs: int | None = None
+    ignore_engine: bool = False
     dry_run: bool = False
     out: str | None = None
 
@@ -66,6 +67,11 @@ class ProfileRequest:
                 )
         return self.layer.shape()
 
+    @property
+    def ranks(self) -> Ranks:
+        """How the engine spreads a model."""
+        return Ranks(self.layer.tp_size, self.ep, self.num_redundant_experts, self.fused_shared_experts)
+
     def layers(self) -> Layers:
         """The layers of a model's folder, or the one that the sizes name."""
         its = self.layer
@@ -74,8 +80,7 @@ class ProfileRequest:
                 raise InputError(
                     f"--activation {its.activation} is for a layer given by its sizes; a model's config says its own, leave it out."
                 )
-            ranks = Ranks(its.tp_size, self.ep, self.num_redundant_experts, self.fused_shared_experts)
-            return read_layers(its.model, ranks, dtype=its.dtype, engine=self.engine)
+            return layers_of(its.model, self.ranks, dtype=its.dtype, engine=self.engine)
         if not its.model and its.num_experts is None:
             raise InputError(
                 "--engine was given without --model; give the folder of a model with its config.json, or the sizes of a layer."

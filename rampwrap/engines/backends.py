@@ -8,6 +8,7 @@ import re
 
 import attrs
 
+from rampwrap.checkpoint.model import Alike, Layers, Ranks
 from rampwrap.checkpoint.quantisation import PLAIN
 
 TRITON = "Triton"
@@ -26,6 +27,9 @@ class Backend:
     name: str
     hooked: bool = False
     remark: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.remark})" if self.remark else self.name
 
 
 @attrs.frozen
@@ -95,3 +99,9 @@ def backend_of(
         ):
             return row.backend
     return None
+
+
+def backend_for(engine: str, layers: Layers, alike: Alike, ranks: Ranks, version: str = "") -> Backend | None:
+    """That of some layers of a model, spread over ranks."""
+    parallel = ranks.expert_parallel and ranks.tp_size > 1
+    return backend_of(engine, alike.form, expert_parallel=parallel, kinds=layers.kinds, version=version)

@@ -11,7 +11,7 @@ import attrs
 from rampwrap.checkpoint.model import Alike, Layers, Ranks, layers_of
 from rampwrap.checkpoint.quantisation import FORMS
 from rampwrap.engines import sglang
-from rampwrap.engines.backends import TRITON, Backend, backend_of
+from rampwrap.engines.backends import TRITON, Backend, backend_for
 from rampwrap.engines.installed import NAMES, Installed, installed
 from rampwrap.engines.profile import kernels_of
 from rampwrap.engines.vllm_layer import by_another
@@ -77,8 +77,7 @@ class Finding:
         number = len(self.alike.numbers)
         layers = "1 layer" if number == 1 else f"{number} layers" if number else "layers"
         shapes = " and ".join(map(str, self.alike.shapes)) or FORMS[self.alike.form]
-        own = f"{NAMES[engine]} itself runs them with {self.backend.name}" if self.backend else ""
-        own += f" ({self.backend.remark})" if self.backend and self.backend.remark else ""
+        own = f"{NAMES[engine]} itself runs them with {self.backend}" if self.backend else ""
         lines = [f"{layers}, {shapes}" + (f"; {own}" if own else "")]
         lines += [f"  not served: {self.reason.removesuffix('.')}"] if self.reason else []
         return "\n".join([*lines, *(f"  {its}" for its in self.served)])
@@ -161,8 +160,7 @@ def diagnose(
     command += f" --dtype {dtype}" if dtype else ""
     findings = []
     for alike in layers.alike:
-        parallel = ranks.expert_parallel and ranks.tp_size > 1
-        backend = backend_of(engine, alike.form, expert_parallel=parallel, kinds=layers.kinds, version=its.version)
+        backend = backend_for(engine, layers, alike, ranks, its.version)
         if triton and engine == "vllm" and backend is not None and alike.shapes:
             backend = attrs.evolve(backend, name=TRITON, hooked=True, remark="")
         served, reason = [], alike.reason

@@ -1,27 +1,32 @@
 """The plans of a model: one for each shape of MoE layer that its `config.json` gives a rank."""
 
+import contextlib
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from rampwrap.checkpoint.model import Layers
+from rampwrap.checkpoint.model import Layers, Ranks
 from rampwrap.dispatch.graph import chooses_in_graph
+from rampwrap.engines.backends import backend_for
+from rampwrap.engines.installed import NAMES
 from rampwrap.engines.vllm_layer import preference
-from rampwrap.errors import ConfigError, InputError
+from rampwrap.errors import ConfigError, FitError, InputError
 from rampwrap.files import make_folder
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import device_of
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.build.library import find
+from rampwrap.measure.outlook import PLANNING, Keep
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.folder import HOOK_KERNELS, PLANS, SUFFIX, Plans, alike, plans_path
 from rampwrap.plan.make import make_plan
 
-Measure = Callable[[MoEShape, str], tuple[Kernel, Timings]]
-"``measure(shape, table)``: profiles a shape into a table's file; the kernel and what was measured."
+Measure = Callable[[MoEShape, str, Keep], tuple[Kernel, Timings]]
+"``measure(shape, table, keep)``: profiles a shape into a table's file; the kernel and what was measured."
 SIMULATED = "sim"
 "The kernel by which every command can be tried out."
 
@@ -45,6 +50,24 @@ def kernels_of(engine: str, shape: MoEShape) -> tuple[str, ...]:
             "use fewer ranks."
         )
     return HOOK_KERNELS[engine]
+
+
+def detours(engine: str, layers: Layers, ranks: Ranks, version: str = "") -> list[str]:
+    """A sentence for each kind of layers that the engine itself runs with a kernel that our hook never sees.
+
+    Raises:
+        InputError: no layer of the model has a shape here; with the reason, and what the engine runs them with.
+    """
+    name, found = NAMES[engine], list[str]()
+    for its in layers.alike:
+        own = backend_for(engine, layers, its, ranks, version)
+        if not layers.shapes:
+            more = f"; {name} itself runs them with {own}" if own else ""
+            raise InputError(f"{its.reason.removesuffix('.')}{more}.")
+        if own is not None and not own.hooked and its.shapes:
+            flag = "; plans serve where it is started with --moe-backend triton" if engine == "vllm" else ""
+            found.append(f"{name} itself runs {' and '.join(map(str, its.shapes))} with {own}{flag}.")
+    return found
 
 
 def check_kernel(engine: str, kernel: str, shape: MoEShape) -> None:
@@ -103,8 +126,14 @@ def profile_model(
     *,
     folder: str | os.PathLike[str] | None = None,
     prepare: Callable[[Kernel, str], Any] | None = None,
+    during: Callable[[tuple[str, ...]], contextlib.AbstractContextManager[None]] = lambda kind: (
+        contextlib.nullcontext()
+    ),
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Profiles every MoE shape of a model and writes its plans where the engines' hooks look for them.
+
+    A table that is done has its plan at once, as that of a sweep or of one kernel of several.
 
     Args:
         layers: of the model.
@@ -112,6 +141,8 @@ def profile_model(
         measure: profiles a shape; an interrupted call goes on where it stopped.
         folder: for plans and tables; $RAMPWRAP_PLANS or the default folder where absent.
         prepare: called with each kernel and the path of its plan, once that is written.
+        during: of an `Outlook`, within which a plan is made.
+        say: takes a sentence on each plan that serves until a better one is there.
 
     Returns:
         ``plans`` (the files written), ``left`` (a sentence for each reason why layers have none), ``out`` (the folder) and
@@ -126,12 +157,27 @@ def profile_model(
     for shape in layers.shapes:
         made = kernel(shape)
         name = plan_name(made.name, device_of(made).name, shape)
-        made, timings = measure(shape, str(place / f"{name}.npz"))
+        early: dict[pathlib.Path, None] = {}
+
+        def keep(its: Kernel, timings: Timings, table: str, shape: MoEShape = shape, early: Any = early) -> None:
+            path = place / f"{plan_name(its.name, device_of(its).name, shape)}{SUFFIX}"
+            with contextlib.suppress(FitError):  # too few rows perhaps, which those to come mend
+                make_plan(timings, source=table).save(path)
+                early[path] = None
+                say(f"{path} serves if this is stopped; it is of {table}.")
+
+        made, timings = measure(shape, str(place / f"{name}.npz"), keep)
         path = place / f"{name}{SUFFIX}"
-        plan = make_plan(timings, source=f"{name}.npz")
-        plan.save(path)
-        if prepare is not None:
-            prepare(made, str(path))
+        with during(PLANNING):
+            plan = make_plan(timings, source=f"{name}.npz")
+            plan.save(path)
+            for other in early:
+                if (
+                    other != path
+                ):  # of one kernel of several: it would go before the plan of all where that is preferred
+                    other.unlink(missing_ok=True)
+            if prepare is not None:
+                prepare(made, str(path))
         written.append(str(path))
         choices = sum(len(its.candidates) > 1 for its in plan.in_graph) if chooses_in_graph(made) else 0
         lines.append(f"{path}: {shape}, {len(plan.configs)} configs, {choices} of {len(plan.in_graph)} batches choose")

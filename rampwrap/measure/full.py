@@ -14,6 +14,7 @@ from rampwrap.kernel.protocol import Config, Kernel, check_configs, kernel_versi
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.inputs import Inputs
 from rampwrap.measure.journal import journal_path
+from rampwrap.measure.outlook import about
 from rampwrap.measure.records import row_keys
 from rampwrap.measure.session import PATIENCE_S, Bench
 from rampwrap.measure.timer import Timer
@@ -145,7 +146,7 @@ class ProfilePlan:
             text += f" ({len(self.refused)} configs refused)"
         text += f", {self.weight_bytes / 1e6:.0f} MB of weights"
         return (
-            f"{text}, about {_clock(self.seconds)}"
+            f"{text}, about {about(self.seconds)}"
             if self.seconds is not None
             else f"{text}; no GPU to project a time for"
         )
@@ -159,8 +160,13 @@ def plan_profile(
     configs: Sequence[Config] | None = None,
     rounds: int = 4,
     device: Device | None = None,
+    compiled: bool = False,
 ) -> ProfilePlan:
-    """Counts and projects without a launch; the arguments and errors of `profile`."""
+    """Counts and projects without a launch; the arguments and errors of `profile`.
+
+    Args:
+        compiled: whether the configs are, as after a sweep of them.
+    """
     stated = isinstance(device or getattr(kernel, "device", None), Device)
     device = device or device_of(kernel)
     configs = check_configs(kernel.configs if configs is None else configs, f"kernel {kernel.name!r}")
@@ -175,14 +181,10 @@ def plan_profile(
         # Set-up of a cell (eager launch, two captures) 10 ms, a compilation 1.5 s, four replays of 0.4 ms or two
         # launches a round; the average config is 2.5 times the roofline.
         launch = 2.5e-6 * roofline_us(device, shape, counts)
-        seconds = usable * (1.5 + float(np.sum(0.01 + 4 * rounds * np.maximum(4e-4, 2 * launch))))
+        seconds = usable * (
+            (0.0 if compiled else 1.5) + float(np.sum(0.01 + 4 * rounds * np.maximum(4e-4, 2 * launch)))
+        )
     return ProfilePlan(len(counts), len(configs), refused, len(counts) * usable, shape.weight_bytes, seconds)
-
-
-def _clock(seconds: float) -> str:
-    if seconds < 1:
-        return "a second"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def roofline_us(device: Device, shape: MoEShape, counts: npt.ArrayLike) -> FloatArray:

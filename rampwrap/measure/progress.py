@@ -1,7 +1,9 @@
-"""`Progress`: a bar over the cells of a profile, and what is said beside it, on stderr."""
+"""`Progress`: a bar over the cells of a profile, before it the outlook for all of it, and what is said beside, on stderr."""
 
 import sys
 from typing import Any
+
+from rampwrap.measure.outlook import current
 
 
 class Progress:
@@ -10,6 +12,7 @@ class Progress:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: Any = None
+        self._outlook = current()
 
     def expect(self, cells: int) -> None:
         """Starts the bar, with the number of cells that will be timed."""
@@ -20,9 +23,15 @@ class Progress:
         self._bar = tqdm(
             total=cells, unit=" cells", disable=self._quiet, file=sys.stderr, mininterval=every, dynamic_ncols=True
         )
+        if self._outlook is not None:
+            self._outlook.expect(cells)
 
     def advance(self) -> None:
         """One cell more is done with."""
+        if self._outlook is not None:
+            self._outlook.advance()
+            if self._bar is not None and len(self._outlook.phases) > 1:
+                self._bar.set_description_str(str(self._outlook), refresh=False)
         if self._bar is not None:
             self._bar.update(1)
 
