@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.cli.main import main
 from rampwrap.engines import installed as installing
+from rampwrap.engines import vllm_contract
 from rampwrap.engines.backends import _ROWS, backend_of
 from rampwrap.engines.installed import Installed
 from rampwrap.kernel.device import SIMULATED, Device
@@ -179,6 +180,8 @@ def test_an_engine_whose_hook_stands_aside(
 ) -> None:
     plan.save(model.parent / "plans" / "a.plan.json")
     monkeypatch.setattr(installing, "_version", lambda engine: version)
+    monkeypatch.setattr(vllm_contract, "sources", lambda: model)  # a release by its number alone
+    (model / "_version.py").write_text(f"__version__ = '{version}'")
     status, found, text = ask(TINY, "--engine", engine)
     assert status == 1 and found["engine"]["faults"] and f"{version} as it is" in text
 
