@@ -99,7 +99,7 @@ class LayerKernel:
             w2: [E, H, I].
             topk_weights: [T, top_k], floating point.
             topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
-            w13_scale: float32 [E, 2I/128, H/128], FP8 only.
+            w13_scale: float32 [E, 2I/128, H/128], FP8 only; other forms of scales as `operands.scale_shapes` says.
             w2_scale: float32 [E, H/128, I/128], FP8 only.
             expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
             out: [T, H], written and returned; allocated where absent.
@@ -221,7 +221,7 @@ def runnable(
     """Those of a kernel's configs that nothing speaks against on a shape.
 
     Args:
-        every_form: whether the kernel has the activations that are not SiLU.
+        every_form: whether the kernel has the activations that are not SiLU and the scales that are not blocks of 128.
 
     Raises:
         ConfigError: none can; says what the first lacks.

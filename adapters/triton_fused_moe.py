@@ -9,7 +9,6 @@ from rampwrap.adapters.layer import CandidateKernel, check_blocks, check_workspa
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import Contract, Operands
 from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -31,21 +30,24 @@ class TritonFusedMoE(CandidateKernel):
     version = "2"
 
     def __init__(self, shape: MoEShape) -> None:
-        usable = runnable(self.name, shape, tuning.CONFIGS[shape.dtype], self.supports, every_form=True)
+        usable = runnable(
+            self.name, shape, tuning.listed(shape.dtype, shape.scale_group), self.supports, every_form=True
+        )
         super().__init__(shape, usable, Contract(shape))
 
     def default_config(self, num_tokens: int) -> Config:
         """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
         shape = self.shape
-        return tuning.default_config(num_tokens, shape.num_experts, shape.top_k, shape.dtype)
+        return tuning.default_config(num_tokens, shape.num_experts, shape.top_k, shape.dtype, shape.scale_group)
 
     def supports(self, config: Config, shape: MoEShape) -> str | None:
         """Why `config` cannot run `shape`, in a sentence; None if it can."""
-        if shape.dtype == "fp8":
+        group = shape.scale_group
+        if shape.dtype == "fp8" and group:
             for name in ("hidden_size", "intermediate_size"):
-                if getattr(shape, name) % GROUP:
-                    return f"{name}={getattr(shape, name)} is no multiple of the {GROUP}-wide scale blocks; pad it or use bf16."
-        reason = tuning.refusal(config, shape.dtype)
+                if getattr(shape, name) % group:
+                    return f"{name}={getattr(shape, name)} is no multiple of the {group}-wide scale blocks; pad it or use bf16."
+        reason = tuning.refusal(config, shape.dtype, group)
         split_k = config.get("split_k", 1)
         if reason is None and split_k > 1 and shape.intermediate_size < split_k * config["block_k"]:
             return f"split_k={split_k} leaves parts of intermediate_size={shape.intermediate_size} empty; use fewer."
@@ -64,7 +66,7 @@ class TritonFusedMoE(CandidateKernel):
             block_m=config["block_m"],
             ctas_per_block=up + down,
             launches=(up, down),
-            ctas_per_sm=tuning.ctas_per_sm(config, shape.dtype),
+            ctas_per_sm=tuning.ctas_per_sm(config, shape.dtype, shape.scale_group),
             split_k=split_k,
         )
 
@@ -85,7 +87,7 @@ class TritonFusedMoE(CandidateKernel):
     def most_ctas(self, config: Config, waves: int, device: torch.device) -> int | None:
         """CTAs of some waves of a config: the largest grid of a launch with ``waves``; None for 0."""
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        return num_sms * tuning.ctas_per_sm(config, self.shape.dtype) * waves or None
+        return num_sms * tuning.ctas_per_sm(config, self.shape.dtype, self.shape.scale_group) * waves or None
 
     def run(
         self,

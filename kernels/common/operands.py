@@ -7,7 +7,6 @@ import torch
 
 from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.common.fp8 import GROUP
 
 FP8 = torch.float8_e4m3fn
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -27,7 +26,7 @@ class Operands:
         w2: [E, H, I].
         topk_weights: [T, top_k], floating point.
         topk_ids: int32 or int64 [T, top_k]; slots with an id out of range contribute zero.
-        w13_scale: float32 [E, 2I/128, H/128], FP8 only.
+        w13_scale: float32 [E, 2I/128, H/128], FP8 only; other forms of scales as `scale_shapes` says.
         w2_scale: float32 [E, H/128, I/128], FP8 only.
         expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
         out: [T, H], written and returned; None lets the layer allocate it.
@@ -87,12 +86,24 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
     return torch.where(known, expert_map.long()[ids.clamp(0, len(expert_map) - 1)], -1)
 
 
-def scale_shapes(shape: MoEShape) -> dict[str, tuple[int, int, int]]:
-    """Shapes of the block scales of an FP8 layer's weights, by name: one number for each 128x128 block."""
-    experts, hidden, inter = shape.num_local_experts, shape.hidden_size // GROUP, shape.intermediate_size // GROUP
+def scale_shapes(shape: MoEShape) -> dict[str, tuple[int, ...]]:
+    """Shapes of the scales of an FP8 layer's weights, by name, as engines keep them.
+
+    [E, n/g, k/g] for weights [E, n, k] in blocks of g, [E, n, 1] for a scale a channel, [E] for one a tensor.
+    """
+    experts, hidden, inter, group = (
+        shape.num_local_experts,
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.scale_group,
+    )
+    if shape.scales == "tensor":
+        return {"w13_scale": (experts,), "w2_scale": (experts,)}
+    if shape.scales == "channel":
+        return {"w13_scale": (experts, 2 * inter, 1), "w2_scale": (experts, hidden, 1)}
     return {
-        "w13_scale": (experts, 2 * shape.intermediate_size // GROUP, hidden),
-        "w2_scale": (experts, hidden, inter),
+        "w13_scale": (experts, 2 * inter // group, hidden // group),
+        "w2_scale": (experts, hidden // group, inter // group),
     }
 
 

@@ -9,7 +9,7 @@ from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.fp8 import FP8_MAX, GROUP, MIN_ABS
-from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES, local_ids
+from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES, local_ids, scale_shapes
 
 
 class RandomInputs:
@@ -66,7 +66,7 @@ def random_weights(shape: MoEShape, device: torch.device, seed: int) -> dict[str
             # A standard deviation of 64 uses e4m3's range to 448 = 7 sigma.
             drawn = torch.randn(rows, columns, generator=generator, device=device)
             expert.copy_(drawn.mul_(64).clamp_(-FP8_MAX, FP8_MAX))
-        scale = torch.rand(experts, rows // GROUP, columns // GROUP, generator=generator, device=device)
+        scale = torch.rand(scale_shapes(shape)[f"{name}_scale"], generator=generator, device=device)
         weights[name] = w
         weights[f"{name}_scale"] = (scale + 0.5) * (std / 64)
     return weights
@@ -86,10 +86,13 @@ def dequantise(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """One expert's [n, k] in float64, from e4m3 with scales of 128x128 blocks or from bf16."""
+    """One expert's [n, k] in float64, from e4m3 with scales as in `scale_shapes` or from bf16."""
     if scale is None:
         return w.double()
-    return w.double() * scale.double().repeat_interleave(GROUP, 0).repeat_interleave(GROUP, 1)
+    if scale.dim() == 2:
+        rows, columns = (its // scales for its, scales in zip(w.shape, scale.shape, strict=True))
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return w.double() * scale.double()
 
 
 def activate(
@@ -125,7 +128,8 @@ def layer(
     x, ids = inputs["hidden_states"], local_ids(inputs["topk_ids"], inputs.get("expert_map"))
     routing = inputs["topk_weights"].double()
     fp8, h_dtype = shape.dtype == "fp8", h_dtype or (torch.bfloat16 if shape.dtype == "fp8" else torch.float64)
-    x = dequantise(*quantise(x)) if fp8 else x.double()
+    group = shape.scale_group
+    x = dequantise(*quantise(x, group or shape.hidden_size)) if fp8 else x.double()
     out = torch.zeros(x.shape[0], shape.hidden_size, dtype=torch.float64, device=x.device)
     w13_scale, w2_scale = inputs.get("w13_scale"), inputs.get("w2_scale")
     for expert in range(shape.num_local_experts):
@@ -135,6 +139,6 @@ def layer(
         w13 = weights_of(inputs["w13"][expert], None if w13_scale is None else w13_scale[expert])
         w2 = weights_of(inputs["w2"][expert], None if w2_scale is None else w2_scale[expert])
         h = activate(x[token], w13, gate_up_dtype, shape.activation).to(h_dtype)
-        h = dequantise(*quantise(h)) if fp8 else h.double()
+        h = dequantise(*quantise(h, group or shape.intermediate_size)) if fp8 else h.double()
         out.index_add_(0, token, (h @ w2.T) * routing[token, k, None])
     return out

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) activations with one scale for each 128 consecutive values of a row.
+"""FP8 (e4m3) activations with one scale for each 128 consecutive values of a row, for fewer, or for the whole row.
 
 scale = max(|x|) / 448, q = round(x / scale): the numbers that DeepSeek-style W8A8 checkpoints expect.
 """
@@ -24,7 +24,7 @@ _MIN_ABS = tl.constexpr(MIN_ABS)
 
 @triton.jit
 def quantise_groups(x, FP8_TYPE: tl.constexpr):
-    """float32 [rows, 128] -> (e4m3 [rows, 128], float32 scales [rows])."""
+    """float32 [rows, columns] -> (e4m3 [rows, columns], float32 scales [rows])."""
     scale = tl.maximum(tl.max(tl.abs(x), 1), _MIN_ABS) / _FP8_MAX
     q = x / scale[:, None]
     q = tl.minimum(tl.maximum(q, -_FP8_MAX), _FP8_MAX)
@@ -33,7 +33,7 @@ def quantise_groups(x, FP8_TYPE: tl.constexpr):
 
 @triton.jit
 def quantise_at(q_ptr, scale_ptr, x_ptr, at, mask, scales_at, scales_mask):
-    """Quantises x[at], [groups, 128], into q[at] and scale[scales_at], [groups]."""
+    """Quantises x[at], [groups, columns of one], into q[at] and scale[scales_at], [groups]."""
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     q, scale = quantise_groups(x, q_ptr.dtype.element_ty)
     tl.store(q_ptr + at, q, mask=mask)
@@ -48,17 +48,18 @@ def quantise_rows_kernel(
     unless_zero_ptr,
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row a CTA along axis 0, GROUPS groups of it along axis 1."""
+    """One row a CTA along axis 0, GROUPS groups of it along axis 1; GROUP is a power of two."""
     wait_for_launch_before(PDL)
     if unless_zero_ptr is not None:  # noqa: SIM102  (only the outer one is known when it compiles)
         if tl.load(unless_zero_ptr) == 0:
             return
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    scales = COLUMNS // 128
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    scales = tl.cdiv(COLUMNS, GROUP)
     quantise_at(q_ptr, scale_ptr, x_ptr, row * COLUMNS + at, at < COLUMNS, row * scales + group, group < scales)
 
 
@@ -69,14 +70,19 @@ def quantise_rows(
     *,
     unless_zero: torch.Tensor | None = None,
     launch: dict[str, Any] | None = None,
+    group: int = GROUP,
 ) -> None:
-    """Quantises x [rows, columns] into q (e4m3, same shape) and scale (float32 [rows, columns / 128]).
+    """Quantises x [rows, columns] into q (e4m3, same shape) and scale (float32 [rows, columns / group], [rows, 1] for group 0).
 
     Writes nothing where the integer in `unless_zero` (one element, on the device) is zero. `launch` are other
-    `pdl.arguments` than those for one config.
+    `pdl.arguments` than those for one config. A group is a power of two, or 0 for whole rows.
     """
     rows, columns = x.shape
-    groups = min(8, triton.next_power_of_2(columns // GROUP))
-    grid = (rows, triton.cdiv(columns // GROUP, groups))
-    more = {"num_warps": min(4, groups), **(launch or pdl.arguments())}
-    quantise_rows_kernel[grid](q, scale, x, unless_zero, COLUMNS=columns, GROUPS=groups, **more)
+    width = group or triton.next_power_of_2(columns)
+    count = triton.cdiv(columns, width)
+    groups = min(1024 // width, triton.next_power_of_2(count)) or 1
+    # A warp for 128 values, or 1024 where one row is longer than what a CTA of 4 has in flight.
+    warps = min(4, max(1, groups * width // 128)) if width <= 1024 else min(16, width // 1024)
+    more = {"num_warps": warps, **(launch or pdl.arguments())}
+    grid = (rows, triton.cdiv(count, groups))
+    quantise_rows_kernel[grid](q, scale, x, unless_zero, COLUMNS=columns, GROUPS=groups, GROUP=width, **more)

@@ -9,7 +9,7 @@ from rampwrap.cli.command import options
 from rampwrap.cli.types import positive
 from rampwrap.errors import InputError
 from rampwrap.kernel.activation import SILU, Activation
-from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernel.shape import SCALES, SHAPES, MoEShape
 
 
 @attrs.frozen
@@ -25,6 +25,7 @@ class LayerRequest:
     tp_size: int = 1
     num_local_experts: int | None = None
     activation: str | None = None
+    scales: str | None = None
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -69,6 +70,7 @@ class LayerRequest:
             intermediate_size=base.intermediate_size // self.tp_size,
             num_local_experts=local,
             activation=Activation.parse(self.activation) if self.activation else SILU,
+            scales=self.scales or base.scales,
         )
 
 
@@ -82,6 +84,7 @@ layer_options = options(
     click.option("--tp-size", type=positive, metavar="N"),
     click.option("--num-local-experts", type=positive, metavar="N", help="on this rank; all by default"),
     click.option("--activation", metavar="NAME", help="silu (default), silu:limit=10, swiglu_oai, gelu_tanh"),
+    click.option("--scales", metavar="FORM", help=f"of an fp8 layer: {', '.join(SCALES)}; block-128 by default"),
 )
 rank_options = options(
     click.option("--ep", is_flag=True, help="the --tp-size ranks of an engine share out whole experts"),

@@ -9,6 +9,12 @@ from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.schema import MOST_EXPERTS, MOST_SIZE, OMIT, between
 
 DTYPES = ("bf16", "fp16", "fp8")
+SCALES = {"block-128": 128, "block-64": 64, "block-32": 32, "channel": 0, "tensor": 0}
+"""Scales of an FP8 layer, with the side of the blocks of weights that share one.
+
+In blocks, activations have a scale for as many columns of a token. With a scale a channel (row of w13 and w2) or a tensor (of
+one expert) activations have one a token.
+"""
 
 
 @attrs.frozen
@@ -17,7 +23,7 @@ class MoEShape:
 
     `intermediate_size` is per rank (after tensor parallelism); `num_local_experts` is the number of experts
     whose weights this rank holds and therefore the length of `expert_counts`. Files name the activation where it is
-    not SiLU.
+    not SiLU, and scales where they are not blocks of 128; layers that are not FP8 have none, and that value.
     """
 
     num_experts: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError))
@@ -27,6 +33,7 @@ class MoEShape:
     dtype: str = "bf16"
     num_local_experts: int = attrs.field(validator=between(1, MOST_EXPERTS, InputError), metadata=OMIT)
     activation: Activation = attrs.field(default=SILU, metadata=OMIT)
+    scales: str = attrs.field(default="block-128", metadata=OMIT)
 
     @num_local_experts.default
     def _all(self) -> int:
@@ -43,6 +50,10 @@ class MoEShape:
             )
         if self.dtype not in DTYPES:
             raise InputError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
+        if self.scales not in SCALES:
+            raise InputError(f"scales {self.scales!r} are unknown; use one of {', '.join(SCALES)}.")
+        if self.scales != "block-128" and self.dtype != "fp8":
+            raise InputError(f"A {self.dtype} layer has no scales, and {self.scales!r} were given; leave them out.")
 
     @property
     def weight_bytes(self) -> int:
@@ -56,14 +67,20 @@ class MoEShape:
         return " ".join([sizes, self.dtype, *self.form])
 
     @property
+    def scale_group(self) -> int:
+        """Side of the blocks of an FP8 layer's weights that share a scale; 0 where scales are by channel or tensor."""
+        return SCALES[self.scales]
+
+    @property
     def form(self) -> tuple[str, ...]:
-        """What sets the layer apart from the plain one of its sizes and dtype, in words; empty for SiLU."""
-        return () if self.activation == SILU else (str(self.activation),)
+        """What sets the layer apart from the plain one of its sizes and dtype, in words; empty for SiLU and blocks of 128."""
+        scales = () if self.scales == "block-128" else (f"scales={self.scales}",)
+        return scales if self.activation == SILU else (*scales, str(self.activation))
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """`form` as parts of a file's name: ``silu_limit10``."""
-        return tuple(re.sub(r"[:,]", "_", its).replace("=", "") for its in self.form)
+        return tuple(re.sub(r"[:,]", "_", its.removeprefix("scales=")).replace("=", "") for its in self.form)
 
 
 # Layers of published models, tensor parallelism applied where the name says so.

@@ -188,9 +188,10 @@ def shape_arguments(shape: MoEShape) -> str:
     """The options of the command line that name a layer."""
     local = "" if shape.num_local_experts == shape.num_experts else f" --num-local-experts {shape.num_local_experts}"
     activation = "" if shape.activation == SILU else f" --activation {shape.activation}"
+    scales = "" if shape.scales == "block-128" else f" --scales {shape.scales}"
     return (
         f"--num-experts {shape.num_experts} --top-k {shape.top_k} --hidden-size {shape.hidden_size} "
-        f"--intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}{activation}"
+        f"--intermediate-size {shape.intermediate_size} --dtype {shape.dtype}{local}{activation}{scales}"
     )
 
 

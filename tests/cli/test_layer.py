@@ -19,6 +19,8 @@ SHAPES = [
     MoEShape(8, 2, 128, 64, "fp8", 4),
     MoEShape(8, 2, 128, 64, activation=SWIGLU_OAI),
     MoEShape(8, 2, 128, 64, "fp16", activation=Activation("gelu_tanh")),
+    MoEShape(8, 2, 128, 64, "fp8", scales="block-64"),
+    MoEShape(8, 2, 128, 64, "fp8", activation=SWIGLU_OAI, scales="channel"),
 ]
 
 

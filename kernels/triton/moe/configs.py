@@ -11,11 +11,16 @@ A config is a dict of
                 16 and 32 token rows run on wgmma too (mma.sync otherwise, which converts FP8 to fp16 first)
     split_k     CTAs that share the depth of one tile of the down GEMM, each writing rows of its own for the sum
                 over top-k to add; only configs that split carry the key
+
+`group` is the side of the blocks of FP8 weights that share a scale, 0 where scales are by channel or tensor
+(`MoEShape.scale_group`); other dtypes have none, whatever it says.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.sm90 import MAX_SHARED, SM_REGISTERS, SM_SHARED, SM_THREADS
 
 KEYS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages", "swap_ab")
@@ -50,12 +55,12 @@ def uses_wgmma(config: Mapping[str, Any]) -> bool:
     return bool(config["swap_ab"]) or config["block_m"] >= 64
 
 
-def quantises_h(config: Mapping[str, Any]) -> bool:
-    """Whether an FP8 tile holds whole 128-groups of h, so that the up epilogue can quantise them."""
-    return bool(config["block_n"] == 256)
+def quantises_h(config: Mapping[str, Any], group: int = GROUP) -> bool:
+    """Whether an FP8 tile is one group of h wide, so that the up epilogue can quantise it."""
+    return bool(config["block_n"] == 2 * group)
 
 
-def shared_bytes(config: Mapping[str, Any], dtype: str) -> int:
+def shared_bytes(config: Mapping[str, Any], dtype: str, group: int = GROUP) -> int:
     """Shared memory of a CTA: the pipeline's buffers, or the tile on its way to a coalesced store.
 
     Triton keeps `num_stages` buffers under wgmma, which reads operands while the next load lands, and one
@@ -64,36 +69,38 @@ def shared_bytes(config: Mapping[str, Any], dtype: str) -> int:
     rows = config["block_m"] + config["block_n"]
     buffers = config["num_stages"] if uses_wgmma(config) else max(1, config["num_stages"] - 1)
     pipeline = buffers * rows * config["block_k"] * element_size(dtype)
+    if dtype == "fp8" and 0 < group < GROUP:
+        pipeline += 4 * config["block_n"]  # a scale for each weight row, on its way to the threads that need it
     return int(max(pipeline, config["block_m"] * config["block_n"] * 4))
 
 
-def accumulators(config: Mapping[str, Any], dtype: str) -> int:
+def accumulators(config: Mapping[str, Any], dtype: str, group: int = GROUP) -> int:
     """float32 accumulators of a thread."""
-    sets = 2 if dtype == "fp8" else 1
+    sets = 2 if dtype == "fp8" and group else 1
     return int(config["block_m"] * config["block_n"] // (32 * config["num_warps"]) * sets)
 
 
-def registers(config: Mapping[str, Any], dtype: str) -> int:
+def registers(config: Mapping[str, Any], dtype: str, group: int = GROUP) -> int:
     """Estimate of a thread's registers, read off 157 compiled configs in bf16 and 30 in FP8 (Triton 3.6, sm_90).
 
     By it 156 and 29 of them get the residency that their registers and shared memory allow. wgmma keeps operands in
     shared memory, mma.sync in registers; scaled FP8 products and swapped operands take some on top.
     """
-    held = accumulators(config, dtype)
+    held = accumulators(config, dtype, group)
     if uses_wgmma(config) and not (dtype == "fp8" and config["swap_ab"]):
         return min(255, max(48, 2 * held))
     return min(255, 48 + 3 * held // 2 if dtype == "fp8" else 32 + 2 * held)
 
 
-def ctas_per_sm(config: Mapping[str, Any], dtype: str) -> int:
+def ctas_per_sm(config: Mapping[str, Any], dtype: str, group: int = GROUP) -> int:
     """CTAs resident on one SM, by shared memory, registers and threads."""
     threads = 32 * config["num_warps"]
-    by_shared = SM_SHARED // (shared_bytes(config, dtype) + 1024)
-    by_registers = SM_REGISTERS // (threads * registers(config, dtype))
+    by_shared = SM_SHARED // (shared_bytes(config, dtype, group) + 1024)
+    by_registers = SM_REGISTERS // (threads * registers(config, dtype, group))
     return int(max(1, min(by_shared, by_registers, SM_THREADS // threads, 32)))
 
 
-def refusal(config: Mapping[str, Any], dtype: str) -> str | None:
+def refusal(config: Mapping[str, Any], dtype: str, group: int = GROUP) -> str | None:
     """Why a config cannot run with a dtype, in a sentence; None if it can. The one statement of what is legal."""
     missing = [key for key in KEYS if key not in config]
     if missing:
@@ -104,8 +111,8 @@ def refusal(config: Mapping[str, Any], dtype: str) -> str | None:
         return f"block_m={block_m} is not supported; use 16, 32, 64 or 128."
     if block_n not in (32, 64, 128, 256):
         return f"block_n={block_n} is not supported; use 32, 64, 128 or 256."
-    if dtype == "fp8" and block_k != 128:
-        return f"block_k={block_k} does not match the 128-wide scale blocks of FP8 weights; use 128."
+    if dtype == "fp8" and group and block_k != group:
+        return f"block_k={block_k} does not match the {group}-wide scale blocks of FP8 weights; use {group}."
     if block_k not in (32, 64, 128, 256):
         return f"block_k={block_k} is not supported; use 32, 64, 128 or 256."
     if warps not in (4, 8):
@@ -118,11 +125,11 @@ def refusal(config: Mapping[str, Any], dtype: str) -> str | None:
         return f"group_m={config['group_m']} is not supported; use 1 or more."
     if config["swap_ab"] and block_n < 16 * warps:
         return f"swap_ab needs 16 weight rows a warp, block_n={block_n} has fewer with {warps} warps; use a wider tile."
-    if accumulators(config, dtype) < 4:
+    if accumulators(config, dtype, group) < 4:
         return f"A {block_m}x{block_n} tile leaves some of {warps} warps without work; use fewer warps."
-    if accumulators(config, dtype) > MAX_ACCUMULATORS:
+    if accumulators(config, dtype, group) > MAX_ACCUMULATORS:
         return f"A {block_m}x{block_n} tile does not fit the registers of {warps} warps in {dtype}; use more warps or a smaller tile."
-    shared = shared_bytes(config, dtype)
+    shared = shared_bytes(config, dtype, group)
     if shared > MAX_SHARED:
         return f"The config needs {shared} bytes of shared memory, an SM gives {MAX_SHARED}; use fewer stages or a smaller tile."
     return None
@@ -204,27 +211,50 @@ def _expand(families: Iterable[_Family], swap_ab: bool) -> Iterable[tuple[int | 
                     yield (*tile, group, warps, stages, swap_ab)
 
 
+# Scales outside the loop leave the second set of accumulators free: the widest tiles of bf16 fit, at twice the depth.
+_FP8_WHOLE: tuple[_Family, ...] = (
+    ((128, 128, 128), {8: (3, 4)}, (1, 8)),
+    ((128, 256, 128), {8: (3, 4)}, (1, 8)),
+)
+
 # For 1 to 8 tokens, where a layer has fewer tiles of the down GEMM than an SM can keep in flight.
 _SPLIT_BF16 = ((16, 128, 128, 1, 4, 3, False, 2),)
 _SPLIT_FP8 = ((16, 64, 128, 1, 4, 5, True, 2),)
 
 
-def _configs(dtype: str) -> tuple[dict[str, Any], ...]:
+@functools.cache
+def listed(dtype: str, group: int = GROUP) -> tuple[dict[str, Any], ...]:
+    """`CONFIGS` of a dtype, for scales of any form: those were measured with blocks of 128, for others nothing was yet."""
     plain, swapped = (_FP8, _FP8_SWAPPED) if dtype == "fp8" else (_BF16, _BF16_SWAPPED)
+    if dtype == "fp8" and not group:
+        plain = (*plain, *_FP8_WHOLE)
     rows = sorted({*_expand(plain, False), *_expand(swapped, True)})
     configs = [dict(zip(KEYS, row, strict=True)) for row in rows]
     split = _SPLIT_FP8 if dtype == "fp8" else _SPLIT_BF16
     configs += [dict(zip((*KEYS, "split_k"), row, strict=True)) for row in split]
-    return tuple(config for config in configs if refusal(config, dtype) is None)
+    if dtype == "fp8" and 0 < group < GROUP:
+        configs = _shallow(configs, group)
+    return tuple(config for config in configs if refusal(config, dtype, group) is None)
 
 
-CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {dtype: _configs(dtype) for dtype in ("bf16", "fp16", "fp8")}
+def _shallow(configs: Iterable[Mapping[str, Any]], group: int) -> list[dict[str, Any]]:
+    """Steps as deep as a smaller group, with as many bytes in flight as far as stages reach, and with as many stages as before."""
+    made = {
+        tuple(its.items()): its
+        for config in configs
+        for stages in (min(8, config["num_stages"] * GROUP // group), config["num_stages"])
+        for its in [{**config, "block_k": group, "num_stages": stages}]
+    }
+    return list(made.values())
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {dtype: listed(dtype) for dtype in ("bf16", "fp16", "fp8")}
 """The configs of each dtype that are worth measuring, sorted by their values in the order of `KEYS`; those that split come last.
 
 Any other that `refusal` lets pass can be launched too, as plans and tables of longer lists ask for."""
 
 
-def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str) -> dict[str, Any]:
+def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str, group: int = GROUP) -> dict[str, Any]:
     """A config for balanced routing by the tokens an expert gets, for when nobody has measured anything."""
     per_expert = num_tokens * top_k / num_experts
     if dtype == "fp8":
@@ -248,4 +278,5 @@ def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str) ->
         row = (128, 128, 64, 8, 8, 3, False)
     else:
         row = (128, 256, 64, 8, 8, 4, False)
-    return dict(zip(KEYS, row, strict=True))
+    config = dict(zip(KEYS, row, strict=True))
+    return _shallow([config], group)[0] if dtype == "fp8" and 0 < group < GROUP else config

@@ -42,6 +42,8 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
     GELU_TANH: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -78,6 +80,8 @@ def up_kernel(
                 BLOCK_N,
                 BLOCK_K,
                 SWAP_AB,
+                GROUP,
+                CHANNELS,
                 GELU_TANH,
                 LIMIT,
                 ALPHA,
@@ -111,6 +115,8 @@ def up_kernel(
             BLOCK_N,
             BLOCK_K,
             SWAP_AB,
+            GROUP,
+            CHANNELS,
             GELU_TANH,
             LIMIT,
             ALPHA,
@@ -142,6 +148,8 @@ def down_kernel(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -174,6 +182,8 @@ def down_kernel(
                 BLOCK_K,
                 SPLIT_K,
                 SWAP_AB,
+                GROUP,
+                CHANNELS,
             )
     else:
         if tl.program_id(0) >= num_blocks * TILES_N * SPLIT_K:
@@ -204,6 +214,8 @@ def down_kernel(
             BLOCK_K,
             SPLIT_K,
             SWAP_AB,
+            GROUP,
+            CHANNELS,
         )
 
 

@@ -59,11 +59,12 @@ class _Layer:
         x, x_scale, fp8 = operands.hidden_states, None, operands.w13_scale is not None
         (num_tokens, top_k), (_, hidden, intermediate) = operands.topk_ids.shape, operands.w2.shape
         if workspace is None:
-            workspace = allocate(num_tokens, top_k, hidden, intermediate, x.dtype, fp8=fp8, device=x.device)
+            sizes = (num_tokens, top_k, hidden, intermediate)
+            workspace = allocate(*sizes, x.dtype, fp8=fp8, device=x.device, group=shape.scale_group)
         if fp8:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
             x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
-            quantise_rows(operands.hidden_states, x, x_scale, launch=launch)
+            quantise_rows(operands.hidden_states, x, x_scale, launch=launch, group=shape.scale_group)
         return cls(operands, shape, x, x_scale, operands.output(), workspace, launch)
 
     def gemms(self, config: Mapping[str, Any], blocks: TokenBlocks | None, most_ctas: int | None) -> None:
@@ -94,7 +95,7 @@ class _Layer:
         in_epilogue = False
         if self.x_scale is not None:
             assert workspace.h_fp8 is not None and workspace.h_scale is not None
-            h_scale, in_epilogue = workspace.h_scale[:num_slots], quantises_h(config)
+            h_scale, in_epilogue = workspace.h_scale[:num_slots], quantises_h(config, self.shape.scale_group)
             if in_epilogue:
                 h = workspace.h_fp8[:num_slots]
         up_kernel[grid(triton.cdiv(intermediate, block_n // 2))](
@@ -108,14 +109,15 @@ class _Layer:
             TOP_K=its.top_k,
             HIDDEN=hidden,
             INTERMEDIATE=intermediate,
-            **activation_arguments(self.shape.activation),
+            **form_arguments(self.shape),
             **tuning,
         )
         if h_scale is not None and not in_epilogue:
             assert workspace.h_fp8 is not None
             # Rows of slots without a local expert hold whatever was there; nothing reads what becomes of them.
-            quantise_rows(h, workspace.h_fp8[:num_slots], h_scale, unless_zero=post_padded, launch=self.launch)
-            h = workspace.h_fp8[:num_slots]
+            into, group = workspace.h_fp8[:num_slots], self.shape.scale_group
+            quantise_rows(h, into, h_scale, unless_zero=post_padded, launch=self.launch, group=group)
+            h = into
         down_kernel[grid(triton.cdiv(hidden, block_n) * split_k)](
             workspace.y,
             h,
@@ -127,6 +129,7 @@ class _Layer:
             HIDDEN=hidden,
             INTERMEDIATE=intermediate,
             SPLIT_K=split_k,
+            **scale_arguments(self.shape),
             **tuning,
         )
 
@@ -169,7 +172,7 @@ def fused_moe(
     Args:
         config: block_m, block_n, block_k, group_m, num_warps, num_stages, swap_ab; split_k where it is not 1.
         operands: of at least one token, taken as they are (the adapter checks them).
-        shape: the layer, for its activation; sizes are those of the operands.
+        shape: the layer, for its activation and scales; sizes are those of the operands.
         workspace: from `workspace.allocate`, for a call that allocates nothing but an absent `out`.
         blocks: an alignment of the topk_ids with the config's block_m; made here where absent.
         most_ctas: grids of at most so many CTAs, each of which goes on to further tiles; same bits. Not used where
@@ -209,6 +212,16 @@ def fused_moe_candidates(
     each = zip(configs, blocks, limits, strict=True)
     run_beside(streams, [functools.partial(layer.gemms, *its) for its in each])
     return layer.sum([splits(config, operands.num_slots) for config in configs], choice)
+
+
+def scale_arguments(shape: MoEShape) -> dict[str, Any]:
+    """A layer's form of scales as keyword arguments of both GEMMs."""
+    return {"GROUP": shape.scale_group, "CHANNELS": shape.scales == "channel"}
+
+
+def form_arguments(shape: MoEShape) -> dict[str, Any]:
+    """A layer's scales and activation as keyword arguments of `up_kernel`."""
+    return {**scale_arguments(shape), **activation_arguments(shape.activation)}
 
 
 def tuning_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

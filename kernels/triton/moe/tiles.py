@@ -60,9 +60,10 @@ def multiply_tile(
     w_rows,
     w_scale_low_ptr,
     w_scale_high_ptr,
-    is_high,
+    scale_rows,
     split,
     K: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,8 +72,9 @@ def multiply_tile(
 ):
     """x[rows] @ w[w_rows]^T in float32: [BLOCK_M, BLOCK_N], transposed if SWAP_AB; of SPLIT_K parts of K the one `split`.
 
-    Block-scaled where `x_scale_ptr` is given: BLOCK_K is then 128, and each half of the tile's weight rows
-    lies in one 128-row scale block (`is_high` tells the halves apart), so a step costs two scalar loads.
+    Block-scaled where `x_scale_ptr` is given and GROUP is not 0: BLOCK_K is then GROUP. Of 128, each half of the tile's
+    weight rows lies in one scale block (`scale_rows` tells the halves apart), so a step costs two scalar loads; of fewer,
+    each weight row has its row of scales there.
     """
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     offs_k = tl.arange(0, BLOCK_K)
@@ -110,13 +112,16 @@ def multiply_tile(
                 x = tl.load(x_ptrs, mask=row_mask[:, None] & inside[None, :], other=0.0)
                 w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         x, w = operand(x), operand(w)
-        if x_scale_ptr is None:
+        if x_scale_ptr is None or GROUP == 0:
             acc = tl.dot(w, x, acc) if SWAP_AB else tl.dot(x, w, acc)
         else:
-            x_scale = tl.load(x_scale_ptr + rows.to(tl.int64) * (K // 128) + step, mask=row_mask, other=0.0)
-            low = tl.load(w_scale_low_ptr + step)
-            high = tl.load(w_scale_high_ptr + step)
-            w_scale = tl.where(is_high, high, low)
+            x_scale = tl.load(x_scale_ptr + rows.to(tl.int64) * (K // GROUP) + step, mask=row_mask, other=0.0)
+            if GROUP == 128:
+                low = tl.load(w_scale_low_ptr + step)
+                high = tl.load(w_scale_high_ptr + step)
+                w_scale = tl.where(scale_rows, high, low)
+            else:
+                w_scale = tl.load(w_scale_low_ptr + scale_rows * (K // GROUP) + step)
             if SWAP_AB:
                 acc += tl.dot(w, x) * (w_scale[:, None] * x_scale[None, :])
             else:
@@ -124,6 +129,24 @@ def multiply_tile(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     return acc
+
+
+@triton.jit
+def scaled(acc, x_scale_ptr, rows, row_mask, w_scale_ptr, w_rows, CHANNELS: tl.constexpr, SWAP_AB: tl.constexpr):
+    """A product of FP8 numbers, times the scale of each row of x and of each row of the weights, or one for all of them."""
+    x_scale = tl.load(x_scale_ptr + rows, mask=row_mask, other=0.0)
+    if CHANNELS:
+        w_scale = tl.load(w_scale_ptr + w_rows)
+        if SWAP_AB:
+            return acc * (w_scale[:, None] * x_scale[None, :])
+        else:
+            return acc * (x_scale[:, None] * w_scale[None, :])
+    else:
+        scale = x_scale * tl.load(w_scale_ptr)
+        if SWAP_AB:
+            return acc * scale[None, :]
+        else:
+            return acc * scale[:, None]
 
 
 @triton.jit
@@ -146,6 +169,8 @@ def up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
     GELU_TANH: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -173,10 +198,15 @@ def up_tile(
     expert_offset = expert.to(tl.int64)
     gate_scale_ptr = None
     up_scale_ptr = None
+    scale_rows = is_up == 1
     if w_scale_ptr is not None:
-        scale_row = expert_offset * (2 * INTERMEDIATE // 128) + tile * HALF_N // 128
-        gate_scale_ptr = w_scale_ptr + scale_row * (HIDDEN // 128)
-        up_scale_ptr = w_scale_ptr + (scale_row + INTERMEDIATE // 128) * (HIDDEN // 128)
+        if GROUP == 128:
+            scale_row = expert_offset * (2 * INTERMEDIATE // 128) + tile * HALF_N // 128
+            gate_scale_ptr = w_scale_ptr + scale_row * (HIDDEN // 128)
+            up_scale_ptr = w_scale_ptr + (scale_row + INTERMEDIATE // 128) * (HIDDEN // 128)
+        elif GROUP > 0:
+            gate_scale_ptr = w_scale_ptr + expert_offset * ((2 * INTERMEDIATE // GROUP) * (HIDDEN // GROUP))
+            scale_rows = w_rows // GROUP
     acc = multiply_tile(
         x_ptr,
         x_scale_ptr,
@@ -186,15 +216,20 @@ def up_tile(
         w_rows,
         gate_scale_ptr,
         up_scale_ptr,
-        is_up == 1,
+        scale_rows,
         0,
         HIDDEN,
+        GROUP,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         1,
         SWAP_AB,
     )
+    if w_scale_ptr is not None:  # noqa: SIM102
+        if GROUP == 0:
+            w_scale_ptr += expert_offset * (2 * INTERMEDIATE if CHANNELS else 1)
+            acc = scaled(acc, x_scale_ptr, slots // TOP_K, row_mask, w_scale_ptr, w_rows, CHANNELS, SWAP_AB)
     if SWAP_AB:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
         gate, up = tl.split(pairs)
@@ -214,7 +249,7 @@ def up_tile(
         # HALF_N is one group. Rounded to bf16 first, as the configs do whose h passes through memory.
         q, scale = quantise_groups(downcast(h, tl.bfloat16).to(tl.float32), h_ptr.dtype.element_ty)
         tl.store(h_ptr + h_rows[:, None] + columns[None, :], q, mask=mask)
-        tl.store(h_scale_ptr + slots.to(tl.int64) * (INTERMEDIATE // 128) + tile, scale, mask=row_mask)
+        tl.store(h_scale_ptr + slots.to(tl.int64) * (INTERMEDIATE // GROUP) + tile, scale, mask=row_mask)
 
 
 @triton.jit
@@ -238,6 +273,8 @@ def down_tile(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """y[split, slot] = topk_weight[slot] * (h[slot] W_down^T) for one M block, BLOCK_N columns of y, a part of K."""
     slots = block_slots(block, sorted_token_ids_ptr, num_slots, BLOCK_M)
@@ -250,14 +287,19 @@ def down_tile(
     expert_offset = expert.to(tl.int64)
     low_scale_ptr = None
     high_scale_ptr = None
+    scale_rows = j >= 128
     if w_scale_ptr is not None:
-        low_row = tile * BLOCK_N // 128
-        high_row = low_row
-        if BLOCK_N > 128:
-            high_row = tl.minimum(low_row + 1, HIDDEN // 128 - 1)
-        scale_base = w_scale_ptr + expert_offset * ((HIDDEN // 128) * (INTERMEDIATE // 128))
-        low_scale_ptr = scale_base + low_row * (INTERMEDIATE // 128)
-        high_scale_ptr = scale_base + high_row * (INTERMEDIATE // 128)
+        if GROUP == 128:
+            low_row = tile * BLOCK_N // 128
+            high_row = low_row
+            if BLOCK_N > 128:
+                high_row = tl.minimum(low_row + 1, HIDDEN // 128 - 1)
+            scale_base = w_scale_ptr + expert_offset * ((HIDDEN // 128) * (INTERMEDIATE // 128))
+            low_scale_ptr = scale_base + low_row * (INTERMEDIATE // 128)
+            high_scale_ptr = scale_base + high_row * (INTERMEDIATE // 128)
+        elif GROUP > 0:
+            low_scale_ptr = w_scale_ptr + expert_offset * ((HIDDEN // GROUP) * (INTERMEDIATE // GROUP))
+            scale_rows = w_rows // GROUP
     acc = multiply_tile(
         h_ptr,
         h_scale_ptr,
@@ -267,15 +309,20 @@ def down_tile(
         w_rows,
         low_scale_ptr,
         high_scale_ptr,
-        j >= 128,
+        scale_rows,
         split,
         INTERMEDIATE,
+        GROUP,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
         SPLIT_K,
         SWAP_AB,
     )
+    if w_scale_ptr is not None:  # noqa: SIM102
+        if GROUP == 0:
+            w_scale_ptr += expert_offset * (HIDDEN if CHANNELS else 1)
+            acc = scaled(acc, h_scale_ptr, slots, row_mask, w_scale_ptr, w_rows, CHANNELS, SWAP_AB)
     if SWAP_AB:
         acc = tl.trans(acc)
     weight = tl.load(topk_weights_ptr + slots, mask=row_mask, other=0.0).to(tl.float32)

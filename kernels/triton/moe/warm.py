@@ -96,15 +96,15 @@ def _zeros(shape: MoEShape, num_tokens: int, ids_dtype: torch.dtype, device: str
     hidden, inter, experts = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
     weight = WEIGHT_DTYPES[shape.dtype]
 
-    def expert(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(1, rows, columns, dtype=dtype, device=device).zero_().expand(experts, -1, -1)
+    def expert(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(1, *sizes, dtype=dtype, device=device).zero_().expand(experts, *sizes)
 
     scales = scale_shapes(shape) if shape.dtype == "fp8" else {}
     return Operands(
         hidden_states=torch.zeros(num_tokens, hidden, dtype=TORCH_DTYPES[shape.dtype], device=device),
-        w13=expert(2 * inter, hidden, weight),
-        w2=expert(hidden, inter, weight),
+        w13=expert(2 * inter, hidden, dtype=weight),
+        w2=expert(hidden, inter, dtype=weight),
         topk_weights=torch.zeros(num_tokens, shape.top_k, device=device),
         topk_ids=torch.zeros(num_tokens, shape.top_k, dtype=ids_dtype, device=device),
-        **{name: expert(*its[1:], torch.float32) for name, its in scales.items()},
+        **{name: expert(*its[1:]) for name, its in scales.items()},
     )

@@ -38,7 +38,7 @@ class Workspace:
     x_scale: torch.Tensor | None = None
     h_fp8: torch.Tensor | None = None
     h_scale: torch.Tensor | None = None
-    "[num_slots or `ordered_rows`, I / 128]."
+    "[num_slots or `ordered_rows`, I / 128]; other groups where scales have them, one a row where they are by channel or tensor."
 
     @property
     def num_bytes(self) -> int:
@@ -102,6 +102,7 @@ def workspace(shape: MoEShape, num_tokens: int, device: torch.device | str = "cu
         fp8=shape.dtype == "fp8",
         device=device,
         num_local_experts=shape.num_local_experts,
+        group=shape.scale_group,
         alignment=torch.empty(ints, dtype=torch.int32, device=device),
     )
 
@@ -116,9 +117,13 @@ def allocate(
     fp8: bool,
     device: torch.device | str,
     num_local_experts: int = 0,
+    group: int = GROUP,
     alignment: torch.Tensor | None = None,
 ) -> Workspace:
-    """The tensors of a `Workspace` from plain numbers; without experts it has no room for h in the order of blocks."""
+    """The tensors of a `Workspace` from plain numbers; without experts it has no room for h in the order of blocks.
+
+    FP8 activations have a scale for each `group` columns, or one a row where that is 0.
+    """
     num_slots = num_tokens * top_k
     ordered = ordered_rows(num_slots, num_local_experts) if num_local_experts else 0
 
@@ -135,7 +140,7 @@ def allocate(
         y,
         alignment,
         x_fp8=empty(num_tokens, hidden, FP8),
-        x_scale=empty(num_tokens, hidden // GROUP, torch.float32),
+        x_scale=empty(num_tokens, hidden // group if group else 1, torch.float32),
         h_fp8=empty(num_slots, intermediate, FP8),
-        h_scale=empty(max(num_slots, ordered), intermediate // GROUP, torch.float32),
+        h_scale=empty(max(num_slots, ordered), intermediate // group if group else 1, torch.float32),
     )

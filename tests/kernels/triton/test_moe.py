@@ -361,12 +361,12 @@ import json, pathlib, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernel.activation import SILU
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton import quantise
 from rampwrap.kernels.triton.align import host as align
 from rampwrap.kernels.triton.moe import configs, gemm, host as fused_moe
-from rampwrap.kernels.triton.moe.activate import activation_arguments
 
+form_arguments = fused_moe.form_arguments
 INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "block_m", "capacity", "most_rows", "pieces"}
 
 def build(kernel, pointers, constants, **options):
@@ -403,28 +403,30 @@ def report(name, built, **more):
         wgmma="wgmma.mma_async" in ptx, mma="mma.sync" in ptx, converts=ptx.count("cvt.rn.f16x2.e4m3x2"),
         wide="cp.async.cg.shared.global" in ptx, local=len(re.findall(r"(?:ld|st)\.local", ptx)), **more)))
 
-for row, dtype, persistent in json.loads(sys.argv[1]):
+for row, dtype, scales, persistent in json.loads(sys.argv[1]):
+    layer = MoEShape(64, 8, 2048, 768, dtype, scales=scales)
     config = dict(zip(configs.KEYS, row))
     fp8 = dtype == "fp8"
-    act, quant = ("fp8e4nv" if fp8 else "bf16"), fp8 and configs.quantises_h(config)
+    act, quant = ("fp8e4nv" if fp8 else "bf16"), fp8 and configs.quantises_h(config, layer.scale_group)
     tuning = fused_moe.tuning_arguments(config)
     options = {key: tuning.pop(key) for key in ("num_warps", "num_stages")}
-    constants = dict(tuning, **activation_arguments(SILU), TOP_K=8, HIDDEN=2048, INTERMEDIATE=768, SPLIT_K=1, PERSISTENT=persistent)
+    constants = dict(tuning, **form_arguments(layer), TOP_K=8, HIDDEN=2048, INTERMEDIATE=768, SPLIT_K=1, PERSISTENT=persistent)
     blocks = dict(sorted_token_ids_ptr="i32", expert_ids_ptr="i32", num_tokens_post_padded_ptr="i32", w_ptr=act)
     if fp8:
         blocks |= dict(x_scale_ptr="fp32", w_scale_ptr="fp32")
-    shared = configs.shared_bytes(config, dtype)
+    shared = configs.shared_bytes(config, dtype, layer.scale_group)
+    said = dict(formula=shared, row=row, dtype=dtype, group=layer.scale_group)
     up = blocks | dict(x_ptr=act, h_ptr=act if quant else "bf16", h_scale_ptr="fp32" if quant else None)
-    report("up", build(gemm.up_kernel, up, constants, **options), formula=shared, row=row, dtype=dtype)
+    report("up", build(gemm.up_kernel, up, constants, **options), **said)
     down = blocks | dict(h_ptr=act, y_ptr="bf16", topk_weights_ptr="fp32", h_scale_ptr="fp32" if fp8 else None)
-    report("down", build(gemm.down_kernel, down, constants, **options), formula=shared, row=row, dtype=dtype)
+    report("down", build(gemm.down_kernel, down, constants, **options), **said)
 
 ids = dict(topk_ids_ptr="i32", sorted_token_ids_ptr="i32", expert_ids_ptr="i32", num_tokens_post_padded_ptr="i32",
            expert_counts_ptr="i32", scratch_ptr="i32")
 report("align", build(align.align_by_expert_kernel, ids, dict(CHUNK=1024, BINS=128), num_warps=4))
 report("count", build(align.count_and_fill_kernel, ids, dict(PIECE=256, BINS=512)))
 report("place", build(align.place_kernel, ids, dict(PIECE=256, BINS=512, ROWS=8, IDS=32, TILE=64), num_warps=8))
-report("quantise", build(quantise.quantise_rows_kernel, dict(q_ptr="fp8e4nv", scale_ptr="fp32", x_ptr="bf16"), dict(COLUMNS=2048, GROUPS=8)))
+report("quantise", build(quantise.quantise_rows_kernel, dict(q_ptr="fp8e4nv", scale_ptr="fp32", x_ptr="bf16"), dict(COLUMNS=2048, GROUPS=8, GROUP=128)))
 report("sum", build(gemm.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids_ptr="i32"), dict(TOP_K=8, HIDDEN=2048, SPLIT_K=1, SPLIT_OF=0, BLOCK_H=1024)))
 """
 
@@ -432,12 +434,17 @@ report("sum", build(gemm.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids
 def test_compiles_for_hopper(tmp_path):
     """Without a GPU: wgmma where it should be, 16-byte cp.async, no spills, shared memory and residency as the formulas say."""
     rows = [
-        ((128, 128, 64, 1, 8, 3, False), "bf16"),
-        ((16, 128, 64, 1, 4, 4, False), "bf16"),
-        ((16, 128, 128, 1, 4, 3, True), "bf16"),
-        ((128, 256, 64, 8, 8, 4, False), "bf16"),
-        ((16, 128, 128, 1, 4, 4, True), "fp8"),
-        ((64, 256, 128, 8, 8, 3, False), "fp8"),
+        ((128, 128, 64, 1, 8, 3, False), "bf16", "block-128"),
+        ((16, 128, 64, 1, 4, 4, False), "bf16", "block-128"),
+        ((16, 128, 128, 1, 4, 3, True), "bf16", "block-128"),
+        ((128, 256, 64, 8, 8, 4, False), "bf16", "block-128"),
+        ((16, 128, 128, 1, 4, 4, True), "fp8", "block-128"),
+        ((64, 256, 128, 8, 8, 3, False), "fp8", "block-128"),
+    ]
+    forms = [
+        ((16, 128, 64, 1, 4, 6, True), "fp8", "block-64"),
+        ((64, 128, 32, 1, 4, 6, False), "fp8", "block-32"),
+        ((128, 256, 128, 8, 8, 3, False), "fp8", "channel"),
     ]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = str(pathlib.Path(rampwrap.__file__).parent.parent)
@@ -446,7 +453,12 @@ def test_compiles_for_hopper(tmp_path):
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([(*row, way) for row in rows for way in (False, True)])],
+        [
+            sys.executable,
+            "-c",
+            COMPILE,
+            json.dumps([(*row, way) for row in rows for way in (False, True)] + [(*row, False) for row in forms]),
+        ],
         env=environment,
         capture_output=True,
         text=True,
@@ -455,7 +467,7 @@ def test_compiles_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 4 * len(rows) + 5
+    assert len(reports) == 4 * len(rows) + 2 * len(forms) + 5
     for built in reports:
         # n_spills is only known once a GPU has loaded the kernel.
         assert not built["spills"] and built["local"] == 0, built
@@ -465,9 +477,9 @@ def test_compiles_for_hopper(tmp_path):
             # Too few would leave half an SM idle under candidates, whose grids are sized by it.
             threads = 32 * row["num_warps"]
             by_registers = tuning.SM_REGISTERS // (threads * (-(-built["registers"] // 8) * 8))
-            by_shared = tuning.SM_SHARED // (tuning.shared_bytes(row, built["dtype"]) + 1024)
+            by_shared = tuning.SM_SHARED // (built["formula"] + 1024)
             resident = min(by_registers, by_shared, tuning.SM_THREADS // threads)
-            assert resident <= tuning.ctas_per_sm(row, built["dtype"]) <= resident + 1, built
+            assert resident <= tuning.ctas_per_sm(row, built["dtype"], built["group"]) <= resident + 1, built
             assert built["wide"]
             assert built["wgmma"] == tuning.uses_wgmma(row) and built["mma"] != built["wgmma"]
             assert built["converts"] == 0

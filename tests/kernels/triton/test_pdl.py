@@ -269,12 +269,12 @@ import json, re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernel.activation import SILU
+from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.host import prepare
 from rampwrap.kernels.triton import quantise
 from rampwrap.kernels.triton.align import by_expert as align_kernels, chunks as chunk_kernels
 from rampwrap.kernels.triton.moe import gemm
-from rampwrap.kernels.triton.moe.activate import activation_arguments
+from rampwrap.kernels.triton.moe.host import form_arguments
 from rampwrap.kernels.triton.select import kernels as select_kernels
 
 INTS = {"num_slots", "num_experts", "num_local_experts", "num_chunks", "pieces", "block_m", "capacity", "num_groups", "most_rows", "fallback"}
@@ -316,9 +316,9 @@ look("place", chunk_kernels.place_kernel, dict(PIECE=256, BINS=64, ROWS=64, IDS=
 chosen = dict(BINS=64, C=2, S=32, LAUNCHES=2, MARGINS=32, STRIDE=4)
 look("select", select_kernels.select_by_expert_kernel, chosen | dict(CHUNK=256), map_, enable_fp_fusion=False)
 look("select and place", select_kernels.select_and_place_kernel, chosen | dict(PIECE=256, ROWS=64, IDS=32, TILE=64), num_warps=8, enable_fp_fusion=False)
-look("quantise", quantise.quantise_rows_kernel, dict(COLUMNS=2048, GROUPS=8))
-look("quantise anew", quantise.quantise_rows_kernel, dict(COLUMNS=2048, GROUPS=8), ("unless_zero_ptr",))
-sizes = dict(TOP_K=8, HIDDEN=2048, INTERMEDIATE=1024, SPLIT_K=2, **activation_arguments(SILU))
+look("quantise", quantise.quantise_rows_kernel, dict(COLUMNS=2048, GROUPS=8, GROUP=128))
+look("quantise anew", quantise.quantise_rows_kernel, dict(COLUMNS=2048, GROUPS=8, GROUP=128), ("unless_zero_ptr",))
+sizes = dict(TOP_K=8, HIDDEN=2048, INTERMEDIATE=1024, SPLIT_K=2, **form_arguments(MoEShape(64, 8, 2048, 1024)))
 tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, SWAP_AB=False)
 scales = ("h_scale_ptr", "x_scale_ptr", "w_scale_ptr")
 alone = ("sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr")
