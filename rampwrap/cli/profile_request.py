@@ -76,21 +76,12 @@ class ProfileRequest:
         """The layers of a model's folder, or the one that the sizes name."""
         its = self.layer
         if its.model and its.num_experts is None and its.num_local_experts is None:
-<<<<<<< HEAD
-            if its.activation:
-                raise InputError(
-                    f"--activation {its.activation} is for a layer given by its sizes; a model's config says its own, leave it out."
-                )
-            return layers_of(its.model, self.ranks, dtype=its.dtype, engine=self.engine)
-=======
             for name, given in (("--activation", its.activation), ("--scales", its.scales)):
                 if given:
                     raise InputError(
                         f"{name} {given} is for a layer given by its sizes; a model's config says its own, leave it out."
                     )
-            ranks = Ranks(its.tp_size, self.ep, self.num_redundant_experts, self.fused_shared_experts)
-            return read_layers(its.model, ranks, dtype=its.dtype, engine=self.engine)
->>>>>>> 63cf439 (FP8 scales by blocks of 64 and 32, by channel and by tensor in our Triton kernel)
+            return layers_of(its.model, self.ranks, dtype=its.dtype, engine=self.engine)
         if not its.model and its.num_experts is None:
             raise InputError(
                 "--engine was given without --model; give the folder of a model with its config.json, or the sizes of a layer."
