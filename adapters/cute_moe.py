@@ -12,6 +12,7 @@ import torch
 
 from rampwrap.adapters.layer import LayerKernel, check_blocks, check_workspace, only_on_hopper, runnable
 from rampwrap.errors import CaptureError, ConfigError, InputError
+from rampwrap.kernel.device import device_of
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, format_config
 from rampwrap.kernel.shape import MoEShape
@@ -21,13 +22,16 @@ from rampwrap.kernels.cute.build.library import Library, load
 from rampwrap.kernels.cute.configs import (
     FORMS,
     GROUP_MS,
+    RAGGED,
     CuteConfig,
     Variant,
     all_configs,
     from_keys,
     why_illegal,
 )
+from rampwrap.kernels.cute.costs import Costs, known
 from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
+from rampwrap.kernels.cute.host.ragged import run_ragged, with_fragments
 from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.moe.workspace import Workspace, workspace
 
@@ -40,7 +44,9 @@ class CuteFusedMoE(LayerKernel):
 
     Args:
         shape: the layer, bf16 or fp8.
-        form: "two" launches, "one", "prefill" (two launches for thousands of tokens), or "both" for the configs of all.
+        form: "two" launches, "one", "prefill" (two launches for thousands of tokens), or "both" for the configs of all three; or
+            "ragged", which is part of no other list as no GPU has run it yet: each expert's tile as wide as its tokens, the
+            work split evenly.
         library: compiled kernels: a path, a `Library`, or None for the default one (see `library.find`).
         waves: CTAs launched for each that an SM holds; each goes on to further tiles and loads them while it stores
             the last. 0 launches a CTA for every tile. Same bits.
@@ -63,8 +69,8 @@ class CuteFusedMoE(LayerKernel):
         *,
         waves: int = 1,
     ) -> None:
-        if form not in (*FORMS, "both"):
-            raise InputError(f"form {form!r} is unknown; use {', '.join(FORMS)} or both.")
+        if form not in (*FORMS, "both", "ragged"):
+            raise InputError(f"form {form!r} is unknown; use {', '.join(FORMS)}, both or ragged.")
         only_on_hopper("The CuTe kernels run")
         self.waves, self.forms = waves, FORMS if form == "both" else (form,)
         every = [config for form in self.forms for config in all_configs(form, shape.dtype)]
@@ -76,13 +82,14 @@ class CuteFusedMoE(LayerKernel):
         legal = runnable(self.name, shape, every, why_illegal)
         self.library = library if isinstance(library, Library) else load(library)
         usable = runnable(self.name, shape, legal, lambda config, _: self.library.why_absent(config))
-        keys = [config.keys(group_m) for config in usable for group_m in GROUP_MS]
+        keys = [config.keys(group_m) for config in usable for group_m in (GROUP_MS if form != "ragged" else (1,))]
         copied = ("w13", "w2") if shape.dtype == "fp8" else ("w13", "w2", "hidden_states")
         super().__init__(shape, keys, Contract(shape, aligned=copied))
         if "one" in self.forms:
             self.nondeterministic = "the one-launch form adds output tiles in no fixed order"
         if len(self.forms) == 1:
             self.launch_names = ("kernel_cutlass",) * len(usable[0].variants)
+        self._costs = None if shape.dtype not in RAGGED else Costs.of(known(device_of(self)), shape.dtype)
         self._ready: dict[tuple[Any, ...], tuple[CuteConfig, tuple[Callable[..., Any], ...]]] = {}
         self._warm: set[tuple[str, int | None]] = set()
 
@@ -103,11 +110,14 @@ class CuteFusedMoE(LayerKernel):
         return found if isinstance(found, str) else why_illegal(found, shape) or self.library.why_absent(found)
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
-        """Tiles of an M block: 2I / rows of the gate+up GEMM, and H / rows of the down GEMM in two launches."""
+        """Tiles of an M block: 2I / rows of the gate+up GEMM, and H / rows of the down GEMM in two launches.
+
+        Of the ragged form: units of an expert's pass, which CTAs share.
+        """
         found = from_keys(config, shape.dtype)
         if isinstance(found, str):
             raise ConfigError(found)
-        up, persistent = 2 * shape.intermediate_size // found.rows, self.waves > 0
+        up, persistent = 2 * shape.intermediate_size // found.rows, self.waves > 0 or found.form == "ragged"
         if found.form == "one":
             return CtaGrid(found.block_m, up, ctas_per_sm=found.ctas_per_sm, persistent=persistent)
         down = shape.hidden_size // found.rows
@@ -118,7 +128,10 @@ class CuteFusedMoE(LayerKernel):
 
     def workspace(self, num_tokens: int, device: torch.device | str = "cuda") -> Workspace:
         """Memory for `launch(..., workspace=...)` with any config and up to `num_tokens` tokens; fits Triton's too."""
-        return workspace(self.shape, num_tokens, device)
+        made = workspace(self.shape, num_tokens, device)
+        if "ragged" in self.forms:
+            made = with_fragments(made, self.shape.dtype, self._most_ctas(1, torch.device(device)))
+        return made
 
     def must_compile(self, configs: Sequence[Config]) -> bool:
         """Whether `precompile` would compile, seconds a kernel, rather than find all of them built."""
@@ -168,11 +181,17 @@ class CuteFusedMoE(LayerKernel):
         found, functions = self._ready[tuple(config.items())]
         check_workspace(operands, workspace)
         if blocks is not None:
-            check_blocks(operands, blocks, config["block_m"])
+            check_blocks(operands, blocks, found.align_m)
         device = operands.topk_ids.device
         warm = (found.variants[0].symbol, device.index)
         if warm not in self._warm and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise CaptureError(f"The config {format_config(config)} was never launched; launch it before the capture.")
+        if found.form == "ragged":
+            assert self._costs is not None
+            ctas = self._most_ctas(1, device)
+            out = run_ragged(self.shape, found, functions, self._costs, ctas, operands, memory=workspace, blocks=blocks)
+            self._warm.add(warm)
+            return out
         most_ctas = self._most_ctas(found.ctas_per_sm * (self.waves if waves is None else waves), device)
         out = run_layer(found, functions, config["group_m"], most_ctas, operands, workspace=workspace, blocks=blocks)
         self._warm.add(warm)  # only now: a launch that failed has warmed nothing

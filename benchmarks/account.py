@@ -67,9 +67,9 @@ Calls = Sequence[Callable[[], Any]]
 
 
 def poison(memory: Workspace) -> Workspace:
-    """A workspace full of NaN."""
-    for tensor in attrs.asdict(memory, recurse=False).values():
-        if isinstance(tensor, torch.Tensor):
+    """A workspace full of NaN, but for marks, which are zero between launches."""
+    for name, tensor in attrs.asdict(memory, recurse=False).items():
+        if isinstance(tensor, torch.Tensor) and name != "marks":
             tensor.view(torch.uint8).fill_(0xFF)
     return memory
 

@@ -69,8 +69,8 @@ def poisoned(kernel: Kernel, tokens: int, like: torch.Tensor) -> dict[str, Any]:
     if "workspace" in takes and hasattr(kernel, "workspace"):
         given["workspace"] = memory = kernel.workspace(tokens, like.device)
         for its in memory.by_member.values() if isinstance(memory, Memory) else [memory]:
-            for tensor in attrs.asdict(its, recurse=False).values() if attrs.has(type(its)) else ():
-                if isinstance(tensor, torch.Tensor):
+            for name, tensor in attrs.asdict(its, recurse=False).items() if attrs.has(type(its)) else ():
+                if isinstance(tensor, torch.Tensor) and name != "marks":  # zero between launches
                     tensor.view(torch.uint8).fill_(0xFF)
     if "out" in takes:
         given["out"] = torch.full_like(like, torch.nan)

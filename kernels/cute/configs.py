@@ -2,7 +2,8 @@
 
 A config is
 
-    form        "two" launches (gate/up, then down), "one" for the whole layer, or "prefill": two with tokens as M of wgmma
+    form        "two" launches (gate/up, then down), "one" for the whole layer, or "prefill": two with tokens as M of wgmma;
+                or "ragged", on request only: two in which each expert's tile is as wide as its tokens (`schedule`)
     dtype       "fp8" (128-block scales) or "bf16"
     block_m     tokens of a CTA: the N of wgmma, so any multiple of 8; 128 of the prefill form, 64 a warpgroup
     block_n     weight rows of a consumer warp, a multiple of 16; of the prefill form all 256 of the tile
@@ -18,6 +19,7 @@ from typing import Any
 import attrs
 
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.schedule import PADDING, WIDTHS
 
 FORMS = ("two", "one", "prefill")
 DTYPES = ("fp8", "bf16")
@@ -67,6 +69,10 @@ MAX_SUMS_OF_ONE = 128
 "float32 sums of a consumer thread in the one-launch form."
 DOWN_STAGES = {(16, 4): 6, (32, 4): 4, (64, 4): 3, (16, 8): 4, (32, 8): 3}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
+RAGGED_EXPERTS = 512
+"Most local experts of the ragged form, which keeps a table of them in shared memory, ..."
+RAGGED_TABLE = 16 * (RAGGED_EXPERTS + 1) + 32 + 16 * (4 + 8)
+"... of so many bytes, with this CTA's cuts and the sums of its warps."
 STREAM_CHUNK = 32 * 1024
 "Bytes that `device.stream` copies at once: those of a step of 256 weight rows."
 
@@ -144,11 +150,18 @@ class CuteConfig:
         return (self.block_n // 16 + sets) * self.block_m // 2
 
     @property
-    def product_columns(self) -> int:
-        """The N of its wgmma: tokens, or in the prefill form the weight rows of a product."""
+    def product_columns(self) -> tuple[int, ...]:
+        """Every N of its wgmma: tokens, or in the prefill form the weight rows of a product."""
+        if self.form == "ragged":
+            return WIDTHS[self.dtype]
         if self.form != "prefill":
-            return self.block_m
-        return SCALE if self.dtype == "fp8" else self.rows
+            return (self.block_m,)
+        return (SCALE if self.dtype == "fp8" else self.rows,)
+
+    @property
+    def align_m(self) -> int:
+        """Rows of the blocks that its alignment makes."""
+        return PADDING if self.form == "ragged" else self.block_m
 
     @property
     def shared_bytes(self) -> int:
@@ -171,8 +184,8 @@ class CuteConfig:
         """The kernels that are compiled for it, in the order of their launches; configs share their down kernels."""
         if self.form == "one":
             return (Variant("mega", self),)
-        if self.form == "prefill":
-            return Variant("prefill_up", self), Variant("prefill_down", self)
+        if self.form in ("prefill", "ragged"):
+            return Variant(f"{self.form}_up", self), Variant(f"{self.form}_down", self)
         depth = min(self.stages, DOWN_STAGES.get((self.block_n, self.warp_n), self.stages))
         return Variant("up", self), Variant("down", attrs.evolve(self, stages=depth))
 
@@ -218,7 +231,8 @@ class Variant:
             return size + (stages * 4 * (block_m + 2) if fp8 else 0)  # scales of tokens and of both boxes of weights
         size = stages * (config.rows + block_m) * STEP_BYTES + 16 * stages + 1024
         size += 4 * block_m * stages if fp8 else 0
-        if self.role == "down":
+        size += RAGGED_TABLE if config.form == "ragged" else 0
+        if self.role in ("down", "ragged_down"):
             return size + 16 * block_m  # slots and routing weights, of two tiles
         size += 8 * block_m  # slots of two tiles, or rows and factors
         if fp8:
@@ -228,6 +242,9 @@ class Variant:
         return size + (block_m * STEP_BYTES * config.element_bytes if self.role == "mega" else 0)  # 128 columns of h
 
 
+RAGGED = {dtype: CuteConfig("ragged", dtype, WIDTHS[dtype][-1], 32, 8, 4) for dtype in DTYPES}
+"""The one config of a dtype of the form whose tiles are as wide as each expert's tokens (`schedule`): block_m is the widest. In no
+list, as no GPU has run it yet."""
 STREAMS = tuple(Variant(role, CuteConfig("stream", "fp8", 8, 32, 8, 6)) for role in ("stream", "stream_overlapping"))
 """What reads weights and does nothing with them, for `benchmarks/account.py`: part of no layer, and in no library unless asked
 for. Of the config only the stages count."""
@@ -254,12 +271,15 @@ def why_illegal(config: CuteConfig, shape: MoEShape | None = None) -> str | None
 
 
 def _why_not_compiled(config: CuteConfig) -> str | None:
-    if config.form not in FORMS:
-        return f"form={config.form!r} is unknown; use one of {', '.join(FORMS)}."
+    if config.form not in (*FORMS, "ragged"):
+        return f"form={config.form!r} is unknown; use one of {', '.join(FORMS)}, ragged."
     if config.dtype not in DTYPES:
         return f"dtype {config.dtype} is not compiled; use one of {', '.join(DTYPES)}."
     if config.form == "prefill":
         return _why_not_prefill(config)
+    if config.form == "ragged":
+        its = RAGGED[config.dtype].keys(1)
+        return None if config == RAGGED[config.dtype] else f"form='ragged' has one config, {its}; use it."
     prefill = config.form == "two" and config.block_m in PREFILL_BLOCK_MS[config.dtype]
     if config.block_m not in BLOCK_MS and not (prefill and (config.block_n, config.warp_n) == PREFILL_TILE):
         return f"block_m={config.block_m} is not compiled; use a multiple of 8 from 8 to {MAX_BLOCK_M}."
@@ -305,9 +325,11 @@ def _why_not_shape(config: CuteConfig, shape: MoEShape) -> str | None:
     if config.dtype != shape.dtype:
         return f"dtype {shape.dtype} is not that of the config, {config.dtype}; use configs of {shape.dtype}."
     grouped = config.dtype == "fp8" or config.form == "one"
-    grouped = grouped or config.form == "prefill"
+    grouped = grouped or config.form in ("prefill", "ragged")
     multiple = SCALE if grouped else config.step
     what = "128-wide groups of h and scales" if grouped else f"{multiple} columns of a step"
+    if config.form == "ragged" and shape.num_local_experts > RAGGED_EXPERTS:
+        return f"num_local_experts={shape.num_local_experts} is more than the {RAGGED_EXPERTS} of form='ragged'; use another form."
     for name, size in (("hidden_size", hidden), ("intermediate_size", intermediate)):
         if size % multiple:
             return f"{name}={size} is no multiple of the {what}; pad it."
@@ -328,6 +350,8 @@ def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
 
     Others that `why_illegal` lets pass are compiled when they are asked for, where the DSL is installed.
     """
+    if form == "ragged":
+        return (RAGGED[dtype],) if dtype in RAGGED else ()
     if form == "prefill":
         return tuple(CuteConfig(form, dtype, *TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES if dtype in DTYPES)
     every = (

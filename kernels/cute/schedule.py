@@ -15,6 +15,7 @@ CTA's share is smaller than that there are fewer CTAs. All of it follows from th
 `Work` is whole numbers only, without a branch: the kernels run the same code on numbers of the GPU (`device.ragged`).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class Work:
     def width(self, tokens: Any) -> Any:
         """The narrowest wgmma that holds so many tokens."""
         found = self.widths[0]
-        for below, above in zip(self.widths, self.widths[1:], strict=False):
+        for below, above in itertools.pairwise(self.widths):
             found = found + self.some(tokens - below) * (above - below)
         return found
 
@@ -223,7 +224,7 @@ def pieces(work: Work, counts: Sequence[int], available: int) -> list[list[Piece
         row += work.rows(count)
     found: list[list[Piece]] = [[] for _ in range(available)]
     marks = cuts(work, counts, available)
-    for cta, ((unit, step), (last, stop)) in enumerate(zip(marks, marks[1:], strict=False)):
+    for cta, ((unit, step), (last, stop)) in enumerate(itertools.pairwise(marks)):
         for at in range(unit, last + (stop > 0)):
             expert, first_row, inside, count = owners[at]
             group, turn = work.group_and_pass(inside, count)

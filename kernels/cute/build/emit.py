@@ -20,6 +20,8 @@ from rampwrap.kernels.cute.device.down import DownBf16, DownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.mega import MegaBf16, MegaFp8  # noqa: E402
 from rampwrap.kernels.cute.device.prefill_down import PrefillDownBf16, PrefillDownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.prefill_up import PrefillUpBf16, PrefillUpFp8  # noqa: E402
+from rampwrap.kernels.cute.device.ragged_down import RaggedDownBf16, RaggedDownFp8  # noqa: E402
+from rampwrap.kernels.cute.device.ragged_up import RaggedUpBf16, RaggedUpFp8  # noqa: E402
 from rampwrap.kernels.cute.device.stream import Stream, StreamOverlapping  # noqa: E402
 from rampwrap.kernels.cute.device.up import UpBf16, UpFp8  # noqa: E402
 
@@ -32,6 +34,8 @@ KERNELS: dict[tuple[str, str], Any] = {
 KERNELS |= {("mega", "fp8"): MegaFp8, ("mega", "bf16"): MegaBf16}
 KERNELS |= {("prefill_up", "fp8"): PrefillUpFp8, ("prefill_up", "bf16"): PrefillUpBf16}
 KERNELS |= {("prefill_down", "fp8"): PrefillDownFp8, ("prefill_down", "bf16"): PrefillDownBf16}
+KERNELS |= {("ragged_up", "fp8"): RaggedUpFp8, ("ragged_up", "bf16"): RaggedUpBf16}
+KERNELS |= {("ragged_down", "fp8"): RaggedDownFp8, ("ragged_down", "bf16"): RaggedDownBf16}
 KERNELS |= {("stream", "fp8"): Stream, ("stream_overlapping", "fp8"): StreamOverlapping}
 STREAM = make_fake_stream(use_tvm_ffi_env_stream=True)
 
@@ -73,6 +77,14 @@ def arguments(variant: Variant) -> list[Any]:
     # The prefill form keeps h in the order of the blocks, and scales of 128 columns of all rows together.
     rows = size(divisibility=SCALE)
     ordered = [tensor(dtype, rows, columns), *([tensor(Float32, size(), rows)] if fp8 else [])]
+    # The ragged form reads the counts and computes its blocks; fragments and their marks, and five costs.
+    sorted_ids, counts = routing[0], tensor(Int32, experts, align=4)
+    left = [tensor(Float32, size()), tensor(Int32, size(), align=4)]
+    if variant.config.form == "ragged":
+        tensors = [*x, *w13, sorted_ids, counts, *h, *left]
+        if variant.role == "ragged_down":
+            tensors = [*h, *w2, sorted_ids, counts, weights, tensor(BFloat16, slots, hidden), *left]
+        return [*tensors, *(Int32(1) for _ in range(7)), STREAM]
     if variant.role == "prefill_up":
         tensors = [*x, *w13, *routing, *ordered]
     elif variant.role == "prefill_down":

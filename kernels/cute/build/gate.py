@@ -137,10 +137,13 @@ def why_unfit(found: Inspection, variant: Variant) -> str | None:
     if counts.pop("USETMAXREG", 0) != 2:
         return "It does not hand registers from producers to consumers (two USETMAXREG); set min_blocks_per_mp."
     name = "QGMMA" if config.dtype == "fp8" else "HGMMA"
-    wanted = f"{name}.64x{config.product_columns}x{GMMA_K[name]}"
-    others = sorted(set(counts) - {wanted})
-    if wanted not in counts or others:
-        return f"It multiplies with {', '.join(others) or 'no tensor core'} where {wanted} alone is expected; correct the kernel."
+    wanted = {f"{name}.64x{columns}x{GMMA_K[name]}" for columns in config.product_columns}
+    if set(counts) != wanted:
+        others = sorted(set(counts) - wanted)
+        return (
+            f"It multiplies with {', '.join(others) or 'no tensor core'} where {', '.join(sorted(wanted))} alone "
+            f"{'is' if len(wanted) == 1 else 'are'} expected; correct the kernel."
+        )
     if found.registers * config.threads > 65_536:
         return f"It starts with {found.registers} registers for each of {config.threads} threads, an SM has 65536; use fewer warps."
     return None

@@ -19,12 +19,17 @@ import torch
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.kernel.protocol import format_config
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.schedule import WIDTHS
 from rampwrap.routing.workloads import Routing, Workload
 
 SHAPES = (MoEShape(8, 2, 512, 256), MoEShape(32, 4, 256, 384), MoEShape(64, 8, 768, 128), MoEShape(512, 10, 256, 128))
 TOKENS = (1, 2, 3, 7, 8, 9, 17, 33, 64, 100, 257, 600)
 ROUTINGS = ("uniform", "zipf:1.2", "hot:1", "dirichlet:0.1")
 CHUNK = 100
+EDGES = 24
+"Batches of `COUNTS` for each layer of the ragged form."
+COUNTS = sorted({0, 1, *(width + more for widths in WIDTHS.values() for width in widths for more in (-1, 0, 1)), 260})
+"Tokens of an expert at which the ragged form goes another way."
 
 
 # In FP8 the tensor cores add 128 products in fewer bits than float32: values of h near the middle of two FP8 numbers
@@ -34,11 +39,27 @@ BOUND = {"bf16": 5e-3, "fp8": 1.2e-2}
 
 
 def poison(memory):
-    """Fills a workspace with NaN."""
-    for tensor in attrs.asdict(memory, recurse=False).values():
-        if isinstance(tensor, torch.Tensor):
+    """Fills a workspace with NaN, but for what is no scratch: marks of the ragged form are zero between launches."""
+    for name, tensor in attrs.asdict(memory, recurse=False).items():
+        if isinstance(tensor, torch.Tensor) and name != "marks":
             tensor.view(torch.uint8).fill_(0xFF)
     return memory
+
+
+def edges(rng, shape, most):
+    """int32 [T, top_k]: each expert has one of `COUNTS`, or one has all, or all have one; a token may name an expert twice."""
+    kind = rng.choice(["any", "any", "few", "hot", "ones"])
+    experts = rng.sample(range(shape.num_experts), min(shape.num_experts, 5 if kind == "few" else 64))
+    if kind in ("hot", "ones"):
+        counts = [1] * shape.num_experts if kind == "ones" else [0] * shape.num_experts
+        counts[rng.randrange(shape.num_experts)] += 0 if kind == "ones" else rng.choice(COUNTS[1:]) * shape.top_k
+        pairs = list(enumerate(counts))
+    else:
+        pairs = [(expert, rng.choice(COUNTS)) for expert in experts]
+    ids = [expert for expert, count in pairs for _ in range(count)]
+    rng.shuffle(ids)
+    ids += [-1] * (-len(ids) % shape.top_k) or ([-1] * shape.top_k if not ids else [])
+    return torch.tensor(ids, dtype=torch.int32).view(-1, shape.top_k)[:most]
 
 
 def batches(rng, kernels, most, device):
@@ -46,9 +67,14 @@ def batches(rng, kernels, most, device):
     made = []
     for kernel in kernels:
         shape = kernel.shape
+        drawn = []
         for tokens in (tokens for tokens in TOKENS if tokens <= most):
             workload = Workload(tokens, Routing.parse(rng.choice(ROUTINGS)), seed=rng.randrange(1000))
-            ids = torch.from_numpy(workload.topk_ids(shape.num_experts, shape.top_k)).to(device)
+            drawn.append(torch.from_numpy(workload.topk_ids(shape.num_experts, shape.top_k)))
+        if "ragged" in kernel.forms:
+            drawn += [edges(rng, shape, most) for _ in range(EDGES)]
+        for ids in (ids.to(device) for ids in drawn):
+            tokens = len(ids)
             if rng.random() < 0.3:
                 ids[rng.randrange(tokens), rng.randrange(shape.top_k)] = rng.choice([-1, shape.num_experts])
             inputs = kernel.inputs(shape, ids)
@@ -56,14 +82,26 @@ def batches(rng, kernels, most, device):
     return made
 
 
+def hold_sms():
+    """A stream on which products of all sizes run for some milliseconds."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for size in (256, 4096, 512, 2048):
+            a = torch.ones(size, size, dtype=torch.bfloat16, device="cuda")
+            for _ in range(20):
+                a @ a
+    return stream
+
+
 def main(arguments=None, device="cuda", make=CuteFusedMoE):
     """Returns 0, or 1 for a wrong result; `device` and `make` are for the test of this script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, default=10_000)
-    parser.add_argument("--form", choices=["two", "one", "prefill", "both"], default="both")
+    parser.add_argument("--form", choices=["two", "one", "prefill", "both", "ragged"], default="both")
     parser.add_argument("--dtype", choices=["bf16", "fp8"], nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-tokens", type=int, default=max(TOKENS))
+    parser.add_argument("--beside", action="store_true", help="while products of another stream hold SMs")
     parser.add_argument("--each", action="store_true", help="print, launch and wait, one at a time")
     a = parser.parse_args(arguments)
     rng, start = random.Random(a.seed), time.monotonic()
@@ -80,11 +118,19 @@ def main(arguments=None, device="cuda", make=CuteFusedMoE):
             kernel, config, (inputs, _, _), waves = drawn[0]
             print(f"{kernel.shape} T={len(inputs['topk_ids'])} {format_config(config)} waves={waves}", flush=True)
         errors = []
+        other = hold_sms() if a.beside else None
         for kernel, config, (inputs, expected, memory), waves in drawn:
             out = torch.full_like(inputs["hidden_states"], torch.nan)
             kernel.launch(config, **inputs, out=out, workspace=memory, waves=waves)
             errors.append((out.double() - expected).norm() / expected.norm().clamp_min(1e-30))
-        for (kernel, config, (inputs, _, _), waves), error in zip(drawn, torch.stack(errors).tolist(), strict=True):
+        errors = torch.stack(errors).tolist()
+        if other is not None:
+            other.synchronize()
+        left = [memory.marks for _, _, (_, _, memory), _ in drawn if memory.marks is not None and memory.marks.any()]
+        if left:
+            print(f"launches {first} to {first + len(drawn)} left {len(left)} marks that are not zero")
+            return 1
+        for (kernel, config, (inputs, _, _), waves), error in zip(drawn, errors, strict=True):
             allowed = BOUND[kernel.shape.dtype]
             worst = max(worst, error / allowed)
             if not error < allowed:

@@ -19,7 +19,8 @@ from rampwrap.cli import main as cli
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernels.cute.build import build as building
 from rampwrap.kernels.cute.build import gate, library
-from rampwrap.kernels.cute.configs import TILES, CuteConfig, Variant, all_configs, all_variants
+from rampwrap.kernels.cute.configs import RAGGED, TILES, CuteConfig, Variant, all_configs, all_variants
+from rampwrap.kernels.cute.schedule import WIDTHS
 
 needs_dsl = pytest.mark.skipif(building.dsl_version() is None, reason="needs the CuTe DSL (pip install rampwrap[cute])")
 UP = Variant("up", CuteConfig("two", "fp8", 16, 64, 4, 4))
@@ -36,7 +37,9 @@ def samples():
                 by_tokens = sorted(listed, key=lambda config: config.block_m)
                 if place != 1:
                     chosen.append(by_tokens[0 if place == 3 else -1])
-    chosen += [config for dtype in ("fp8", "bf16") for config in all_configs("prefill", dtype)]
+    chosen += [
+        config for form in ("prefill", "ragged") for dtype in ("fp8", "bf16") for config in all_configs(form, dtype)
+    ]
     return tuple(dict.fromkeys(variant for config in chosen for variant in config.variants))
 
 
@@ -348,13 +351,17 @@ def test_the_sample_compiles_and_passes_the_gate(real):
     assert (second.built, second.cached) == (0, first.kernels) and second.seconds < first.seconds / 2
 
 
-def disassembled(image):
-    """`Inspection.instructions` of a cubin file, from what Triton's nvdisasm prints."""
+def printed(image):
+    """What Triton's nvdisasm prints of a cubin file."""
     import triton
 
     nvdisasm = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    text = subprocess.run([nvdisasm, "-c", image], capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z0-9_.x]+)", text, re.MULTILINE)
+    return subprocess.run([nvdisasm, "-c", image], capture_output=True, text=True, check=True).stdout
+
+
+def disassembled(image):
+    """`Inspection.instructions` of a cubin file, from what is printed of it."""
+    names = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z0-9_.x]+)", printed(image), re.MULTILINE)
     parts = [name.split(".") for name in names]
     counted = Counter(".".join(its[: 2 if its[0] in gate.GMMA_K else 1]) for its in parts)
     return {name: count for name, count in sorted(counted.items()) if name.split(".")[0] in gate.OPCODES.values()}
@@ -367,6 +374,19 @@ def test_the_gate_counts_what_the_disassembler_prints(real, tmp_path):
         image = gate.cubin((objects / f"{variant.symbol}.o").read_bytes())
         (tmp_path / "image.cubin").write_bytes(image)
         assert disassembled(tmp_path / "image.cubin") == gate.inspect(image).instructions, variant
+
+
+@needs_dsl
+def test_products_of_the_ragged_form_run_on_until_their_sums_are_needed(real, tmp_path):
+    """For each width one copy of the K loop, whose wgmma are waited for as often as they are committed. ptxas says nothing where it
+    waits behind every single one."""
+    objects = next((real[0].library.parent.parent / "rampwrap" / "cute" / "objects").iterdir())
+    for variant in (variant for config in RAGGED.values() for variant in config.variants):
+        (tmp_path / "image.cubin").write_bytes(gate.cubin((objects / f"{variant.symbol}.o").read_bytes()))
+        text = printed(tmp_path / "image.cubin")
+        products, waits = len(re.findall(r"\b[HQ]GMMA\.64x", text)), text.count("WARPGROUP.DEPBAR")
+        widths = WIDTHS[variant.config.dtype]
+        assert products == 2 * 4 * len(widths) and waits <= 2 * len(widths) + 2 and "SHFL.UP" in text, variant
 
 
 @needs_dsl

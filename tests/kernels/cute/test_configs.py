@@ -136,7 +136,7 @@ def test_published_layers_have_configs():
 def test_the_prefill_form_has_one_tile():
     """Its wgmma are as wide as the rows of a product, its tile has two scale groups of weights and 128 columns of h."""
     fp8, bf16 = all_configs("prefill", "fp8")[0], all_configs("prefill", "bf16")[0]
-    assert (fp8.rows, fp8.product_columns, bf16.rows, bf16.product_columns) == (256, 128, 256, 256)
+    assert (fp8.rows, fp8.product_columns, bf16.rows, bf16.product_columns) == (256, (128,), 256, (256,))
     assert (fp8.accumulators, bf16.accumulators) == (192, 128)
     assert [variant.symbol for variant in fp8.variants] == [
         "prefill_up_fp8_m128_n256_w8_s4",

@@ -4,9 +4,11 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from rampwrap.kernels.cute.build import build as building
+from rampwrap.kernels.cute.configs import RAGGED
 from rampwrap.kernels.cute.schedule import FRAGMENT, TICK, WIDTHS, Work, cuts, line_cost, pieces
 
 WIDEST = WIDTHS["fp8"][-1]
@@ -71,7 +73,11 @@ def test_every_step_of_every_unit_is_done_once(work, counts, ctas):
         some = {(piece.tokens, piece.width) for _, piece in done}
         assert len(some) == 1
         ((its, width),) = some
-        assert 0 < its <= width and width in work.widths and (width == 8 or its > work.widths[work.widths.index(width) - 1])
+        assert (
+            0 < its <= width
+            and width in work.widths
+            and (width == 8 or its > work.widths[work.widths.index(width) - 1])
+        )
         if group == 0:
             tokens[expert] += its
         assert start % 8 == 0
@@ -145,3 +151,72 @@ def test_a_layer_of_many_experts_is_even(ctas):
     its = work(groups=8, steps=16)
     mine = [sum(piece.cost for piece in some) for some in pieces(its, counts, ctas)]
     assert max(mine) < 1.1 * np.mean(mine)
+
+
+# ---- the kernels' own code, on numbers of Python
+
+
+@pytest.fixture(scope="module")
+def device():
+    if building.dsl_version() is None:
+        pytest.skip("needs the CuTe DSL (pip install rampwrap[cute])")
+    from rampwrap.kernels.cute.build import emit  # tells the DSL the architecture
+    from rampwrap.kernels.cute.device import pipeline, ragged
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged, "quotient", lambda value, divisor: value // divisor)
+        patch.setattr(pipeline, "quotient", lambda value, divisor: value // divisor)
+        patch.setattr(ragged, "Int32", int)
+        patch.setattr(ragged.cutlass, "range", lambda *of, unroll: range(*of))
+        yield {dtype: emit.KERNELS["ragged_up", dtype] for dtype in RAGGED}
+
+
+def by_device(gemm, work, counts, ctas):
+    """What each CTA does by `split` and `piece`, its threads one after the other and their prefix sums by numpy."""
+    threads = gemm.config.threads
+    gemm.set_work(work.groups, work.steps, work.memory, work.reread, work.base, work.slope, work.overhead)
+    each = -(-len(counts) // threads)
+    spans = [(min(t * each, len(counts)), min(t * each + each, len(counts))) for t in range(threads)]
+    tally, enter = type(gemm).tally.__wrapped__, type(gemm).enter.__wrapped__
+    own = np.array([tally(gemm, counts, *span) for span in spans])
+    before, totals = (np.cumsum(own, 0) - own).tolist(), own.sum(0).tolist()
+    found = []
+    for cta in range(ctas):
+        shared = np.full((4, len(counts) + 1), -1).astype(object), np.zeros(8, int).astype(object), None
+        # In any order: they write to different places.
+        busy = [thread for thread in range(threads) if thread == 0 or spans[thread][0] < spans[thread][1]]
+        for thread in sorted(busy, key=lambda thread: thread * 7 % threads):
+            enter(gemm, counts, *spans[thread], before[thread], totals, shared, cta, ctas, thread)
+        number, place = gemm.share_of(shared)
+        mine = []
+        for index in range(number):
+            place, *piece = gemm.piece(shared, index, place)
+            mine.append(tuple(piece))
+        found.append(mine)
+    return found
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(works, counts, st.sampled_from([1, 2, 7, 33]))
+@example(work(groups=8, steps=8), [1] * 8, 33)
+@example(work(), [0] * 5, 7)
+@example(work(), [1] * 400, 7)  # two experts a thread
+def test_the_kernels_cut_as_the_host_does(device, its, counts, ctas):
+    for dtype in [dtype for dtype in RAGGED if WIDTHS[dtype] == its.widths]:
+        gemm = device[dtype](RAGGED[dtype])
+        wanted = [
+            [(p.expert, p.tokens, p.first_row, p.group, p.begin, p.end) for p in mine]
+            for mine in pieces(its, counts, ctas)
+        ]
+        assert by_device(gemm, its, counts, ctas) == wanted
+
+
+def test_every_number_of_tokens_has_one_width(device):
+    """The branch that a kernel takes is the width that the split counted with."""
+    for dtype in RAGGED:
+        its = device[dtype](RAGGED[dtype])
+        for tokens in range(1, its.widths[-1] + 1):
+            (taken,) = [
+                width for below, width in zip((0, *its.widths), its.widths, strict=False) if below < tokens <= width
+            ]
+            assert taken == work(dtype=dtype).width(tokens) and [n.block_m for n in its.narrow] == list(its.widths)
