@@ -14,7 +14,7 @@ WORKERS ?= $(if $(SYSTEM_TORCH),0,$(shell $(PYTHON) -c "import os; print(min(4, 
 # Each of them gets one thread: more would only wait for each other.
 TEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 
-.PHONY: demo test all-tests setup lint types unit slow tiles kernels docs wheel cute-wheel mutants clean
+.PHONY: demo test all-tests setup lint types unit slow tiles kernels docs wheel plans cute-wheel mutants clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,10 @@ docs: setup
 # Built, installed and tested away from the source tree: what the index would serve.
 wheel: setup
 	BIN="$(abspath $(BIN))" bash tests/test_wheel.sh
+
+# The plans that the wheel brings, of measured tables; after a kernel's version has changed, say.
+plans: setup
+	$(BIN)/python benchmarks/shipped_plans.py
 
 # rampwrap-cute: every CuTe kernel, compiled (five minutes on two cores, no GPU), checked and named for all Linux that can load
 # it. What its neighbours bring, the CUDA runtime and TVM's, stays theirs.
