@@ -93,10 +93,15 @@ class Diagnosis:
     findings: tuple[Finding, ...]
 
     @property
+    def gpus(self) -> tuple[str, ...]:
+        """Labels of those that were looked at."""
+        return tuple(dict.fromkeys(its.gpu for finding in self.findings for its in finding.served if its.gpu))
+
+    @property
     def served(self) -> bool:
-        """Whether there is a GPU, of those looked at, on which every layer is served; an engine not here may be elsewhere."""
-        gpus = {its.gpu for finding in self.findings for its in finding.served} - {""}
-        return not self.engine.faults and any(all(finding.on(gpu) for finding in self.findings) for gpu in gpus)
+        """Whether every layer is, on each of the GPUs; an engine that is not here may be elsewhere."""
+        on_all = all(finding.on(gpu) for finding in self.findings for gpu in self.gpus)
+        return bool(self.gpus) and on_all and not self.engine.faults
 
     def __str__(self) -> str:
         where = f"plans in {self.plans.where} ({len(self.plans.found)})"
@@ -105,7 +110,8 @@ class Diagnosis:
         lines += [f"rampwrap leaves {self.engine} as it is: {fault}" for fault in self.engine.faults]
         lines += [f"passed over: {sentence}" for sentence in self.plans.broken]
         lines += [finding.text(self.engine.engine) for finding in self.findings]
-        return "\n".join([*lines, "every layer is served" if self.served else "not every layer is served"])
+        last = f"every layer is served on {' and on '.join(self.gpus)}" if self.served else "not every layer is served"
+        return "\n".join([*lines, last])
 
     def to_dict(self) -> dict[str, Any]:
         """The same, to be printed as JSON."""
@@ -148,14 +154,14 @@ def diagnose(
         engine: of `rampwrap.engines.installed.NAMES`.
         ranks: how the engine spreads it.
         dtype: in place of what the config says.
-        gpu: its name; by default the one that is here, else all that plans are for.
+        gpu: its name; by default the one that is here, else all that there is a plan for, of any of these layers.
         triton: whether vLLM is started with ``--moe-backend triton``.
 
     Raises:
         InputError: no readable config, no routed layer, or a GPU that nobody knows.
     """
     layers, plans, its = layers_of(model, ranks, dtype=dtype, engine=engine), Plans.read(), installed(engine)
-    devices = _devices(gpu, plans, engine, layers)
+    devices = _devices(gpu, plans, layers)
     command = f"rampwrap profile --engine {engine} --model {shlex.quote(os.fspath(model))}{ranks.arguments}"
     command += f" --dtype {dtype}" if dtype else ""
     findings = []
@@ -177,15 +183,17 @@ def diagnose(
     return Diagnosis(os.fspath(model), its, plans, tuple(findings))
 
 
-def _devices(gpu: str | None, plans: Plans, engine: str, layers: Layers) -> list[Device | None]:
+def _devices(gpu: str | None, plans: Plans, layers: Layers) -> Sequence[Device | None]:
     """The GPUs to look at; None alone where there is none."""
-    known = {plan.device.label: plan.device for _, plan in plans.every}
     if gpu is not None:
+        known = {plan.device.label: plan.device for _, plan in plans.every}
         named = [device for device in known.values() if device.name.lower() == gpu.strip().lower()]
-        return list(named) if named else [find_device(gpu)]
+        return named or [find_device(gpu)]
     if no_gpu() is None:
         return [Device.current()]
-    return list(known.values()) or [None]
+    shapes = {*layers.shapes, *(attrs.evolve(its, num_experts=its.num_local_experts) for its in layers.shapes)}
+    found = {plan.device.label: plan.device for _, plan in plans.every if plan.shape in shapes}
+    return list(found.values()) or [None]
 
 
 def _served(

@@ -39,6 +39,8 @@ def kernels_of(engine: str, shape: MoEShape) -> tuple[str, ...]:
     """
     if engine == "vllm":
         return preference(shape)
+    if shape.form:
+        raise InputError(f"{engine}'s hook runs no layer with {' and '.join(shape.form)}; leave it to {engine}.")
     if engine == "transformers" and shape.dtype != "bf16":
         raise InputError(
             f"transformers' hook runs experts in bf16, and these are in {shape.dtype}; load the model as bfloat16 and pass "

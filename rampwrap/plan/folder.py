@@ -173,8 +173,14 @@ class Plans:
 
     def why_not(self, shape: MoEShape, device: Device, kernels: Sequence[str]) -> str:
         """Why `find` gives None: the reason of the plan that comes nearest, in a clause."""
-        # Of those that come with rampwrap only one for this layer and GPU is worth a word.
-        brought = [its for its in self.shipped if its[1].shape == shape and its[1].device.same_kind(device)]
+        # Of those that come with rampwrap only one for this layer, GPU and kernel is worth a word.
+        brought = [
+            (path, plan)
+            for path, plan in self.shipped
+            if plan.shape == shape
+            and plan.device.same_kind(device)
+            and any(alike(plan.kernel, name) for name in kernels)
+        ]
         if not self.found and not brought:
             extra = f" ({self.broken[0]})" if self.broken else ""
             return f"there is no plan in {self.where}{extra}"

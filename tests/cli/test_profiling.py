@@ -5,13 +5,16 @@ import pathlib
 import types
 from typing import Any
 
+import attrs
 import pytest
 
 from rampwrap.cli import profiling
 from rampwrap.cli.main import main
 from rampwrap.cli.profile_request import ProfileRequest
 from rampwrap.engines import installed
+from rampwrap.errors import InputError
 from rampwrap.kernel import catalog
+from rampwrap.kernel.activation import Activation
 from rampwrap.kernel.device import SIMULATED
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure import full
@@ -189,3 +192,11 @@ def test_a_refusal_names_it_too(
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | more))
     assert main([*command, "--dry-run"]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["sglang", "transformers"])
+def test_hooks_that_know_silu_alone(engine: str) -> None:
+    from rampwrap.engines.profile import kernels_of
+
+    with pytest.raises(InputError, match=f"{engine}'s hook runs no layer with silu:limit=10; leave it"):
+        kernels_of(engine, attrs.evolve(SHAPES[0], activation=Activation(limit=10.0)))

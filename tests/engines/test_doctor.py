@@ -111,15 +111,21 @@ def test_the_command_it_names_makes_what_is_missing(model: pathlib.Path, ask: An
 
 
 def test_one_gpu_of_several(model: pathlib.Path, ask: Any, plan: Plan) -> None:
-    """Without a name all that plans are for are looked at, and one that serves every layer is enough."""
+    """Without a name all that there are plans of these layers for are looked at."""
     plan.save(model.parent / "shipped" / "a.plan.json")
     other = attrs.evolve(plan, device=H200, kernel_version="0")
     other.save(model.parent / "plans" / "b.plan.json")
+    plan_for(attrs.evolve(SHAPE, hidden_size=256), Device("of other layers", 1)).save(
+        model.parent / "plans" / "c.plan.json"
+    )
     status, found, text = ask(TINY)
     by_gpu = {its["gpu"]: its for its in found["layers"][0]["served"]}
-    assert status == 0 and by_gpu[H100.label]["source"] == "rampwrap" and "came with rampwrap" in text
+    assert status == 1 and set(by_gpu) == {H100.label, H200.label}
+    assert by_gpu[H100.label]["source"] == "rampwrap" and "came with rampwrap" in text
     assert not by_gpu[H200.label]["kernel"] and "kernel version 0" in by_gpu[H200.label]["reason"]
-    assert ask(TINY, "--gpu", "h200")[0] == 1 and ask(TINY, "--gpu", "h100")[0] == 0
+    assert ask(TINY, "--gpu", "h200")[0] == 1
+    status, found, text = ask(TINY, "--gpu", "h100")
+    assert status == 0 and text.endswith("every layer is served on NVIDIA H100 80GB HBM3 (132 SMs)\n")
 
 
 def test_a_gpu_that_nobody_knows(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
