@@ -65,6 +65,7 @@ def counts_before(scratch_ptr, num_chunks, BINS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def place_chunk(
+    chunk,
     counts,
     before,
     block_m,
@@ -86,7 +87,6 @@ def place_chunk(
 
     Without `expert_counts_ptr` somebody else writes the histogram and the number of rows.
     """
-    chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
     ends = tl.cumsum(blocks, 0)
@@ -144,6 +144,7 @@ def place_kernel(
     wait_for_launch_before(PDL)
     counts, before = counts_before(scratch_ptr, num_chunks, BINS, ROWS)
     place_chunk(
+        tl.program_id(0),
         counts,
         before,
         block_m,

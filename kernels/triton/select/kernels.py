@@ -181,6 +181,7 @@ def select_and_place_kernel(
         tl.store(expert_counts_ptr + bins, counts, mask=bins < num_local_experts)
     else:
         place_chunk(
+            tl.program_id(0),
             counts,
             before,
             block_m,

@@ -1,0 +1,292 @@
+"""Launches of dispatch and combine: what of a step is known on the host becomes arguments, all else stays on the GPU.
+
+Nothing here allocates, synchronises or reads the GPU, so both can be captured in a CUDA graph; graph and eager steps may
+follow each other in any order, the same on all ranks. Counts of tokens are baked into a graph, the routing is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+import triton
+import triton.language as tl
+
+from rampwrap.errors import InputError
+from rampwrap.kernels.common.fp8 import GROUP
+from rampwrap.kernels.common.operands import FP8
+from rampwrap.kernels.ep import dispatch as kernels
+from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
+from rampwrap.kernels.ep.dispatch import dispatch_kernel
+from rampwrap.kernels.ep.flags import COUNTS, DISPATCH, LATE, MOST_RANKS
+from rampwrap.kernels.triton import pdl
+from rampwrap.kernels.triton.align import host as align
+from rampwrap.kernels.triton.align.host import ALIGNED, TokenBlocks
+from rampwrap.kernels.triton.select.host import Candidates, SelectedBlocks
+
+TAIL_MAX_SLOTS = 2048
+"Received slots that the last CTA of a dispatch aligns: 256 of them in about 1 us. More take launches of their own."
+MOST_SUMMING = 128
+"CTAs that wait in the last launch: fewer than any Hopper has SMs, so that what else runs finds room."
+_TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@attrs.frozen(eq=False)
+class Mapped:
+    """The memory that a rank and its peers share, as kernels see it.
+
+    Attributes:
+        rank, num_ranks: this one, and all, at most 8.
+        bases: int64 [num_ranks] on the GPU, where each rank's memory begins in this rank's addresses.
+        views: regions of this rank's own memory, by name.
+        offsets: bytes from the start of the memory to each region.
+        ticket: int32 [1] on the GPU, zero.
+        fault: int64 [1] that both the GPU and the host reach, zero.
+        rank_of_expert, expert_map: int32 [num_experts] on the GPU.
+        num_local_experts: of this rank.
+        timeout_s: seconds that a rank is waited for on the GPU.
+    """
+
+    rank: int
+    num_ranks: int = attrs.field()
+    bases: torch.Tensor
+    views: Mapping[str, torch.Tensor]
+    offsets: Mapping[str, int]
+    ticket: torch.Tensor
+    fault: torch.Tensor
+    rank_of_expert: torch.Tensor
+    expert_map: torch.Tensor
+    num_local_experts: int
+    timeout_s: float
+
+    @num_ranks.validator
+    def _few(self, _: Any, value: int) -> None:
+        if not 1 <= value <= MOST_RANKS:
+            raise InputError(f"{value} ranks share memory; up to {MOST_RANKS} of one host do, use collectives.")
+
+    @property
+    def top_k(self) -> int:
+        return self.views["topk_ids"].shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.views["rows"].shape[1]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.views["partials"].shape[1]
+
+    def _shared(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
+        """Arguments of every kernel."""
+        counts = [*tokens_per_rank, *[0] * (MOST_RANKS - self.num_ranks)]
+        return {
+            "rank": self.rank,
+            "num_experts": self.expert_map.numel(),
+            **{f"count_{rank}": count for rank, count in enumerate(counts)},
+            "RANKS": self.num_ranks,
+            "LANES": triton.next_power_of_2(self.num_ranks),
+            "TOP_K": self.top_k,
+            "SLOTS": triton.next_power_of_2(self.top_k),
+            "COLUMNS": self.hidden_size,
+            # Sums in the order of the path over torch.distributed, product and sum rounded each: the same bits.
+            "enable_fp_fusion": False,
+            **pdl.arguments(),
+        }
+
+    def _cells(self, phase: int) -> tuple[torch.Tensor, int]:
+        """Those of a phase in this rank's memory, and where they begin in everybody's."""
+        return self.views["cells"][phase - 1], self.offsets["cells"] + (phase - 1) * 8 * self.num_ranks
+
+
+def dispatch(
+    mapped: Mapped,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    tokens_per_rank: Sequence[int],
+    *,
+    masked: bool,
+    expert_counts: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    blocks: TokenBlocks | None = None,
+    selected: SelectedBlocks | None = None,
+    candidates: Candidates | None = None,
+    fallback: int = 0,
+    waits: bool = True,
+    sends: bool = True,
+) -> None:
+    """One launch: rows, ids and weights to the ranks, and of all that arrives the histogram and the M blocks.
+
+    Args:
+        mapped: the memory.
+        x: [T, H], contiguous: of the payload's type, or bf16 or fp16 that is quantised on the way to e4m3.
+        topk_ids: int32 or int64 [T, top_k], contiguous.
+        topk_weights: floating point [T, top_k], contiguous.
+        tokens_per_rank: of every rank.
+        masked: rows only to ranks that own one of their experts.
+        expert_counts: int32 [num_local_experts], written.
+        scales: float32 [T, H / 128] of e4m3 rows.
+        blocks: memory for M blocks of its block_m, of all received slots; at most `TAIL_MAX_SLOTS`.
+        selected: memory for the blocks of the candidate that is chosen; `candidates` and `fallback` go with it.
+        waits, sends: one of them off, where ranks are emulated one after the other.
+    """
+    its, views, offsets = mapped, mapped.views, mapped.offsets
+    cells, cells_at = its._cells(DISPATCH)
+    num_slots = sum(tokens_per_rank) * its.top_k
+    payload, hidden = views["rows"].dtype, its.hidden_size
+    quantises = payload == FP8 and x.dtype != FP8
+    row_bytes = hidden * payload.itemsize
+    words = row_bytes // 4
+    makes, memory = _makes(blocks, selected, candidates)
+    if makes != kernels.COUNT and num_slots > TAIL_MAX_SLOTS:
+        raise InputError(f"a dispatch aligns up to {TAIL_MAX_SLOTS} slots, this one has {num_slots}; align apart.")
+    bins = align.histogram_bins(its.num_local_experts)
+    dispatch_kernel[(max(1, tokens_per_rank[its.rank]) if sends else 1, 1)](
+        its.bases,
+        x if quantises else x.view(torch.int32),
+        scales,
+        topk_ids,
+        topk_weights,
+        its.rank_of_expert,
+        its.expert_map,
+        views["topk_ids"],
+        cells,
+        views["header"],
+        its.fault,
+        its.ticket,
+        *memory,
+        expert_counts,
+        None if selected is None else selected.record,
+        None if candidates is None else candidates.tally,
+        None if candidates is None else candidates.ints,
+        None if candidates is None else candidates.reals,
+        num_local_experts=its.num_local_experts,
+        block_m=1 if blocks is None else blocks.block_m,
+        capacity=0 if blocks is None else blocks.sorted_token_ids.numel(),
+        fallback=fallback,
+        limit_ns=int(its.timeout_s * 1e9),
+        ROW_BYTES=row_bytes,
+        QUANTISES=quantises,
+        MASKED=masked,
+        SENDS=sends,
+        WAITS=waits,
+        CELLS_AT=cells_at,
+        IDS_AT=offsets["topk_ids"],
+        WEIGHTS_AT=offsets["topk_weights"],
+        ROWS_AT=offsets["rows"],
+        SCALES_AT=offsets.get("scales", 0),
+        BLOCK=min(1024, triton.next_power_of_2(words)),
+        GROUPS=min(16, triton.next_power_of_2(-(-hidden // GROUP))),  # 8 values a thread: stores of 8 bytes
+        MAKES=makes,
+        PIECE=align.PIECE,
+        BINS=bins,
+        IDS=32,
+        TILE=64,
+        **_packed(candidates),
+        STRIDE=ALIGNED,
+        num_warps=8,
+        **its._shared(tokens_per_rank),
+    )
+
+
+def _makes(
+    blocks: TokenBlocks | None, selected: SelectedBlocks | None, candidates: Candidates | None
+) -> tuple[int, tuple[torch.Tensor | None, ...]]:
+    """What the last CTA makes, and its memory: scratch, sorted_token_ids, expert_ids, rows."""
+    if selected is not None and candidates is not None:
+        longest = max((its.sorted_token_ids for its in selected.blocks), key=torch.Tensor.numel)
+        first = selected.blocks[0]
+        return kernels.SELECT, (first.scratch, longest, first.expert_ids, selected.post_padded)
+    if blocks is not None:
+        return kernels.BLOCKS, (
+            blocks.scratch,
+            blocks.sorted_token_ids,
+            blocks.expert_ids,
+            blocks.num_tokens_post_padded,
+        )
+    return kernels.COUNT, (None,) * 4
+
+
+def _packed(candidates: Candidates | None) -> dict[str, int]:
+    if candidates is None:
+        return {"C": 1, "S": 1, "LAUNCHES": 1, "MARGINS": 1}
+    packed = candidates.packed
+    return {"C": len(packed.block_ms), "S": packed.points, "LAUNCHES": packed.launches, "MARGINS": packed.margins}
+
+
+def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:
+    """The first launch of a combine: sums of all received rows, to their sources.
+
+    Args:
+        mapped: the memory, with the ids and weights of the last dispatch.
+        expert_output: floating point [N, H], summed, or [N, top_k, H], one row a slot; contiguous.
+        tokens_per_rank: of every rank.
+    """
+    its, partials = mapped, mapped.views["partials"]
+    _, cells_at = its._cells(2)
+    push_kernel[(max(1, *tokens_per_rank), its.num_ranks)](
+        its.bases,
+        expert_output,
+        its.views["topk_ids"],
+        its.views["topk_weights"],
+        its.expert_map,
+        its.views["header"],
+        its.ticket,
+        BY_SLOT=expert_output.dim() == 3,
+        PARTIAL=_TL[partials.dtype],
+        PARTIAL_BYTES=partials.dtype.itemsize,
+        MAX_TOKENS=its.max_tokens,
+        CELLS_AT=cells_at,
+        PARTIALS_AT=its.offsets["partials"],
+        BLOCK=min(1024, triton.next_power_of_2(its.hidden_size)),
+        num_warps=4,
+        **its._shared(tokens_per_rank),
+    )
+
+
+def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:
+    """The second launch of a combine, and the end of the step: `out` [T, H] becomes the sums of the ranks, by rank.
+
+    Args:
+        mapped: the memory.
+        out: [T, H], contiguous, written.
+        topk_ids: those that this rank sent.
+        tokens_per_rank: of every rank.
+    """
+    its = mapped
+    cells, _ = its._cells(2)
+    sum_kernel[(min(MOST_SUMMING, max(1, tokens_per_rank[its.rank])), 1)](
+        out,
+        its.views["partials"],
+        topk_ids,
+        its.rank_of_expert,
+        cells,
+        its.views["header"],
+        its.fault,
+        its.ticket,
+        limit_ns=int(its.timeout_s * 1e9),
+        MAX_TOKENS=its.max_tokens,
+        BLOCK=min(1024, triton.next_power_of_2(its.hidden_size)),
+        num_warps=4,
+        **its._shared(tokens_per_rank),
+    )
+
+
+def said_by(fault: int, timeout_s: float) -> str | None:
+    """What a value of `Mapped.fault` means, in a sentence; None for zero."""
+    if not fault:
+        return None
+    kind, phase, bits = fault >> 40, (fault >> 32) & 0xFF, fault & 0xFFFFFFFF
+    ranks = ", ".join(str(rank) for rank in range(MOST_RANKS) if bits >> rank & 1)
+    many = bits & (bits - 1)
+    at = "dispatch" if phase == DISPATCH else "combine"
+    if kind == LATE:
+        return (
+            f"rank{'s' if many else ''} {ranks} did not arrive at {at} within {timeout_s:g} s; see what became of "
+            f"{'them' if many else 'it'}, then call reset() on every rank."
+        )
+    assert kind == COUNTS
+    return (
+        f"rank{'s' if many else ''} {ranks} came to {at} with other tokens_per_rank than this rank has; give all ranks "
+        "the same, then call reset() on every rank."
+    )

@@ -1,0 +1,410 @@
+"""Dispatch and combine kernels in the interpreter: several tensors of one process are the memory of several ranks.
+
+Launches follow each other, so nothing waits: all ranks send, then all wait. Index arithmetic shows here, ordering does not
+(`tests/ep/test_protocol.py`); what they compile to for sm_90 does too.
+"""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import attrs
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import rampwrap
+from rampwrap.ep.layout import Layout
+from rampwrap.ep.owners import Owners, contiguous
+from rampwrap.ep.received import prefix, sum_in_order
+from rampwrap.kernel.placement import Placement
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common import reference
+from rampwrap.kernels.ep import host
+from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
+from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
+from rampwrap.model.in_graph import pack
+
+pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter these kernels need several GPUs")
+SHAPE = MoEShape(12, 3, 256, 128)
+
+
+def made(layout: Layout, placements: list[Placement], timeout_s: float = 1.0) -> list[host.Mapped]:
+    """The ranks, their memory full of what nobody may read: NaN in every float type and no id of an expert."""
+    memories = [torch.full((layout.bytes,), 0x7F, dtype=torch.uint8) for _ in placements]
+    bases = torch.tensor([its.data_ptr() for its in memories])
+    ranks = []
+    for rank, memory in enumerate(memories):
+        owners = Owners.of(placements, rank, "cpu")
+        views = layout.views(memory)
+        views["header"].zero_()
+        views["cells"].zero_()
+        views["rows"].view(torch.uint8).fill_(0xFF)  # NaN in bf16 and in e4m3
+        views["partials"].view(torch.uint8).fill_(0xFF)
+        ranks.append(
+            host.Mapped(
+                rank,
+                len(placements),
+                bases,
+                views,
+                {its.name: its.offset for its in layout.regions},
+                torch.zeros(1, dtype=torch.int32),
+                torch.zeros(1, dtype=torch.int64),
+                owners.rank_of_expert,
+                owners.expert_map,
+                owners.num_local_experts,
+                timeout_s,
+            )
+        )
+    return ranks
+
+
+def drawn(counts: list[int], seed: int, ids_dtype: torch.dtype = torch.int64) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    brought = []
+    for count in counts:
+        ids = torch.randint(-2, SHAPE.num_experts + 1, (count, SHAPE.top_k), generator=generator)
+        if ids_dtype == torch.int64 and count:
+            ids[0, 0] = 1 << 32  # not expert 0
+        brought.append(
+            {
+                "x": torch.randn(count, SHAPE.hidden_size, generator=generator).bfloat16(),
+                "topk_ids": ids.to(ids_dtype),
+                "topk_weights": torch.rand(count, SHAPE.top_k, generator=generator),
+            }
+        )
+    return brought
+
+
+def sent(ranks: list[host.Mapped], brought, counts, block_m: int | None = None, **its):
+    """A dispatch of all ranks; histograms and blocks of each."""
+    expert_counts = [torch.full((rank.num_local_experts,), -1, dtype=torch.int32) for rank in ranks]
+    blocks = [
+        None if block_m is None else allocate_blocks(sum(counts), SHAPE.top_k, rank.num_local_experts, block_m, "cpu")
+        for rank in ranks
+    ]
+    for sends in (True, False):
+        for rank, what, found, memory in zip(ranks, brought, expert_counts, blocks, strict=True):
+            host.dispatch(
+                rank,
+                **what,
+                tokens_per_rank=counts,
+                expert_counts=found,
+                blocks=memory,
+                sends=sends,
+                waits=not sends,
+                **its,
+            )
+    return expert_counts, blocks
+
+
+PLACEMENTS = {
+    1: [contiguous(12, 1, 0)],
+    2: [contiguous(12, 2, rank) for rank in range(2)],
+    3: [Placement(12, np.array(its)) for its in ([11, 0], [5], [3, 4, 1, 2, 10, 9, 8, 7, 6])],
+    4: [contiguous(12, 4, rank) for rank in range(4)],
+}
+CASES = [
+    (1, [3], "bf16", False),
+    (2, [3, 2], "bf16", False),
+    (2, [0, 4], "fp8", True),
+    (3, [2, 0, 5], "fp8", False),
+    (4, [1, 6, 0, 2], "bf16", True),
+]
+
+
+@pytest.mark.parametrize("by_slot", [False, True], ids=["summed", "by slot"])
+@pytest.mark.parametrize(("num_ranks", "counts", "payload", "masked"), CASES)
+def test_rows_and_sums(num_ranks: int, counts: list[int], payload: str, masked: bool, by_slot: bool) -> None:
+    """Two steps: rows, ids and blocks where they belong, the sums of the right ranks, and nothing elsewhere."""
+    layout = Layout(SHAPE, num_ranks, 6, payload=payload, partials="fp32" if by_slot else "bf16")
+    ranks = made(layout, PLACEMENTS[num_ranks])
+    for step in range(2):
+        brought = drawn(counts, 10 * num_ranks + step, (torch.int64, torch.int32)[step])
+        found, blocks = sent(ranks, brought, counts, block_m=4, masked=masked)
+        ids, weights, rows = (torch.cat([its[name] for its in brought]) for name in ("topk_ids", "topk_weights", "x"))
+        for rank, its in enumerate(ranks):
+            owners = Owners.of(PLACEMENTS[num_ranks], rank, "cpu")
+            read = owners.is_local(ids).any(1)
+            seen = {name: view[: sum(counts)] for name, view in its.views.items() if name not in ("header", "cells")}
+            assert torch.equal(seen["topk_ids"], torch.where(ids < (1 << 31) - 1, ids, -1).clamp(min=-1).int())
+            assert torch.equal(seen["topk_weights"], weights)
+            if payload == "fp8":
+                q, scales = reference.quantise(rows)
+                assert torch.equal(seen["rows"].view(torch.uint8)[read], q.view(torch.uint8)[read])
+                assert torch.equal(seen["scales"][read], scales[read])
+            else:
+                assert torch.equal(seen["rows"][read], rows[read])
+            untouched = seen["rows"].view(torch.uint8)[~read]
+            assert not masked or bool((untouched == 0xFF).all()) or step
+            beyond = its.views["rows"].view(torch.uint8)[sum(counts) :]
+            assert bool((beyond == 0xFF).all())
+            assert torch.equal(found[rank], owners.counts(ids))
+            wanted = align_tokens(ids, 4, its.num_local_experts, expert_map=its.expert_map)
+            made_here = blocks[rank]
+            post = int(wanted.num_tokens_post_padded)
+            assert int(made_here.num_tokens_post_padded) == post
+            assert torch.equal(made_here.sorted_token_ids, wanted.sorted_token_ids)
+            assert torch.equal(made_here.expert_ids[: post // 4], wanted.expert_ids[: post // 4])
+
+        outputs, sums = [], []
+        for rank in range(num_ranks):
+            owners = Owners.of(PLACEMENTS[num_ranks], rank, "cpu")
+            here = owners.is_local(ids)
+            y = torch.full((*ids.shape, SHAPE.hidden_size), torch.nan)
+            generator = torch.Generator().manual_seed(rank)
+            y[here] = torch.randn(int(here.sum()), SHAPE.hidden_size, generator=generator)
+            y = y.bfloat16()
+            total = torch.zeros(rows.shape)
+            for slot in range(SHAPE.top_k):
+                more = total + weights[:, slot, None] * y[:, slot].float()
+                total = torch.where(here[:, slot, None], more, total)
+            total[~here.any(1)] = torch.nan
+            sums.append(total.to(layout.partial_dtype))
+            outputs.append(y if by_slot else sums[-1])
+        for rank, y in zip(ranks, outputs, strict=True):
+            host.push(rank, y, counts)
+        first = prefix(tuple(counts))
+        for rank, its in enumerate(ranks):
+            out = torch.full((counts[rank], SHAPE.hidden_size), torch.nan, dtype=torch.bfloat16)
+            host.add(its, out, brought[rank]["topk_ids"], counts)
+            own = slice(first[rank], first[rank + 1])
+            owned = Owners.of(PLACEMENTS[num_ranks], rank, "cpu").ranks_of(brought[rank]["topk_ids"])
+            wanted = sum_in_order(torch.stack([part[own] for part in sums]), owned).bfloat16()
+            assert torch.equal(out, wanted)
+            assert int(its.fault) == 0 and int(its.views["header"][0]) == step + 1 and int(its.ticket) == 0
+
+
+def test_e4m3_rows_with_scales_are_copied() -> None:
+    ranks, counts = made(Layout(SHAPE, 2, 4, payload="fp8"), PLACEMENTS[2]), [3, 1]
+    brought = drawn(counts, 4)
+    given = []
+    for its in brought:
+        rows, scales = reference.quantise(its["x"])
+        given.append(its | {"x": rows, "scales": scales})
+    sent(ranks, given, counts, masked=False)
+    rows, scales = reference.quantise(torch.cat([its["x"] for its in brought]))
+    for its in ranks:
+        assert torch.equal(its.views["rows"][:4].view(torch.uint8), rows.view(torch.uint8))
+        assert torch.equal(its.views["scales"][:4], scales)
+
+
+def test_a_rank_that_does_not_come() -> None:
+    """Named once, with its phase; later waits do not wait, and what the host reads stays the first fault."""
+    ranks, counts = made(Layout(SHAPE, 3, 4), PLACEMENTS[3], timeout_s=2.5), [1, 2, 1]
+    brought = drawn(counts, 5)
+    for sends in (True, False):
+        for rank in (0, 2):
+            found = torch.zeros(ranks[rank].num_local_experts, dtype=torch.int32)
+            host.dispatch(
+                ranks[rank],
+                **brought[rank],
+                tokens_per_rank=counts,
+                masked=False,
+                expert_counts=found,
+                sends=sends,
+                waits=not sends,
+            )
+    host.push(ranks[0], torch.zeros(4, 256), counts)
+    host.add(ranks[0], torch.empty(1, 256), brought[0]["topk_ids"], counts)
+    assert host.said_by(int(ranks[0].fault), 2.5) == (
+        "rank 1 did not arrive at dispatch within 2.5 s; see what became of it, then call reset() on every rank."
+    )
+    assert host.said_by(int(ranks[2].fault), 2.5) == host.said_by(int(ranks[0].fault), 2.5)
+    assert host.said_by(int(ranks[1].fault), 2.5) is None
+    assert "ranks 0, 2 did not arrive at combine within 1 s; see what became of them" in str(
+        host.said_by(1 << 40 | 2 << 32 | 5, 1.0)
+    )
+
+
+def test_ranks_that_count_differently() -> None:
+    ranks = made(Layout(SHAPE, 2, 4), PLACEMENTS[2])
+    brought = drawn([2, 2], 6)
+    for sends in (True, False):
+        for rank, counts in ((0, [2, 2]), (1, [3, 2])):
+            host.dispatch(
+                ranks[rank],
+                **brought[rank],
+                tokens_per_rank=counts,
+                masked=False,
+                expert_counts=torch.zeros(6, dtype=torch.int32),
+                sends=sends,
+                waits=not sends,
+            )
+    assert int(ranks[0].fault) == 0
+    assert host.said_by(int(ranks[1].fault), 1.0) == (
+        "rank 0 came to dispatch with other tokens_per_rank than this rank has; give all ranks the same, then call "
+        "reset() on every rank."
+    )
+
+
+def test_more_ranks_than_arguments() -> None:
+    its = made(Layout(SHAPE, 1, 4), PLACEMENTS[1])[0]
+    with pytest.raises(ValueError, match="9 ranks share memory; up to 8 of one host do"):
+        attrs.evolve(its, num_ranks=9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_last_cta_chooses_like_select(seed: int) -> None:
+    """The config, its blocks and the record are those of the launch that this one saves."""
+    drawing = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "triton" / "test_select.py"))
+    model = drawing["random_model"](np.random.default_rng(seed), 3, 6)
+    packed = pack(model, 0.0)
+    ranks, counts = made(Layout(SHAPE, 2, 40), PLACEMENTS[2]), [33, 7]
+    brought = drawn(counts, seed)
+    ids = torch.cat([its["topk_ids"] for its in brought]).clamp(max=99).int()
+    results = []
+    for alone in (False, True):
+        candidates = Candidates.on(packed, "cpu")
+        chosen = allocate_selected(40, SHAPE.top_k, 6, packed.block_ms, "cpu")
+        expert_counts = torch.zeros(6, dtype=torch.int32)
+        if alone:
+            align_and_select(ids, candidates, 1, 6, expert_map=ranks[1].expert_map, selected=chosen)
+            expert_counts = chosen.expert_counts
+        else:
+            for sends in (True, False):
+                for rank, what in zip(ranks, brought, strict=True):
+                    host.dispatch(
+                        rank,
+                        **what,
+                        tokens_per_rank=counts,
+                        masked=True,
+                        expert_counts=expert_counts,
+                        selected=None if sends else chosen,
+                        candidates=None if sends else Candidates.on(packed, "cpu") if rank is ranks[0] else candidates,
+                        fallback=1,
+                        sends=sends,
+                        waits=not sends,
+                    )
+        place = int(chosen.choice)
+        blocks = chosen.blocks[place]
+        rows = int(blocks.num_tokens_post_padded)
+        results.append(
+            [
+                place,
+                rows,
+                [int(its.num_tokens_post_padded) for its in chosen.blocks],
+                blocks.sorted_token_ids[: int(chosen.record[2 * 4])].tolist(),
+                blocks.expert_ids[: rows // blocks.block_m].tolist(),
+                expert_counts.tolist(),
+                candidates.tally.tolist(),
+            ]
+        )
+    assert results[0] == results[1]
+
+
+COMPILE = r"""
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from rampwrap.kernels.ep import combine, dispatch
+from rampwrap.kernels.triton import interpreter
+import triton.language as tl
+
+LONG = {"bases_ptr", "cells_ptr", "header_ptr", "fault_ptr"}
+REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "tally_ptr": "fp64", "reals_ptr": "fp64", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
+
+def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
+    signature, constexprs, attrs = {}, {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument.isupper() or argument in absent:
+            signature[argument] = "constexpr"
+            constexprs[argument] = constants.get(argument)
+        elif argument.endswith("_ptr"):
+            kind = "i64" if argument in LONG else x if argument == "x_ptr" else ids if argument == "topk_ids_ptr" else REAL.get(argument, "i32")
+            signature[argument] = "*" + kind
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "i64" if argument == "limit_ns" else "i32"
+    options = {"enable_fp_fusion": False, "launch_pdl": True} | options
+    built = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = built.asm["ptx"][built.asm["ptx"].index(".entry"):]
+    print(json.dumps(dict(name=name, shared=built.metadata.shared, ptx=[line.split("//")[0].strip() for line in ptx.splitlines()],
+        spills=len(re.findall(r"\b(STL|LDL)\b", built.asm["sass"])))))
+
+ranks = 4
+shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512)
+send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, ROWS_AT=17408, SCALES_AT=1 << 33,
+    BLOCK=1024, GROUPS=16, MAKES=1, PIECE=256, BINS=64, IDS=32, TILE=64, C=1, S=1, LAUNCHES=1, MARGINS=1, STRIDE=4)
+select = ("record_ptr", "tally_ptr", "ints_ptr", "reals_ptr")
+blocks = ("scratch_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "post_padded_ptr")
+build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr", *select, *blocks), num_warps=8)
+quantises = send | dict(QUANTISES=True, ROW_BYTES=7168, MAKES=2)
+build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr", *select), x="bf16", ids="i64", num_warps=8)
+chooses = send | dict(ROW_BYTES=7168, MAKES=3, C=2, S=32, LAUNCHES=2, MARGINS=32)
+build("dispatch chooses", dispatch.dispatch_kernel, chooses, num_warps=8)
+push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=1024)
+build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=4)
+build("sum", combine.sum_kernel, push, num_warps=4)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Every kernel for sm_90, without a GPU, by name."""
+    root = str(pathlib.Path(rampwrap.__file__).parent.parent)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {its["name"]: its for its in found}
+
+
+ATOM = r"atom\.(?=.*\bglobal\b)(?=.*\b{}\b)(?=.*\b{}\b).*{}"
+"Whatever the order in which this Triton writes them."
+
+
+def places(ptx: list[str], pattern: str) -> list[int]:
+    return [number for number, line in enumerate(ptx) if re.search(pattern, line)]
+
+
+def test_what_is_compiled_orders_memory_as_the_protocol_must(compiled: dict[str, dict]) -> None:
+    """In each kernel: stores, a barrier, the ticket at the GPU's scope; then flags with release, cells with acquire, system-wide."""
+    for name, its in compiled.items():
+        ptx = its["ptx"]
+        assert its["spills"] == 0, name
+        assert len(places(ptx, r"griddepcontrol\.wait")) == 1
+        (ticket,) = places(ptx, ATOM.format("gpu", "acq_rel", "add.u32"))
+        barriers = places(ptx, r"bar\.sync|barrier\.sync")
+        flags = places(ptx, ATOM.format("sys", "release", "exch.b64"))
+        polls = places(ptx, r"ld\.acquire\.sys\.global\.b64")
+        clocks = places(ptx, "globaltimer")
+        if not name.startswith("sum"):
+            stores = [place for place in places(ptx, r"st\.global") if place < ticket]
+            assert stores and any(stores[-1] < barrier < ticket for barrier in barriers), name
+            assert len(flags) == 1 and any(ticket < barrier < flags[0] for barrier in barriers), name
+        else:
+            assert not flags
+        if name.startswith("push"):
+            assert not polls and not clocks, name
+        else:
+            assert len(polls) == 2 and len(clocks) >= 2, name  # once, and in the loop
+            assert name.startswith("sum") or flags[0] < polls[0]
+            assert any(barrier > polls[-1] for barrier in barriers), name
+        assert not places(ptx, r"multimem|multicast"), name
+
+
+def test_rows_are_stored_in_wide_pieces(compiled: dict[str, dict]) -> None:
+    """16 bytes a thread, 8 of quantised ones, through addresses that are read from memory: only a hint tells their alignment."""
+    for name, its in compiled.items():
+        wide = places(its["ptx"], r"st\.global\.v4\.b32|st\.global\.v2\.b64")
+        ranks = 4
+        if name in ("dispatch", "dispatch chooses"):
+            assert len(wide) >= ranks, name
+        elif "quantises" in name:
+            assert len(places(its["ptx"], r"st\.global\.v2\.b32|st\.global\.b64|st\.global\.v4\.b32")) >= ranks, name
+        else:
+            assert wide, name
