@@ -11,7 +11,7 @@ import attrs
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import DEVICES, Device
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.cute.schedule import TICK, UNIT_ROWS, WIDTHS, Work, line_cost, pieces
+from rampwrap.kernels.cute.schedule import TICK, UNIT_ROWS, WIDTHS, Work, pieces
 
 STEP_BYTES = 128
 
@@ -101,14 +101,25 @@ def works_of(shape: MoEShape, costs: Costs) -> tuple[Work, Work]:
 class Predicted:
     """One GEMM for one histogram."""
 
-    ctas: int
-    "That get work."
-    mean_us: float
-    "Of a CTA, ..."
-    most_us: float
-    "... and of the one with the most, which is the GEMM's time without its launch."
+    each_us: tuple[float, ...]
+    "Of each CTA, one an SM; 0 of those without work."
     fragments: int
     steps: int
+
+    @property
+    def ctas(self) -> int:
+        """That get work."""
+        return sum(us > 0 for us in self.each_us)
+
+    @property
+    def mean_us(self) -> float:
+        """Of all CTAs."""
+        return sum(self.each_us) / len(self.each_us)
+
+    @property
+    def most_us(self) -> float:
+        """Of the CTA with the most, which is the GEMM's time without its launch."""
+        return max(self.each_us)
 
 
 @attrs.frozen
@@ -148,12 +159,9 @@ def explain(shape: MoEShape, counts: Sequence[int], device: Device) -> Explained
     found = []
     for work in works:
         mine = pieces(work, counts, device.num_sms)
-        costs = [sum(piece.cost for piece in some) for some in mine]
         found.append(
             Predicted(
-                sum(map(bool, mine)),
-                line_cost(work, counts) / device.num_sms * tick_us,
-                max(costs) * tick_us,
+                tuple(sum(piece.cost for piece in some) * tick_us for some in mine),
                 sum(not piece.owned() for some in mine for piece in some),
                 sum(work.units(count) for count in counts) * work.steps,
             )

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import Any
 
 import attrs
 import click
@@ -14,6 +15,9 @@ from rampwrap.errors import InputError, RampwrapError
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.grid import IntArray
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute import costs
+from rampwrap.kernels.cute.configs import RAGGED, why_illegal
+from rampwrap.measure.full import roofline_us
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.policies import Policy
 from rampwrap.routing.counts import check_counts, first_counts
@@ -30,6 +34,7 @@ class ExplainRequest:
     batch_size: tuple[int, ...] = ()
     routing: tuple[Routing, ...] = attrs.field(default=(Routing("uniform"),), converter=routings_of)
     seed: int = 0
+    ragged: bool = False
 
     def __attrs_post_init__(self) -> None:
         if self.expert_counts and len(self.batch_size) > 1:
@@ -62,6 +67,11 @@ class ExplainRequest:
 @tokens_option()
 @routings_option()
 @seed_option
+@click.option(
+    "--ragged",
+    is_flag=True,
+    help="also what the CuTe kernels' ragged form would do; a prediction, no plan chooses it yet",
+)
 def explain(its: ExplainRequest) -> Answer:
     """Which config a `Dispatcher` would launch for each routing, and why."""
     plan = Plan.load(its.plan)
@@ -77,10 +87,25 @@ def explain(its: ExplainRequest) -> Answer:
         if unknown and not own.speaks(histogram, tokens):
             text = f"{choice.why}, and which that is cannot be asked here: {unknown}"
             values |= {"index": None, "config": None, "why": text}
+        if its.ragged:
+            more, said = _ragged(plan, histogram)
+            values, text = values | {"ragged": more}, f"{text}\n  {said}"
         found.append({**values, "num_tokens": tokens, "routing": label})
         lines.append(text if len(asked) == 1 else f"{label}: {text}")
     values = found[0] if len(asked) == 1 else {"choices": found}
     return Answer("\n".join(lines), {**values, **recorded_said(plan.shape, its.routing)})
+
+
+def _ragged(plan: Plan, histogram: IntArray) -> tuple[dict[str, Any], str]:
+    """What the ragged form would do with a histogram on the plan's GPU, as values and in words."""
+    shape, device = plan.shape, costs.known(plan.device)
+    reason = why_illegal(RAGGED[shape.dtype], shape) if shape.dtype in RAGGED else f"its dtype is {shape.dtype}."
+    if reason is not None:
+        raise InputError(f"the ragged form does not run {shape}: {reason}")
+    found = costs.explain(shape, histogram.tolist(), device)
+    share = float(roofline_us(device, shape, histogram)[0]) / found.us
+    values = attrs.asdict(found) | {"roofline_share": share, "predicted": True}
+    return values, f"ragged form, not measured: {found}, {share:.0%} of the roofline"
 
 
 def _serving(plan: Plan, kernel: str | None) -> tuple[Policy, str]:

@@ -106,3 +106,25 @@ def test_the_kernel_is_imported_only_where_the_plan_does_not_say(
     assert not made
     explained(capsys, saved, "--batch-size", str(FAR))
     assert len(made) == 1
+
+
+def test_what_the_ragged_form_would_do(capsys: pytest.CaptureFixture[str], saved: str, sim_plan: Plan) -> None:
+    """Widths of the experts, a share for each SM, a time that is called a prediction; the plan's answer is unchanged."""
+    counts = [0] * 60 + [1, 9, 300, 330]
+    asked = (saved, "--expert-counts", ",".join(map(str, counts)))
+    plain, _ = explained(capsys, *asked)
+    told, _ = explained(capsys, *asked, "--ragged")
+    ragged = told.pop("ragged")
+    assert told == plain and ragged["predicted"] is True
+    assert sim_plan.shape.dtype == "bf16"
+    assert ragged["widths"] == {"8": 1, "16": 1, "96": 1, "128": 5}  # 3 x 104 rows, the last 92, and 3 x 112
+    for gemm in ("up", "down"):
+        each = ragged[gemm]["each_us"]
+        assert len(each) == sim_plan.device.num_sms and 0 < sum(each) / len(each) <= max(each)
+    launches = ragged["us"] - max(ragged["up"]["each_us"]) - max(ragged["down"]["each_us"])
+    assert launches == pytest.approx(3.25) and 0 < ragged["roofline_share"] < 1
+    assert main(["explain", *asked, "--ragged"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "not measured: widths 1 x 8, 1 x 16, 1 x 96, 5 x 128 (8 passes); gate+up:" in out and "% of the roofline" in out
+    )
