@@ -101,9 +101,12 @@ class Work:
         return found
 
     def step_cost(self, width: Any, reading: Any) -> Any:
-        """Ticks of a step of a unit of a width, its part of the overhead included; `reading` is `memory` or `reread`."""
-        multiplying = self.base + self.slope * width
-        return (self.most(reading, multiplying) + self.divide(self.overhead, self.steps)) >> TICK
+        """Ticks of a step of a unit of a width, its part of the storing included; `reading` is `memory` or `reread`.
+
+        The next unit's weights are read while one is stored: reading hides both or neither.
+        """
+        multiplying = self.base + self.slope * width + self.divide(self.overhead, self.steps)
+        return self.most(reading, multiplying) >> TICK
 
     def step_costs(self, count: Any) -> tuple[Any, Any]:
         """Of an expert: of a step in its first pass, and in any later one."""
@@ -122,10 +125,9 @@ class Work:
 
     # ---- cuts
 
-    def ctas(self, total: Any, available: Any) -> Any:
-        """CTAs among which a line is cut, at least one: so few that a share is `FRAGMENT` of the costliest steps."""
-        widest = self.step_cost(self.widths[-1], self.memory)
-        return self.most(self.least(available, self.divide(total, FRAGMENT * widest)), 1)
+    def ctas(self, total: Any, costliest: Any, available: Any) -> Any:
+        """CTAs among which a line is cut, at least one: so few that a share is `FRAGMENT` of its costliest steps."""
+        return self.most(self.least(available, self.divide(total, FRAGMENT * self.most(costliest, 1))), 1)
 
     def place(self, total: Any, ctas: Any, index: Any) -> Any:
         """Where in a line the index-th of its equal shares begins, before it is moved to a step; for index = ctas its end."""
@@ -195,13 +197,18 @@ def line_cost(work: Work, counts: Sequence[int]) -> int:
     return sum(int(work.cost(count)) for count in counts)
 
 
+def costliest_step(work: Work, counts: Sequence[int]) -> int:
+    """Ticks of the step that takes longest; 0 without tokens."""
+    return max((work.step_costs(count)[0] for count in counts if count), default=0)
+
+
 def cuts(work: Work, counts: Sequence[int], available: int) -> list[tuple[int, int]]:
     """The first (unit, step) of each CTA's share, units counted through all experts, and the end of the line behind the last.
 
     CTAs beyond those that share the line are not in it.
     """
     total = line_cost(work, counts)
-    ctas = work.ctas(total, available)
+    ctas = work.ctas(total, costliest_step(work, counts), available)
     found = []
     units = passed = 0
     place = work.place(total, ctas, 0)

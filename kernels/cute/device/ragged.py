@@ -7,7 +7,7 @@ share begins or ends computes that cut. CTAs agree because they compute the same
 wgmma's width is part of the instruction, so the consumers hold a K loop and an epilogue for each of `WIDTHS` and branch once a
 piece. Accumulators live inside a branch. Shared memory is laid out for the widest; narrower ones use the first rows.
 
-Fragments (a piece that does not begin with its unit's first step):
+Fragments (pieces that do not begin with their unit's first step), as tests/kernels/cute/test_ragged_marks.py models them:
 
     who does it     stores its sums to `partials`, its own place there; all its consumer threads meet, one of them publishes the
                     CTA's mark: 1, or 2 where the piece ends its unit
@@ -44,7 +44,7 @@ from rampwrap.kernels.cute.device.pipeline import CHUNKS, PRODUCER_THREADS, ROWS
 from rampwrap.kernels.cute.schedule import WIDTHS, Work
 
 WARP_SUMS = 4
-"Numbers of which prefix sums are made: rows, units, cost, experts with tokens."
+"Numbers of which prefix sums are made: rows, units, cost, experts with tokens; behind them the costliest step."
 CUTS = 8
 "Room for the five numbers of a CTA's cuts."
 
@@ -95,7 +95,7 @@ class Ragged(GroupedGemm):
         """
         table = memory.allocate_tensor(Int32, cute.make_layout((4, RAGGED_EXPERTS + 1)), byte_alignment=16)
         cuts = memory.allocate_tensor(Int32, cute.make_layout(CUTS), byte_alignment=16)
-        sums = memory.allocate_tensor(Int32, cute.make_layout((WARP_SUMS, self.warps)), byte_alignment=16)
+        sums = memory.allocate_tensor(Int32, cute.make_layout((WARP_SUMS + 1, self.warps)), byte_alignment=16)
         return table, cuts, sums
 
     @cute.jit
@@ -117,40 +117,43 @@ class Ragged(GroupedGemm):
                 upto[which] = upto[which] + reaches * cute.arch.shuffle_sync_up(
                     upto[which], 1 << distance, mask_and_clamp=0
                 )
+            upto[WARP_SUMS] = cutlass.max(upto[WARP_SUMS], cute.arch.shuffle_sync_bfly(upto[WARP_SUMS], 1 << distance))
         if lane == 31:
-            for which in cutlass.range_constexpr(WARP_SUMS):
+            for which in cutlass.range_constexpr(WARP_SUMS + 1):
                 sums[which, warp] = upto[which]
         cute.arch.sync_threads()
         before = [upto[which] - own[which] for which in range(WARP_SUMS)]
-        totals = [Int32(0)] * WARP_SUMS
+        totals = [Int32(0)] * (WARP_SUMS + 1)
         for other in cutlass.range_constexpr(self.warps):
             lower = self.work.some(warp - other)
             for which in cutlass.range_constexpr(WARP_SUMS):
                 its = sums[which, other]
                 before[which] = before[which] + lower * its
                 totals[which] = totals[which] + its
+            totals[WARP_SUMS] = cutlass.max(totals[WARP_SUMS], sums[WARP_SUMS, other])
         self.enter(counts, begin, end, before, totals, shared, cta, ctas, thread)
         cute.arch.sync_threads()
 
     @cute.jit
     def tally(self, counts, begin, end):
-        """(rows, units, cost, experts with tokens) of some experts."""
-        rows, units, cost, active = Int32(0), Int32(0), Int32(0), Int32(0)
+        """(rows, units, cost, experts with tokens, costliest step) of some experts."""
+        rows, units, cost, active, step = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         for expert in cutlass.range(begin, end, unroll=1):
             count = counts[expert]
             rows += self.work.rows(count)
             units += self.work.units(count)
             cost += self.work.cost(count)
             active += self.work.some(count)
-        return rows, units, cost, active
+            step = cutlass.max(step, self.work.step_costs(count)[0] * self.work.some(count))
+        return rows, units, cost, active, step
 
     @cute.jit
     def enter(self, counts, begin, end, before, totals, shared, cta, ctas, thread):
-        """Writes the table's rows of some experts, and the cuts that lie in them; `before` and `totals` as `tally` counts."""
+        """Writes the table's rows of some experts, and the cuts that lie in them; `before` and `totals` as `tally` counts, but for the step."""
         table, cuts, _ = shared
         rows, units, passed, active = before
-        _, all_units, total, all_active = totals
-        sharing = self.work.ctas(total, ctas)
+        _, all_units, total, all_active, costliest = totals
+        sharing = self.work.ctas(total, costliest, ctas)
         here, there = self.work.place(total, sharing, cta), self.work.place(total, sharing, cta + 1)
         for expert in cutlass.range(begin, end, unroll=1):
             count = counts[expert]

@@ -40,11 +40,11 @@ def test_lines_are_those_of_the_layer():
 
 @pytest.mark.parametrize("tokens", [8, 64])
 def test_a_layer_that_memory_bounds_takes_its_bytes(tokens):
-    """Evenly spread, few tokens an expert: bytes over bandwidth, storing, and two launches; no more than a fifth on top."""
+    """Evenly spread, few tokens an expert: bytes over bandwidth, whole steps, and two launches; no more than a tenth on top."""
     shape = attrs.evolve(SHAPES["olmoe"], dtype="fp8")
     found = explain(shape, [tokens] * 64, H200)
     bytes_us = shape.weight_bytes / H200.copy_gbps / 1e3
-    assert bytes_us < found.us < 1.2 * bytes_us
+    assert bytes_us < found.us < 1.1 * bytes_us
     assert found.widths == {tokens: 64} and found.passes == 64
     assert found.up.steps == 64 * 8 * 16 and found.up.ctas == 132
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rampwrap.kernels.cute.build import build as building
 from rampwrap.kernels.cute.configs import RAGGED
-from rampwrap.kernels.cute.schedule import FRAGMENT, TICK, WIDTHS, Work, cuts, line_cost, pieces
+from rampwrap.kernels.cute.schedule import FRAGMENT, TICK, WIDTHS, Work, costliest_step, cuts, line_cost, pieces
 
 WIDEST = WIDTHS["fp8"][-1]
 EDGES = sorted({0, 1, *(width + more for width in WIDTHS["fp8"] for more in (-1, 0, 1)), 2 * WIDEST, 2 * WIDEST + 1})
@@ -107,8 +107,8 @@ def test_no_cta_has_more_than_its_share_and_what_cannot_be_cut(work, counts, cta
     total = line_cost(work, counts)
     mine = [sum(piece.cost for piece in some) for some in pieces(work, counts, ctas)]
     assert sum(mine) == total
-    step = work.step_cost(work.widths[-1], work.memory)
-    used = work.ctas(total, ctas)
+    step = costliest_step(work, counts)
+    used = work.ctas(total, step, ctas)
     assert max(mine) <= total / used + 1 + (2 * FRAGMENT - 1) * step
     assert used == ctas or total <= (used + 1) * FRAGMENT * step
     assert all(cost == 0 for cost in mine[used:])
@@ -133,9 +133,9 @@ def test_passes_are_as_few_as_fit_and_about_equal(work, count):
 
 
 def test_costs_are_those_of_the_formula():
-    """Per step the larger of reading and multiplying, and the unit's storing spread over its steps; in ticks of 16 clocks."""
+    """Per step the larger of reading and of multiplying and a part of storing the unit; in ticks of 16 clocks."""
     its = work(steps=16)
-    assert its.step_cost(8, its.memory) == (1771 + 1500 // 16) >> TICK
+    assert its.step_cost(8, its.memory) == 1771 >> TICK
     assert its.step_cost(128, its.memory) == (350 + 13 * 128 + 93) >> TICK
     first, later = its.step_costs(150)  # two passes of 80 rows
     assert (first, later) == (its.step_cost(96, 1771), its.step_cost(96, 960))
@@ -179,14 +179,14 @@ def by_device(gemm, work, counts, ctas):
     spans = [(min(t * each, len(counts)), min(t * each + each, len(counts))) for t in range(threads)]
     tally, enter = type(gemm).tally.__wrapped__, type(gemm).enter.__wrapped__
     own = np.array([tally(gemm, counts, *span) for span in spans])
-    before, totals = (np.cumsum(own, 0) - own).tolist(), own.sum(0).tolist()
+    before, totals = (np.cumsum(own, 0) - own).tolist(), [*own.sum(0)[:-1].tolist(), int(own[:, -1].max())]
     found = []
     for cta in range(ctas):
         shared = np.full((4, len(counts) + 1), -1).astype(object), np.zeros(8, int).astype(object), None
         # In any order: they write to different places.
         busy = [thread for thread in range(threads) if thread == 0 or spans[thread][0] < spans[thread][1]]
         for thread in sorted(busy, key=lambda thread: thread * 7 % threads):
-            enter(gemm, counts, *spans[thread], before[thread], totals, shared, cta, ctas, thread)
+            enter(gemm, counts, *spans[thread], before[thread][:-1], totals, shared, cta, ctas, thread)
         number, place = gemm.share_of(shared)
         mine = []
         for index in range(number):
@@ -220,3 +220,10 @@ def test_every_number_of_tokens_has_one_width(device):
                 width for below, width in zip((0, *its.widths), its.widths, strict=False) if below < tokens <= width
             ]
             assert taken == work(dtype=dtype).width(tokens) and [n.block_m for n in its.narrow] == list(its.widths)
+
+
+def test_one_token_is_cut_into_equal_shares():
+    """Units of eight steps on more CTAs than there are pieces of four: as many CTAs as pieces, and all the same."""
+    mine = pieces(work(groups=8, steps=8), [1] * 8, 132)
+    assert [len(some) for some in mine] == [1] * 128 + [0] * 4
+    assert {piece.end - piece.begin for some in mine for piece in some} == {4}
