@@ -59,9 +59,10 @@ def _vllm(version: str) -> list[str]:
 
 
 def _sglang(version: str) -> list[str]:
-    from rampwrap.engines.sglang import TESTED
+    from rampwrap.engines.sglang import too_old
 
-    return [] if version in TESTED else [f"it is tested with {', '.join(TESTED)} alone"]
+    reason = too_old(version)  # the rest of the contract is checked when SGLang starts
+    return [] if reason is None else [reason]
 
 
 def _transformers(version: str) -> list[str]:

@@ -17,6 +17,8 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,13 +37,18 @@ from rampwrap.policy.policies import WaveCost
 from rampwrap.policy.static import StaticTable
 from rampwrap.routing.drift import Sums
 
-TESTED = ("0.5.23",)
-"Releases of SGLang whose function and registry were read; others are left as they are."
+CHECKED = ("0.5.17", "0.5.23")
+"""Oldest and newest release whose own functions the tests called. Older ones are left as they are; later ones are served where they
+keep the contract, with a line in the log."""
 PACKAGE = "sglang.srt.layers.moe.moe_runner.triton_utils"
 TARGET = f"{PACKAGE}.fused_moe._prepare_fused_moe_run"
 POSITIONAL = ("hidden_states", "w1", "w2", "topk_ids")
 KEYWORDS = ("use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant", "block_shape")
-"Parameters of the function in 0.5.23, all of them required, the latter by keyword only."
+"Parameters of the function, all of them required, the latter by keyword only."
+TABLES = ("E", "N", "dtype", "block_n", "block_k", "per_channel_quant", "down_moe")
+"Parameters of the function that reads SGLang's tuned files."
+FUSED_SWIGLU = "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"
+"With it SGLang permutes the rows of w13 and fuses the activation into the first GEMM: another kernel than plans measured."
 COMMAND = "rampwrap profile --engine sglang"
 KERNELS = HOOK_KERNELS["sglang"]
 "Whose plans serve."
@@ -56,8 +63,8 @@ def register() -> None:
     if disabled():
         return
     found = importlib.metadata.version("sglang")
-    if found not in TESTED:
-        _warn("version", "rampwrap leaves SGLang %s as it is; it was tested with %s.", found, ", ".join(TESTED))
+    if (reason := too_old(found)) is not None:
+        _warn("version", "rampwrap leaves SGLang %s as it is: %s.", found, reason)
         return
     plans = Plans.read()
     for sentence in plans.broken:
@@ -71,19 +78,49 @@ def register() -> None:
             plans.remedy(f"{COMMAND} --model DIR"),
         )
         return
-    reason = mismatch(importlib.import_module(f"{PACKAGE}.fused_moe"), importlib.import_module(PACKAGE))
+    try:
+        parts = ("fused_moe", "fused_moe_triton_config")
+        reason = mismatch(
+            importlib.import_module(PACKAGE), *(importlib.import_module(f"{PACKAGE}.{part}") for part in parts)
+        )
+        registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+        register_hook, around = registry.HookRegistry.register, registry.HookType.AROUND
+    except (ImportError, AttributeError) as error:
+        reason = str(error)
     if reason is not None:
         _warn("signature", "rampwrap leaves SGLang %s as it is: %s.", found, reason)
         return
-    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
+    if numbers(found) > numbers(CHECKED[-1]):
+        _log.info(
+            "SGLang %s is newer than %s, the last whose functions rampwrap's tests called; it keeps the contract and is served.",
+            found,
+            CHECKED[-1],
+        )
     hooks = getattr(registry.HookRegistry, "_hooks", {}).get(TARGET, ())
     if not any(isinstance(getattr(hook, "__self__", None), Around) for _, hook, *_ in hooks):
-        registry.HookRegistry.register(TARGET, Around(plans).call, registry.HookType.AROUND)
+        register_hook(TARGET, Around(plans).call, around)
 
 
-def mismatch(module: Any, package: Any) -> str | None:
-    """What differs from the SGLang that this hook was made for, in a clause; None if nothing does."""
-    function = getattr(module, "_prepare_fused_moe_run", None)
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (0, 5, 23) of 0.5.23.post1."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def too_old(version: str) -> str | None:
+    """Why a release of SGLang is not served, in a clause; None from the first that was read on."""
+    return f"it is older than {CHECKED[0]}" if numbers(version) < numbers(CHECKED[0]) else None
+
+
+def mismatch(package: Any, fused_moe: Any, tables: Any) -> str | None:
+    """What differs from the SGLang that this hook was made for, in a clause; None if nothing does.
+
+    Args:
+        package: SGLang's module `PACKAGE`, which holds the override.
+        fused_moe: its module with the function that the hook stands around.
+        tables: its module that reads tuned files.
+    """
+    function = getattr(fused_moe, "_prepare_fused_moe_run", None)
     if function is None:
         return "it has no _prepare_fused_moe_run"
     parameters = inspect.signature(function).parameters.values()
@@ -95,6 +132,11 @@ def mismatch(module: Any, package: Any) -> str | None:
         return f"_prepare_fused_moe_run has parameters ({', '.join(p.name for p in parameters)})"
     if not hasattr(package, "_config") or not hasattr(package, "get_config"):
         return f"{PACKAGE} has no config to override"
+    if not hasattr(tables, "get_exec"):
+        return f"{tables.__name__} has no get_exec"
+    parameters = inspect.signature(tables.get_moe_configs).parameters.values()
+    if tuple(p.name for p in parameters) != TABLES:
+        return f"get_moe_configs has parameters ({', '.join(p.name for p in parameters)})"
     return None
 
 
@@ -104,6 +146,7 @@ class Around:
     def __init__(self, plans: Plans) -> None:
         self._plans = plans
         self._layers: dict[MoEShape, Layers | None] = {}
+        self._ignored = False  # whether SGLang ran another config than it was given
 
     def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """SGLang's function, with our config where a plan has one."""
@@ -119,12 +162,21 @@ class Around:
         # SGLang's own override_config stays set when the call raises.
         package._config = dict(config)
         try:
-            return original(*args, **kwargs)
+            made = original(*args, **kwargs)
         finally:
             package._config = before
+        if dict(made[0]) != config:
+            self._ignored = True
+            _warn(
+                "ignored",
+                "rampwrap leaves SGLang as it is from here on: it ran %s where it was given %s.",
+                made[0],
+                dict(config),
+            )
+        return made
 
     def _config(self, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        if importlib.import_module(PACKAGE).get_config():
+        if self._ignored or importlib.import_module(PACKAGE).get_config():
             return None
         shape = shape_of(given)
         if shape is None:
@@ -166,6 +218,8 @@ def shape_of(given: Mapping[str, Any]) -> MoEShape | None:
 
 def pinned(shape: MoEShape, given: Mapping[str, Any]) -> str | None:
     """Why SGLang's own choice must stand for a layer, in a clause; None where it need not."""
+    if shape.dtype != "fp8" and os.environ.get(FUSED_SWIGLU, "").lower() not in ("", "0", "n", "no", "false"):
+        return f"{FUSED_SWIGLU} is set, which makes another kernel of it"
     tables = importlib.import_module(f"{PACKAGE}.fused_moe_triton_config")
     if tables.get_exec().deterministic.enable_deterministic_inference:
         return "deterministic inference pins its config"

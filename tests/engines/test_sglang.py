@@ -74,7 +74,11 @@ def stand_in() -> tuple[types.ModuleType, list[dict[str, Any]]]:
     fused._prepare_fused_moe_run = _prepare_fused_moe_run
     tables.get_exec = lambda: types.SimpleNamespace(deterministic=tables.flags)
     tables.flags = types.SimpleNamespace(enable_deterministic_inference=False)
-    tables.get_moe_configs = lambda *args, **kwargs: tables.tuned if kwargs["down_moe"] else None
+    tables.get_moe_configs = (  # with the released parameters
+        lambda E, N, dtype, block_n=0, block_k=0, per_channel_quant=False, down_moe=False: (  # noqa: N803
+            tables.tuned if down_moe else None
+        )
+    )
     tables.tuned = None
     package.fused_moe, package.tables = fused, tables
     return package, resolved
@@ -177,7 +181,7 @@ def served(plans: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Eng
 
 def test_the_recorded_signature_is_of_a_tested_release() -> None:
     package, _ = stand_in()
-    assert RECORDED in engine.TESTED and engine.mismatch(package.fused_moe, package) is None
+    assert engine.CHECKED[-1] == RECORDED and engine.mismatch(package, package.fused_moe, package.tables) is None
 
 
 def test_the_routing_of_the_step_before_chooses(served: Engine) -> None:
@@ -253,20 +257,23 @@ def test_other_layers_stay_as_they_are(served: Engine, differently: dict[str, An
     assert served.step(**differently) == OWN
 
 
-@pytest.mark.parametrize("how", ["deterministic", "tma", "shape", "torn"])
+@pytest.mark.parametrize("how", ["deterministic", "tma", "shape", "torn", "fused"])
 def test_a_layer_that_no_plan_may_serve_stays_and_it_is_said_once(
     how: str, plans: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_plan(plans, MoEShape(4, 2, 64, 32) if how == "shape" else SHAPE)
     process = Engine(monkeypatch)
     said = {"shape": "rampwrap profile --engine sglang --num-experts 8", "tma": "TMA"}.get(how, how)
+    if how == "fused":
+        monkeypatch.setenv(engine.FUSED_SWIGLU, "True")
+        said = "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED is set"
     process.package.tables.flags.enable_deterministic_inference = how == "deterministic"
     if how == "tma":
         process.package.tables.tuned = {64: {**OWN, "USE_TMA": True}}
+    engine.register()
     if how == "torn":
         del process.package.tables.get_exec
         said = "get_exec"
-    engine.register()
     searched = []
     find = engine.Around._find
     monkeypatch.setattr(engine.Around, "_find", lambda *args: searched.append(1) or find(*args))
@@ -351,13 +358,53 @@ def test_a_kernel_that_the_hook_never_runs_is_not_profiled(
     assert "fewer experts on a rank (1) than top_k=2" in capsys.readouterr().err
 
 
+def test_an_engine_that_runs_something_else_is_left_alone(served: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """SGLang might come to decide elsewhere; the hook would count choices that nobody runs."""
+    assert served.step(None) != OWN and not caplog.records
+    theirs, served.package.get_config = served.package.get_config, lambda: None
+    assert [served.step(None) for _ in range(3)] == [OWN] * 3
+    (record,) = caplog.records
+    assert "'BLOCK_SIZE_M': 16" in record.getMessage() and "is from here on" in record.getMessage()
+    served.package.get_config = theirs
+    assert served.step(None) == OWN
+
+
+def test_a_release_after_the_last_checked_is_served_and_it_is_said(
+    plans: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_plan(plans)
+    for version, said in (
+        ("0.5.24rc1", "0.5.24rc1 is newer than 0.5.23"),
+        ("0.6", "0.6 is newer"),
+        ("0.5.23.post1", ""),
+    ):
+        process = Engine(monkeypatch)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "rampwrap"):
+            monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+            engine.register()
+        assert len(process.hooks) == 1 and said in caplog.text and bool(caplog.records) == bool(said)
+
+
 def test_registering_twice_is_registering_once(served: Engine) -> None:
     engine.register()
     assert len(served.hooks) == 1
 
 
 @pytest.mark.parametrize(
-    "how", ["switch", "version", "no plans", "other kernel", "broken plan", "signature", "override"]
+    "how",
+    [
+        "switch",
+        "version",
+        "no plans",
+        "other kernel",
+        "broken plan",
+        "signature",
+        "override",
+        "tables",
+        "exec",
+        "registry",
+    ],
 )
 def test_what_keeps_the_hook_away(
     how: str, plans: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -370,21 +417,30 @@ def test_what_keeps_the_hook_away(
     if how == "switch":
         monkeypatch.setenv("RAMPWRAP_DISABLE", "1")
     if how == "version":
-        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.0")
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.16.post2")
     if how == "signature":
         process.package.fused_moe._prepare_fused_moe_run = lambda hidden_states, w13, w2, topk_ids: None
     if how == "override":
         del process.package._config
+    if how == "tables":
+        process.package.tables.get_moe_configs = lambda shape, down_moe: None
+    if how == "exec":
+        del process.package.tables.get_exec
+    if how == "registry":
+        del process.registry.HookType.AROUND
     engine.register()
     assert not process.hooks
     said = {
         "switch": "",
-        "version": "SGLang 0.6.0 as it is; it was tested with 0.5.23",
+        "version": "SGLang 0.5.16.post2 as it is: it is older than 0.5.17",
         "no plans": "rampwrap profile --engine sglang",
         "other kernel": "no plan of kernel vllm_fused_moe",
         "broken plan": "torn.plan.json",
         "signature": "w13",
         "override": "no config to override",
+        "tables": "get_moe_configs has parameters (shape, down_moe)",
+        "exec": "fused_moe_triton_config has no get_exec",
+        "registry": "AROUND",
     }
     assert said[how] in caplog.text and bool(caplog.records) == bool(said[how])
 
@@ -465,7 +521,9 @@ def test_the_released_function_takes_the_hook(
     assert len(registry.HookRegistry._hooks[engine.TARGET]) == 1, caplog.text
     registry.HookRegistry.apply_hooks()
     hooked = process.package.fused_moe._prepare_fused_moe_run
-    assert engine.mismatch(process.package.fused_moe, process.package) is None  # the wrapper shows its signature
+    assert (
+        engine.mismatch(process.package, process.package.fused_moe, process.package.tables) is None
+    )  # the wrapper shows its signature
     ids = torch.from_numpy(Workload(64, Routing.parse("uniform")).topk_ids(8, 2))
     ours = hooked(torch.zeros(64, 64, dtype=torch.bfloat16), *WEIGHTS[0], ids, **FLAGS)
     assert len(ours) == 7 and set(ours[0]) == set(KEYS) and aligned == [ours[0]["BLOCK_SIZE_M"]] and ours[1] is None
