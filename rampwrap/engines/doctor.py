@@ -77,7 +77,7 @@ class Finding:
         number = len(self.alike.numbers)
         layers = "1 layer" if number == 1 else f"{number} layers" if number else "layers"
         shapes = " and ".join(map(str, self.alike.shapes)) or FORMS[self.alike.form]
-        own = f"{NAMES[engine]} itself runs them with {self.backend}" if self.backend else ""
+        own = f"on Hopper {NAMES[engine]} itself runs them with {self.backend}" if self.backend else ""
         lines = [f"{layers}, {shapes}" + (f"; {own}" if own else "")]
         lines += [f"  not served: {self.reason.removesuffix('.')}"] if self.reason else []
         return "\n".join([*lines, *(f"  {its}" for its in self.served)])

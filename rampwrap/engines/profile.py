@@ -64,11 +64,11 @@ def detours(engine: str, layers: Layers, ranks: Ranks, version: str = "") -> lis
     for its in layers.alike:
         own = backend_for(engine, layers, its, ranks, version)
         if not layers.shapes:
-            more = f"; {name} itself runs them with {own}" if own else ""
+            more = f"; on Hopper {name} itself runs them with {own}" if own else ""
             raise InputError(f"{its.reason.removesuffix('.')}{more}.")
         if own is not None and not own.hooked and its.shapes:
             flag = "; plans serve where it is started with --moe-backend triton" if engine == "vllm" else ""
-            found.append(f"{name} itself runs {' and '.join(map(str, its.shapes))} with {own}{flag}.")
+            found.append(f"On Hopper {name} itself runs {' and '.join(map(str, its.shapes))} with {own}{flag}.")
     return found
 
 
