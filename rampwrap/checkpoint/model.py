@@ -1,17 +1,18 @@
 """A model's `config.json` as the shapes of its MoE layers on one rank, read as the engine that serves it reads it."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 
-from rampwrap.checkpoint.arithmetic import arithmetic_of, clamps
+from rampwrap.checkpoint.arithmetic import activations, arithmetic_of
 from rampwrap.checkpoint.config import beside, first, flat, kinds_of, levels_of, listed, read_config, short
 from rampwrap.checkpoint.layers import MOST_LAYERS, sparse_layers
 from rampwrap.checkpoint.quantisation import GROUP, PLAIN, Reader, Stored, reader_of
 from rampwrap.errors import InputError
-from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernel.shape import SCALES, MoEShape
 
 # One quantity, the names it has in published configs; the first one present counts. Those of the experts alone come
 # before those that may be of dense layers.
@@ -170,16 +171,18 @@ def layers_of(
         raise
     plain = dtype or _plain_dtype(config, where, engine)
     stored: Reader = (lambda layer: Stored(plain)) if dtype else reader_of(config, beside(where, config), where)
-    clamped = clamps(config, where)
+    activation_of = activations(kinds, config, where)
     ranks = ranks or Ranks()
     alike: dict[tuple[tuple[MoEShape, ...], str, str], list[int]] = {}
     for layer, (num_experts, top_k, hidden_size, intermediate_size) in rows:
         its = stored(layer)
         shapes: tuple[MoEShape, ...] = ()
-        reason = clamped(layer) or _not_ours(its)
+        activation = activation_of(layer)
+        reason = activation if isinstance(activation, str) else _not_ours(its)
         reason = other or (reason and f"{where} {reason}.")
-        if not reason:
-            whole = MoEShape(num_experts, top_k, hidden_size, intermediate_size, its.dtype or plain)
+        if not reason and not isinstance(activation, str):
+            sizes, scales = (num_experts, top_k, hidden_size, intermediate_size), its.scales
+            whole = MoEShape(*sizes, its.dtype or plain, activation=activation, scales=scales)
             shared = ranks.fused_shared_experts
             if shared is None and engine == "sglang" and not ranks.expert_parallel:
                 shared = _shared(whole, raw, config)
@@ -195,7 +198,7 @@ def layers_of(
 
 
 def _not_ours(form: Stored) -> str:
-    served = f"our kernels run bf16, fp16 and FP8 with {GROUP}x{GROUP} scale blocks"
+    served = f"our kernels run bf16, fp16 and FP8 with scales for {GROUP}x{GROUP} blocks, channels or tensors"
     return f"is quantised, {form.why_not}; {served}" if form.why_not else ""
 
 
@@ -274,15 +277,25 @@ def _on_a_rank(whole: MoEShape, ranks: Ranks, where: str) -> list[MoEShape]:
             )
         least, extra = divmod(experts, size)
         locals_ = ([least + 1] if extra else []) + [least]
-        return [attrs.evolve(whole, num_experts=experts, num_local_experts=local) for local in locals_]
+        return [_refined(attrs.evolve(whole, num_experts=experts, num_local_experts=local), where) for local in locals_]
     if inter % size:
         raise InputError(f"{size} ranks do not divide intermediate_size={inter} of {where}; use a divisor.")
-    if whole.dtype == "fp8" and inter // size % GROUP:
+    return [_refined(attrs.evolve(whole, intermediate_size=inter // size), where)]
+
+
+def _refined(shape: MoEShape, where: str) -> MoEShape:
+    """A rank's layer with blocks of scales that divide its sizes: vLLM repeats the scales of larger ones for 64 or 32."""
+    if shape.dtype != "fp8" or not shape.scale_group:
+        return shape
+    group = math.gcd(shape.scale_group, shape.intermediate_size, shape.hidden_size)
+    if group == shape.scale_group:
+        return shape
+    if group < min(filter(None, SCALES.values())):
         raise InputError(
-            f"a slice for one of {size} ranks has intermediate_size={inter // size} of {where}, no multiple of its "
-            f"{GROUP}-wide scale blocks, which engines refine and our kernels do not; use fewer ranks, or --ep."
+            f"a slice of one rank has intermediate_size={shape.intermediate_size} and hidden_size={shape.hidden_size} of "
+            f"{where}, which blocks of scales of no less than 32 do not divide; use fewer ranks, or --ep."
         )
-    return [attrs.evolve(whole, intermediate_size=inter // size)]
+    return attrs.evolve(shape, scales=f"block-{group}")
 
 
 def _plain_dtype(config: Mapping[str, Any], where: str, engine: str | None) -> str:

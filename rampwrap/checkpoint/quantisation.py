@@ -20,6 +20,8 @@ from rampwrap.errors import InputError
 GROUP = 128
 _FIELDS = ("quantization_config", "compression_config")
 _BLOCK_FP8 = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [GROUP, GROUP]}
+_OTHER_SCALES = {"fp8_channel": ("channel", ("token",)), "fp8_tensor": ("tensor", ("tensor", "token"))}
+"Forms without blocks: their scales, as `MoEShape` names them, and compressed-tensors' strategies for activations."
 _EXEMPT = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude", "llm_int8_skip_modules")
 "Lists of modules that a quantisation leaves alone, by the names that its methods have for them."
 _FP8_NAMES = ("fp8", "fp8_e4m3", "float8_e4m3fn")
@@ -61,9 +63,10 @@ class Stored:
     """The form of a layer's experts.
 
     Attributes:
-        dtype: ``fp8`` for 128x128 blocks of scales, "" for whatever the model is computed in.
+        dtype: ``fp8`` for FP8 weights and activations, "" for whatever the model is computed in.
         why_not: the field that says otherwise, for a sentence; then no kernel of ours runs them.
         form: of `FORMS`.
+        scales: of FP8, as `MoEShape` names them.
     """
 
     dtype: str = ""
@@ -73,6 +76,8 @@ class Stored:
     @form.default
     def _usual(self) -> str:
         return "other" if self.why_not else "fp8_block" if self.dtype == "fp8" else PLAIN
+
+    scales: str = "block-128"
 
 
 Reader = Callable[[int], Stored]
@@ -153,11 +158,13 @@ def _fp8(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
     its = Stored("fp8")
     of_tensors = "fp8_tensor" if scheme == "dynamic" else "fp8_static"
     form = of_tensors if block is None else "fp8_block"
-    if block != [GROUP, GROUP]:
+    if block is None:
+        its = Stored("fp8", form=form, scales="tensor")
+    elif block != [GROUP, GROUP]:
         its = Stored(why_not=f"{field} of quant_method 'fp8' with weight_block_size={short(block)}", form=form)
-    elif scheme != "dynamic":
+    if its.dtype and scheme != "dynamic":
         its = Stored(why_not=f"{field}.activation_scheme={short(scheme)}", form=form)
-    elif kind not in ("e4m3", "float8_e4m3fn"):
+    elif its.dtype and kind not in ("e4m3", "float8_e4m3fn"):
         its = Stored(why_not=f"{field}.fmt={short(kind)}")
     return _always(its)
 
@@ -195,14 +202,19 @@ def _group(group: Any, place: str) -> Stored:
         return Stored(why_not=f"{place} has no weights")
     activations = group.get("input_activations", {})
     form = _form(weights, activations)
-    for key, wanted in _BLOCK_FP8.items():
+    scales, strategies = _OTHER_SCALES.get(form, ("block-128", ()))
+    for key, wanted in ({} if strategies else _BLOCK_FP8).items():
         if weights.get(key) != wanted:
             return Stored(why_not=f"{place}.weights.{key}={short(weights.get(key))}", form=form)
     if not isinstance(activations, Mapping):  # null: weights alone are quantised
         return Stored(why_not=f"{place}.input_activations={short(activations)}")
     if not activations.get("dynamic", True):
         return Stored(why_not=f"{place}.input_activations.dynamic={short(activations['dynamic'])}")
-    return Stored("fp8")
+    if strategies and weights.get("symmetric", True) is not True:
+        return Stored(why_not=f"{place}.weights.symmetric={short(weights['symmetric'])}", form=form)
+    if strategies and activations.get("strategy", "tensor") not in strategies:
+        return Stored(why_not=f"{place}.input_activations.strategy={short(activations.get('strategy'))}", form=form)
+    return Stored("fp8", form=form, scales=scales)
 
 
 def _form(weights: Mapping[str, Any], activations: Any) -> str:

@@ -5,7 +5,8 @@ vLLM finds `register` by the entry point group ``vllm.general_plugins``. It chan
 launch in place of its own `_fused_experts`; all others stay as they are. A layer is taken where
 
 - vLLM itself runs it with `TritonExperts` (its choice on Hopper; elsewhere start it with ``--moe-backend triton``),
-- it is SiLU-gated without biases, in bf16, fp16 or FP8 with 128x128 scale blocks, without LoRA,
+- it is gated by SiLU, with a limit or as SwiGLU-OAI or not, or by GELU-tanh, without biases and LoRA,
+- in bf16, fp16 or FP8 with scales for blocks of 128, 64 or 32, channels or tensors and activations quantised as they come,
 - a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set. Where plans of
   several kernels do, `preference` says which serves; one whose kernel cannot run here is passed over with a warning.
 
@@ -202,7 +203,7 @@ def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refus
     plain = type(impl.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"
     if shape.dtype == "fp8" and not plain:
         return Refusal("FP8 activations of other ranks arrive quantised", logging.WARNING)
-    return unlike(experts, shape.hidden_size)
+    return unlike(experts, shape)
 
 
 @functools.cache

@@ -79,11 +79,11 @@ READ: Mapping[str, frozenset[str]] = {
         {
             *("num_experts", "num_local_experts", "num_logical_experts", "experts_per_token", "hidden_dim"),
             *("intermediate_size_per_partition", "activation", "in_dtype", "max_num_tokens", "has_bias"),
-            *("is_lora_enabled", "moe_parallel_config"),
+            *("is_lora_enabled", "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta"),
         }
     ),
     "FusedMoEParallelConfig": frozenset({"tp_size", "ep_size", "dp_size", "tp_rank", "ep_rank", "dp_rank", "use_ep"}),
-    "FusedMoEQuantConfig": frozenset({"_a1", "_a2", "_w1", "_w2"}),
+    "FusedMoEQuantConfig": frozenset({"_a1", "_a2", "_w1", "_w2", "gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta"}),
     "FusedMoEQuantDesc": frozenset({"dtype", "shape", "scale", "bias"}),
 }
 "Fields by which a layer is judged (`rampwrap.engines.vllm_layer.layer_shape`)."
@@ -110,7 +110,7 @@ _PROPERTIES: Mapping[str, tuple[str, ...]] = {
     "FusedMoEParallelConfig": (),
     "FusedMoEQuantConfig": (
         *("quant_dtype", "weight_quant_dtype", "block_shape", "w1_scale", "w2_scale", "w1_bias", "w2_bias"),
-        *("a1_scale", "a2_scale"),
+        *("a1_scale", "a2_scale", "per_act_token_quant", "per_out_ch_quant"),
     ),
     "FusedMoEQuantDesc": (),
 }
@@ -166,14 +166,15 @@ def faults(root: pathlib.Path | None = None) -> list[str]:
     return list(_faults(_Sources(root)))
 
 
-def strange(owner: str, config: Any) -> str | None:
+def strange(owner: str, config: Any, but: Iterable[str] = ()) -> str | None:
     """The first setting of a vLLM's config that we do not know and that is not at its default; None where there is none.
 
     Args:
         owner: its class as in `READ`, of which `config` may be a subclass.
         config: a dataclass.
+        but: fields that the caller looked at himself.
     """
-    known = READ.get(owner, frozenset()) | MEANINGLESS.get(owner, frozenset())
+    known = READ.get(owner, frozenset()) | MEANINGLESS.get(owner, frozenset()) | frozenset(but)
     for field in dataclasses.fields(config):
         if field.name in known:
             continue

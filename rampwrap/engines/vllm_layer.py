@@ -10,6 +10,7 @@ import torch
 from rampwrap.checkpoint.model import Ranks, read_layers
 from rampwrap.engines.vllm_contract import strange
 from rampwrap.errors import InputError
+from rampwrap.kernel.activation import Activation
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import shape_arguments
 
@@ -21,15 +22,23 @@ both names a kernel and one config for each batch size; on rows it never saw it 
 FP8_KERNELS = ("cute_moe", BOTH, "triton_fused_moe", "vllm_fused_moe")
 """The same for FP8, where the CuTe kernels are 1.09x faster than our Triton kernel and 1.29x faster than vLLM's, and behind at
 no token count by more than 1 %."""
+OF_EVERY_FORM = ("triton_fused_moe",)
+"Kernels that have activations besides SiLU and scales besides blocks of 128."
 _FP8 = torch.float8_e4m3fn
-_GROUP = 128
-# Of the quantisation and of the layer: which one counts has changed between releases.
-_SCALED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit", "swiglu_alpha", "swiglu_beta", "swiglu_limit")
+# Fields of the quantisation, of the layer, and of what vLLM's experts make of both from 0.28 on.
+_SCALED = {
+    "limit": ("gemm1_clamp_limit", "swiglu_limit", "clamp_limit"),
+    "alpha": ("gemm1_alpha", "swiglu_alpha", "alpha"),
+    "beta": ("gemm1_beta", "swiglu_beta", "beta"),
+}
+_UNINTERLEAVED = "swigluoai_uninterleave"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def preference(shape: MoEShape) -> tuple[str, ...]:
     """Kernels whose plans may serve a layer, the fastest first."""
+    if shape.form:
+        return OF_EVERY_FORM
     return FP8_KERNELS if shape.dtype == "fp8" else KERNELS
 
 
@@ -48,20 +57,19 @@ def by_another(name: str) -> Refusal:
 
 def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
     """The shape of a layer on this rank by vLLM's `FusedMoEConfig` and `FusedMoEQuantConfig`, or why we cannot run it."""
-    activation = getattr(config.activation, "value", config.activation)
-    if activation != "silu":
-        return Refusal(f"its activation is {activation}, not silu")
+    activation = _activation(config, quant)
+    if isinstance(activation, Refusal):
+        return activation
     if config.has_bias or quant.w1_bias is not None or quant.w2_bias is not None:
         return Refusal("its experts have biases")
-    if any(getattr(its, name, None) is not None for its in (quant, config) for name in _SCALED):
-        return Refusal("its activation is clamped or scaled")
     if config.is_lora_enabled:
         return Refusal("LoRA is enabled")
     if config.in_dtype not in _DTYPES:
         return Refusal(f"its activations are {config.in_dtype}")
+    scales = ""
     if quant.quant_dtype is None and quant.weight_quant_dtype is None:
         dtype = _DTYPES[config.in_dtype]
-    elif quant.quant_dtype == _FP8 and quant.weight_quant_dtype == _FP8 and quant.block_shape == [_GROUP, _GROUP]:
+    elif quant.quant_dtype == _FP8 and quant.weight_quant_dtype == _FP8 and (scales := _scales(quant)):
         if quant.a1_scale is not None or quant.a2_scale is not None:
             return Refusal("its activations have static scales")
         if config.in_dtype != torch.bfloat16:
@@ -78,7 +86,43 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
         config.intermediate_size_per_partition,
         dtype,
         config.num_local_experts,
+        activation,
+        scales or "block-128",
     )
+
+
+def _activation(config: Any, quant: Any) -> Activation | Refusal:
+    """What vLLM's `TritonExperts` make of gate and up."""
+    name = str(getattr(config.activation, "value", config.activation))
+    if name not in ("silu", "gelu_tanh", _UNINTERLEAVED):
+        return Refusal(f"its activation is {name}, not silu, gelu_tanh or {_UNINTERLEAVED}")
+    given: dict[str, float] = {}
+    for field, (of_quant, of_layer, _) in _SCALED.items():
+        first, second = getattr(quant, of_quant, None), getattr(config, of_layer, None)
+        # Which one counts where they differ has changed between releases.
+        if second is not None and first != second:
+            return Refusal(f"its {of_quant} is {first} and its {of_layer} {second}")
+        if first is not None:
+            given[field] = first
+    # SiLU knows a limit alone, the others do not ask for it.
+    ignored = given if name == "gelu_tanh" else [field for field in given if name == "silu" and field != "limit"]
+    if ignored:
+        return Refusal(f"its activation is {name} with {', '.join(ignored)}, which vLLM passes over")
+    try:
+        return Activation("gelu_tanh") if name == "gelu_tanh" else Activation("silu", **given)
+    except InputError as error:
+        return Refusal(str(error).rstrip("."))
+
+
+def _scales(quant: Any) -> str:
+    """The form of an FP8 layer's scales as `MoEShape` names it, "" for another one."""
+    if quant.block_shape is not None:
+        return {(side, side): f"block-{side}" for side in (128, 64, 32)}.get(tuple(quant.block_shape), "")
+    # A scale an expert may come with a scale a token or one for all of them: ours is by token, which is never coarser.
+    ranks = tuple(0 if its is None else its.dim() for its in (quant.w1_scale, quant.w2_scale))
+    if quant.per_out_ch_quant:
+        return "channel" if quant.per_act_token_quant and ranks == (3, 3) else ""
+    return "tensor" if ranks == (1, 1) else ""
 
 
 def _strange(config: Any, quant: Any) -> str | None:
@@ -89,15 +133,25 @@ def _strange(config: Any, quant: Any) -> str | None:
     return next((reason for one in each if (reason := strange(*one)) is not None), None)
 
 
-def unlike(experts: Any, hidden_size: int) -> Refusal | None:
+def unlike(experts: Any, shape: MoEShape) -> Refusal | None:
     """What vLLM's own experts of a layer were told to do otherwise than ours, as far as their construction says."""
-    activation = getattr(experts, "activation_config", None)  # from 0.28 on
-    if activation is not None and (reason := strange("ApplyMoEActivationConfig", activation)) is not None:
-        return Refusal(reason, logging.INFO)
+    told = getattr(experts, "activation_config", None)  # from 0.28 on
+    if told is not None:
+        for field, (_, _, name) in _SCALED.items():
+            its, ours = getattr(told, name, None), getattr(shape.activation, field)
+            if its != ours:
+                return Refusal(f"its activation has {name}={its}, not {ours}", logging.INFO)
+        names = [name for _, _, name in _SCALED.values()]
+        if (reason := strange("ApplyMoEActivationConfig", told, names)) is not None:
+            return Refusal(reason, logging.INFO)
     if getattr(experts, "quantization_emulation", False):
         return Refusal("its quantisation is emulated", logging.INFO)
-    wide = getattr(experts, "output_hidden_dim", lambda size: size)(hidden_size)  # from 0.33 on
-    return None if wide == hidden_size else Refusal(f"its output is {wide} wide, not {hidden_size}", logging.INFO)
+    wide = getattr(experts, "output_hidden_dim", lambda size: size)(shape.hidden_size)  # from 0.33 on
+    return (
+        None
+        if wide == shape.hidden_size
+        else Refusal(f"its output is {wide} wide, not {shape.hidden_size}", logging.INFO)
+    )
 
 
 def command(model: str, config: Any, shape: MoEShape | None = None) -> str:

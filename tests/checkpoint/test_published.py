@@ -18,7 +18,8 @@ import pytest
 
 from rampwrap.checkpoint.model import Ranks, layers_of, read_layers
 from rampwrap.errors import InputError, RampwrapError
-from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernel.activation import SILU, Activation
+from rampwrap.kernel.shape import SCALES, MoEShape
 
 QWEN = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 DEEPSEEK = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -132,7 +133,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], str]] = [
             expert_dtype="fp4",
             swiglu_limit=10,
         ),
-        "its activation is clamped",
+        "expert_dtype='fp4'",
     ),
     (
         "DeepSeek-R1-NVFP4",
@@ -156,7 +157,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], str]] = [
     (
         "GLM-4.5-FP8",
         config("glm4_moe", DEEPSEEK, (160, 8, 5120, 1536), quantization_config=CHANNEL),
-        "weights.strategy='channel'",
+        "160 8 5120 1536 fp8 channel",
     ),
     ("GLM-4.5-Air", config("glm4_moe", DEEPSEEK, (128, 8, 4096, 1408)), "128 8 4096 1408 bf16"),
     ("GLM-4.7-Flash", config("glm4_moe_lite", DEEPSEEK, (64, 4, 2048, 1536)), "64 4 2048 1536 bf16"),
@@ -168,7 +169,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], str]] = [
     (
         "GLM-5.3-Flash",
         inside("text_config", config("glm5_next_text", DEEPSEEK, (288, 8, 4096, 2048), swiglu_limit=10.0), "glm5_next"),
-        "swiglu_limit=10.0",
+        "288 8 4096 2048 bf16 silu:limit=10",
     ),
     (
         "MiniMax-M2",
@@ -180,10 +181,10 @@ PUBLISHED: list[tuple[str, dict[str, Any], str]] = [
         "MiniMax-M3",
         inside(
             "text_config",
-            config("minimax_m3_vl_text", MIXTRAL, (128, 4, 6144, 3072), swiglu_alpha=1.7),
+            config("minimax_m3_vl_text", MIXTRAL, (128, 4, 6144, 3072), swiglu_alpha=1.702, hidden_act="swigluoai"),
             "minimax_m3_vl",
         ),
-        "its activation is clamped",
+        "128 4 6144 3072 bf16 swiglu_oai",
     ),
     ("gpt-oss-120b", config("gpt_oss", MIXTRAL, (128, 4, 2880, 2880), quantization_config=MXFP4), "biases"),
     (
@@ -212,7 +213,7 @@ PUBLISHED: list[tuple[str, dict[str, Any], str]] = [
             | {"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh", "enable_moe_block": True},
             "gemma4",
         ),
-        "hidden_activation='gelu_pytorch_tanh'",
+        "128 8 2816 704 bf16 gelu_tanh",
     ),
     (
         "Muse-Spark",
@@ -297,8 +298,17 @@ def read_model(
 
 
 def shapes_of(text: str) -> list[MoEShape]:
-    rows = [row.split() for row in text.split(";")]
-    return [MoEShape(*map(int, row[:4]), row[4]) for row in rows]
+    """Of rows ``E k H I dtype``, and then scales or an activation where the layer has some."""
+    found = []
+    for row in (part.split() for part in text.split(";")):
+        scales = next((its for its in row[5:] if its in SCALES), "block-128")
+        activation = next((Activation.parse(its) for its in row[5:] if its not in SCALES), SILU)
+        found.append(MoEShape(*map(int, row[:4]), row[4], activation=activation, scales=scales))
+    return found
+
+
+def names_shapes(said: str) -> bool:
+    return re.match(r"(\d+ ){4}(bf16|fp8)", said) is not None
 
 
 def test_as_many_as_the_figure_says() -> None:
@@ -308,7 +318,7 @@ def test_as_many_as_the_figure_says() -> None:
 @pytest.mark.parametrize(("config", "said"), [row[1:] for row in PUBLISHED], ids=[row[0] for row in PUBLISHED])
 def test_published(config: dict[str, Any], said: str, tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path, config)
-    if not said.endswith(("bf16", "fp8")):
+    if not names_shapes(said):
         with pytest.raises(InputError, match=re.escape(said)):
             read_model(folder)
         return
@@ -335,13 +345,23 @@ def groups(*pairs: tuple[Any, Any], **more: Any) -> dict[str, Any]:
 OTHER = CHANNEL["config_groups"]["group_0"]["weights"]
 
 
+def activated(quantised: dict[str, Any], weights: dict[str, Any] | None = None, **activations: Any) -> dict[str, Any]:
+    """A config of one group with other words about its weights and activations."""
+    group = quantised["config_groups"]["group_0"]
+    changed = {
+        "weights": group["weights"] | (weights or {}),
+        "input_activations": group["input_activations"] | activations,
+    }
+    return {"quantization_config": quantised | {"config_groups": {"group_0": group | changed}}}
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         # A group of their own, whatever the others are.
         (groups((["re:.*mlp.experts.*"], BLOCK_WEIGHTS), (["re:.*self_attn.*"], OTHER)), FP8),
-        (groups((["re:.*self_attn.*"], BLOCK_WEIGHTS), (["re:.*mlp.experts.*"], OTHER)), "strategy='channel'"),
-        (groups((["Linear"], BLOCK_WEIGHTS), (["re:.*experts.*"], OTHER)), "strategy='channel'"),
+        (groups((["re:.*self_attn.*"], BLOCK_WEIGHTS), (["re:.*mlp.experts.*"], OTHER)), "strategy='group'"),
+        (groups((["Linear"], BLOCK_WEIGHTS), (["re:.*experts.*"], OTHER)), "strategy='group'"),
         (
             groups(
                 (["Linear"], OTHER), (["model.layers.3.mlp.experts", "re:.*layers.[012].mlp.experts.*"], BLOCK_WEIGHTS)
@@ -371,7 +391,17 @@ OTHER = CHANNEL["config_groups"]["group_0"]["weights"]
         # Scales that no kernel of ours reads.
         ({"quantization_config": BLOCKS | {"activation_scheme": "static"}}, "activation_scheme='static'"),
         ({"quantization_config": BLOCKS | {"fmt": "e5m2"}}, "fmt='e5m2'"),
-        (groups((["Linear"], BLOCK_WEIGHTS | {"strategy": "tensor"})), "strategy='tensor'"),
+        (groups((["Linear"], BLOCK_WEIGHTS | {"strategy": "tensor"})), "strategy='group'"),
+        # Scales by channel and by tensor.
+        ({"quantization_config": CHANNEL}, f"{FP8} channel"),
+        (activated(CHANNEL, dynamic=False), "input_activations.dynamic=False"),
+        (activated(CHANNEL, strategy="tensor"), "input_activations.strategy='tensor'"),
+        (activated(CHANNEL, weights={"symmetric": False}), "weights.symmetric=False"),
+        (activated(CHANNEL, weights={"strategy": "tensor"}), f"{FP8} tensor"),
+        (activated(CHANNEL, weights={"strategy": "tensor"}, dynamic=False), "weights.strategy='tensor'"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": None}}, f"{FP8} tensor"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": None, "activation_scheme": "static"}}, "'static'"),
+        ({"quantization_config": BLOCKS | {"weight_block_size": None, "fmt": "e5m2"}}, "fmt='e5m2'"),
         # ModelOpt in config.json.
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "quant_algo='FP8'"),
         (
@@ -388,6 +418,25 @@ OTHER = CHANNEL["config_groups"]["group_0"]["weights"]
         ({"swiglu_limit": 0}, PLAIN),
         ({"swiglu_limits": [0, 7.0, None, 0]}, PLAIN),
         ({"swiglu_limits": [7.0] * 4}, "swiglu_limits=7.0"),
+        ({"model_type": "exaone_moe", "swiglu_limits": [7.0] * 4}, f"{PLAIN} silu:limit=7"),
+        (
+            {"model_type": "exaone_moe", "swiglu_limits": [0, 7, 7, 9]},
+            f"{PLAIN}; {PLAIN} silu:limit=7; {PLAIN} silu:limit=9",
+        ),
+        ({"model_type": "glm5_next_text"}, f"{PLAIN} silu:limit=10"),
+        ({"model_type": "glm5_next_text", "swiglu_limit": 7}, f"{PLAIN} silu:limit=7"),
+        ({"model_type": "glm5_next_text", "swiglu_limit": 0}, PLAIN),
+        ({"model_type": "glm5_next_text", "swiglu_limit": -1}, "has swiglu_limit=-1: limit of an activation is -1"),
+        ({"model_type": "glm5_next_text", "swiglu_alpha": 1.7}, "swiglu_alpha=1.7"),
+        (
+            {"model_type": "minimax_m3_text", "swiglu_limit": 5, "swiglu_beta": 2},
+            f"{PLAIN} silu:limit=5,alpha=1.702,beta=2",
+        ),
+        ({"model_type": "minimax_m3_text", "swiglu_alpha": 0}, "alpha of an activation is 0.0"),
+        ({"model_type": "step3p5", "swiglu_limits": [7.0] * 4}, "swiglu_limits=7.0"),
+        ({"model_type": "bailing_moe", "expert_swiglu_limit_list": [7.0] * 4}, "expert_swiglu_limit_list=7.0"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act='gelu_pytorch_tanh'"),
+        ({"hidden_act": "swigluoai"}, "hidden_act='swigluoai'"),
         ({"swiglu_limit": "high"}, "swiglu_limit='high'"),
         ({"swiglu_limit": True}, "swiglu_limit=True"),
         ({"moe_apply_router_weight_on_input": True}, "before the experts"),
@@ -413,7 +462,7 @@ OTHER = CHANNEL["config_groups"]["group_0"]["weights"]
 )
 def test_experts_are_told_apart(more: dict[str, Any], said: str, tmp_path: pathlib.Path) -> None:
     folder = write(tmp_path, LAYERS | more)
-    if said.endswith(("bf16", "fp8")):
+    if names_shapes(said):
         assert list(read_model(folder)) == shapes_of(said)
     else:
         with pytest.raises(InputError, match=re.escape(said)):
@@ -557,11 +606,16 @@ def test_ranks_that_no_engine_has(ranks: Any, said: str, tmp_path: pathlib.Path)
         read_layers(write(tmp_path, BASE), Ranks(*ranks))
 
 
-def test_slices_that_cut_blocks_of_scales_are_refused(tmp_path: pathlib.Path) -> None:
+def test_slices_that_cut_blocks_of_scales_have_smaller_ones(tmp_path: pathlib.Path) -> None:
+    """As vLLM repeats the scales of a block for 64 or 32 where those divide a slice, and no smaller ones."""
     folder = write(tmp_path, BASE | {"quantization_config": BLOCKS})
     assert read_model(folder, tp_size=2) == (MoEShape(128, 8, 2048, 384, "fp8"),)
-    with pytest.raises(InputError, match=r"intermediate_size=192 .* no multiple of its 128-wide scale blocks"):
-        read_model(folder, tp_size=4)
+    assert read_model(folder, tp_size=4) == (MoEShape(128, 8, 2048, 192, "fp8", scales="block-64"),)
+    assert read_model(folder, tp_size=8) == (MoEShape(128, 8, 2048, 96, "fp8", scales="block-32"),)
+    with pytest.raises(InputError, match=r"intermediate_size=48 .* blocks of scales of no less than 32 do not divide"):
+        read_model(folder, tp_size=16)
+    write(tmp_path, BASE | {"quantization_config": CHANNEL})
+    assert read_model(folder, tp_size=16) == (MoEShape(128, 8, 2048, 48, "fp8", scales="channel"),)
 
 
 def test_a_mark_at_the_beginning_and_any_locale(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import vllm as plugin
 from rampwrap.engines import vllm_experts, vllm_layer
 from rampwrap.errors import CaptureError
+from rampwrap.kernel.activation import SWIGLU_OAI
+from rampwrap.kernel.activation import Activation as Ours
 from rampwrap.kernel.device import SIMULATED, Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -53,6 +55,8 @@ IMPL_PARAMETERS = (
 class Activation(enum.Enum):
     SILU = "silu"
     GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    OAI = "swigluoai_uninterleave"
 
 
 @dataclasses.dataclass
@@ -84,6 +88,8 @@ class Config:
     is_lora_enabled: bool = False
     num_logical_experts: int | None = None
     swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
+    swiglu_beta: float | None = None
     moe_backend: str = "auto"
     new_setting: float = 0.0
     moe_parallel_config: Parallel = dataclasses.field(default_factory=Parallel)
@@ -114,8 +120,10 @@ class Quant:
     _w1: Description
     _w2: Description
     gemm1_clamp_limit: float | None = None
+    gemm1_alpha: float | None = None
+    gemm1_beta: float | None = None
 
-    def __init__(self, quant_dtype=None, weight_quant_dtype=None, block_shape=None, gemm1_clamp_limit=None, **its):
+    def __init__(self, quant_dtype=None, weight_quant_dtype=None, block_shape=None, by=(False, False), **its):
         for name, dtype in (
             ("a1", quant_dtype),
             ("a2", quant_dtype),
@@ -124,7 +132,9 @@ class Quant:
         ):
             scale, zp, bias = (its.get(f"{name}_{what}") for what in ("scale", "zp", "bias"))
             setattr(self, f"_{name}", Description(dtype, block_shape, scale, zp, bias))
-        self.gemm1_clamp_limit = gemm1_clamp_limit
+        self.per_act_token_quant, self.per_out_ch_quant = by
+        for name in ("clamp_limit", "alpha", "beta"):
+            setattr(self, f"gemm1_{name}", its.get(f"gemm1_{name}"))
 
     quant_dtype = property(lambda self: self._a1.dtype)
     weight_quant_dtype = property(lambda self: self._w1.dtype)
@@ -144,6 +154,15 @@ class ActivationConfig:
     clamp_limit: float | None = None
     alpha: float = 1.0
     beta: float = 0.0
+    situ: float | None = None
+
+    @classmethod
+    def of(cls, config, quant):
+        """The quantisation's, else the layer's, else these defaults."""
+        names = (("clamp_limit", "limit"), ("alpha", "alpha"), ("beta", "beta"))
+        both = {name: (getattr(quant, f"gemm1_{name}"), getattr(config, f"swiglu_{of}")) for name, of in names}
+        found = {name: next((its for its in pair if its is not None), None) for name, pair in both.items()}
+        return cls(**{name: its for name, its in found.items() if its is not None})
 
 
 class MoEPrepareAndFinalizeNoDPEPModular:
@@ -185,7 +204,7 @@ class StandIn:
 
             def __init__(self, moe_config, quant_config):
                 self.moe_config, self.quant_config = moe_config, quant_config
-                self.activation_config = ActivationConfig()
+                self.activation_config = ActivationConfig.of(moe_config, quant_config)
 
             @staticmethod
             def moe_problem_size(a1, w1, w2, topk_ids):
@@ -708,13 +727,28 @@ FP8 = {"quant_dtype": torch.float8_e4m3fn, "weight_quant_dtype": torch.float8_e4
         (broken(has_bias=True), "biases"),
         (broken(is_lora_enabled=True), "LoRA"),
         (broken(in_dtype=torch.float32), "torch.float32"),
-        ({"quant": Quant(gemm1_clamp_limit=7.0)}, "clamped"),
-        (broken(swiglu_limit=7.0), "clamped"),
+        (broken(swiglu_limit=7.0), "its gemm1_clamp_limit is None and its swiglu_limit 7.0"),
+        ({"quant": Quant(gemm1_alpha=1.7)}, "its activation is silu with alpha, which vLLM passes over"),
+        ({"quant": Quant(gemm1_clamp_limit=0.0)}, "limit of an activation is 0.0"),
+        (
+            {**broken(activation=Activation.GELU_TANH), "quant": Quant(gemm1_clamp_limit=7.0)},
+            "its activation is gelu_tanh with limit",
+        ),
         (broken(new_setting=0.5), "FusedMoEConfig.new_setting is 0.5, which rampwrap does not know"),
         ({"quant": Quant(w1_zp=torch.ones(1))}, "FusedMoEQuantDesc.zp is tensor"),
         ({"quant": Quant(weight_quant_dtype="int4")}, "int4"),
         ({"quant": Quant(**FP8, block_shape=None)}, "float8"),
         ({"quant": Quant(**FP8, block_shape=[1, 32])}, "float8"),
+        ({"quant": Quant(**FP8, block_shape=[64, 128])}, "float8"),
+        (
+            {"quant": Quant(**FP8, by=(False, True), w1_scale=torch.ones(8, 64, 1), w2_scale=torch.ones(8, 64, 1))},
+            "float8",
+        ),
+        ({"quant": Quant(**FP8, w1_scale=torch.ones(8, 2), w2_scale=torch.ones(8))}, "float8"),
+        (
+            {"quant": Quant(**FP8, w1_scale=torch.ones(8), w2_scale=torch.ones(8), a2_scale=torch.ones(1))},
+            "static scales",
+        ),
         ({"quant": Quant(**FP8, block_shape=[128, 128], a1_scale=torch.ones(1))}, "static scales"),
     ],
 )
@@ -768,6 +802,68 @@ def test_fp8_layers_quantise_their_own_activations(world):
     layer = world.kernel(Config(hidden_dim=128, intermediate_size_per_partition=128), quant)
     assert layer.impl.fused_experts.expects_unquantized_inputs
     assert isinstance(layer.impl.fused_experts, world.experts) and not world.experts.expects_unquantized_inputs
+    names = ("hidden_states", "w2", "topk_weights", "topk_ids")
+    out = layer.impl.apply(w1=its["w13"], **{name: its[name] for name in names})
+    want = kernel.reference(shape, its)
+    assert world.calls == [] and float((out.double() - want).norm() / want.norm()) < 2e-2
+
+
+CLAMPED = {"gemm1_clamp_limit": 7.0}
+OAI = {**CLAMPED, "gemm1_alpha": 1.702, "gemm1_beta": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("activation", "scaled", "ours"),
+    [
+        (Activation.SILU, CLAMPED, Ours(limit=7.0)),
+        (Activation.OAI, OAI, SWIGLU_OAI),
+        (Activation.OAI, CLAMPED, Ours(limit=7.0)),
+        (Activation.GELU_TANH, {}, Ours("gelu_tanh")),
+    ],
+)
+def test_layers_of_other_activations(world, activation, scaled, ours):
+    """As vLLM's settings name it; the same settings of the layer change nothing, and a plan for SiLU is not for them."""
+    shape = attrs.evolve(SHAPE, activation=ours)
+    plugin.register()
+    names = {"gemm1_clamp_limit": "swiglu_limit", "gemm1_alpha": "swiglu_alpha", "gemm1_beta": "swiglu_beta"}
+    config = Config(activation=activation, **{names[name]: its for name, its in scaled.items()})
+    assert "_fused_experts" not in vars(world.kernel(config, Quant(**scaled)).impl)
+    for its in (config, Config(activation=activation)):
+        assert vllm_layer.layer_shape(its, Quant(**scaled)) == shape
+    if ours != SWIGLU_OAI:
+        return
+    make_plan(timings_of(shape)).save(world.folder / "other.plan.json")
+    world.config = world.new_config()
+    layer, given = world.kernel(config, Quant(**scaled)), inputs(4)
+    out = layer.impl.apply(**given)
+    want = TritonFusedMoE(shape).reference(shape, given | {"w13": given["w1"]})
+    assert world.calls == [] and float((out.double() - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scales", "quant"),
+    [
+        ((128, 192), "block-64", {"block_shape": [64, 64]}),
+        ((64, 96), "block-32", {"block_shape": [32, 32]}),
+        ((64, 48), "channel", {"by": (True, True)}),
+        ((64, 48), "tensor", {"by": (False, False)}),
+        ((64, 48), "tensor", {"by": (True, False)}),
+    ],
+)
+def test_fp8_layers_of_other_scales(world, sizes, scales, quant):
+    """Slices whose scales vLLM refined, and scales by channel and by tensor, where it runs them with its Triton experts."""
+    shape = MoEShape(8, 2, *sizes, "fp8", scales=scales)
+    kernel = TritonFusedMoE(shape)
+    its = kernel.inputs(shape, inputs(4)["topk_ids"])
+    made = Quant(**FP8, **quant, w1_scale=its["w13_scale"], w2_scale=its["w2_scale"])
+    config = Config(hidden_dim=sizes[0], intermediate_size_per_partition=sizes[1])
+    assert vllm_layer.layer_shape(config, made) == shape
+    if scales != "channel":
+        return
+    make_plan(timings_of(shape)).save(world.folder / "fp8.plan.json")
+    plugin.register()
+    layer = world.kernel(config, made)
+    assert layer.impl.fused_experts.expects_unquantized_inputs
     names = ("hidden_states", "w2", "topk_weights", "topk_ids")
     out = layer.impl.apply(w1=its["w13"], **{name: its[name] for name in names})
     want = kernel.reference(shape, its)
@@ -852,8 +948,9 @@ def test_an_error_of_ours_lets_the_engine_start(world, caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"activation_config": ActivationConfig(clamp_limit=7.0)}, "ApplyMoEActivationConfig.clamp_limit is 7.0"),
-        ({"activation_config": ActivationConfig(alpha=1.7)}, "alpha is 1.7"),
+        ({"activation_config": ActivationConfig(clamp_limit=7.0)}, "its activation has clamp_limit=7.0, not None"),
+        ({"activation_config": ActivationConfig(alpha=1.7)}, "its activation has alpha=1.7, not 1.0"),
+        ({"activation_config": ActivationConfig(situ=1.0)}, "ApplyMoEActivationConfig.situ is 1.0"),
         ({"quantization_emulation": True}, "emulated"),
         ({"output_hidden_dim": lambda hidden_dim: hidden_dim // 2}, "its output is 32 wide, not 64"),
     ],

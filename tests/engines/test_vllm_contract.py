@@ -69,6 +69,10 @@ class FusedMoEQuantConfig:
     _w1: object
     _w2: object
     gemm1_alpha: float | None = None
+    gemm1_beta: float | None = None
+    gemm1_clamp_limit: float | None = None
+    def per_act_token_quant(self): ...
+    def per_out_ch_quant(self): ...
     def quant_dtype(self): ...
     def weight_quant_dtype(self): ...
     def block_shape(self): ...
@@ -99,6 +103,9 @@ class FusedMoEConfig:
     has_bias: bool = False
     is_lora_enabled: bool = False
     swiglu_limit: float | None = None
+    swiglu_alpha: float | None = None
+    swiglu_beta: float | None = None
+    activation_situ_beta: float | None = None
     intermediate_size_per_partition: int = -1
 """,
 }
@@ -195,7 +202,7 @@ class FusedMoEConfig:
 
     num_experts: int = 8
     moe_backend: str = "auto"
-    swiglu_limit: float | None = None
+    activation_situ_beta: float | None = None
     new: float = 1.0
     names: tuple = ()
     made: list = dataclasses.field(default_factory=list)
@@ -206,7 +213,7 @@ class FusedMoEConfig:
     ("change", "says"),
     [
         ({"num_experts": 9, "moe_backend": "triton"}, None),
-        ({"swiglu_limit": 7.0}, "FusedMoEConfig.swiglu_limit is 7.0, which rampwrap does not know"),
+        ({"activation_situ_beta": 7.0}, "FusedMoEConfig.activation_situ_beta is 7.0, which rampwrap does not know"),
         ({"new": 0.5}, "new is 0.5"),
         ({"new": 1, "made": []}, None),
         ({"made": [1]}, "made is [1]"),
