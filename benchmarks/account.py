@@ -1,7 +1,7 @@
 """Where a layer's time goes beyond reading its weights once: each launch alone, in pairs and together, beside plain streaming.
 
     python benchmarks/account.py --build DIR                  # anywhere with the CuTe DSL, no GPU
-    python benchmarks/account.py --library DIR --out OUT.json # on an sm_90 GPU
+    python benchmarks/account.py --library DIR --out OUT.json # on an sm_90 GPU; with --ragged that form's
 
 A layer of the CuTe kernels is four launches: P aligns and, in FP8, quantises; U and D are the GEMMs; S sums over top-k. For each
 workload the fastest two-launch or prefill config of the whole layer is looked for and checked against float64 on poisoned memory,
@@ -46,9 +46,10 @@ from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.build.build import build
 from rampwrap.kernels.cute.build.library import Library, load
-from rampwrap.kernels.cute.configs import STREAM_CHUNK, STREAMS, all_variants, from_keys
+from rampwrap.kernels.cute.configs import RAGGED, STREAM_CHUNK, STREAMS, all_variants, from_keys
 from rampwrap.kernels.cute.host.launch import run_layer
 from rampwrap.kernels.cute.host.prepare import prepare, sum_rows
+from rampwrap.kernels.cute.host.ragged import run_ragged
 from rampwrap.kernels.triton.moe.workspace import Workspace
 from rampwrap.measure.graph_timer import GraphTimer
 from rampwrap.measure.inputs import Arguments
@@ -84,17 +85,21 @@ def launches(
     seen: list[tuple[Any, ...]] = []
     most = kernel._most_ctas(found.ctas_per_sm, operands.topk_ids.device)
     note = lambda *arguments: seen.append(arguments)  # noqa: E731
-    run_layer(found, (note, note), config["group_m"], most, operands, workspace=memory)
+    if found.form == "ragged":
+        assert kernel._costs is not None
+        run_ragged(kernel.shape, found, (note, note), kernel._costs, most, operands, memory=memory)
+    else:
+        run_layer(found, (note, note), config["group_m"], most, operands, workspace=memory)
     up, down = (
         functools.partial(kernel.library.function(variant), *arguments)
         for variant, arguments in zip(found.variants, seen, strict=True)
     )
     ids, experts = operands.topk_ids, kernel.shape.num_local_experts
-    blocks = memory.token_blocks(*ids.shape, experts, found.block_m)
+    blocks = memory.token_blocks(*ids.shape, experts, found.align_m)
     assert blocks is not None
     quantised = (seen[0][0], seen[0][1]) if kernel.shape.dtype == "fp8" else None
     aligned = functools.partial(
-        prepare, operands.hidden_states, quantised, None, ids, found.block_m, experts, expert_map=None, memory=blocks
+        prepare, operands.hidden_states, quantised, None, ids, found.align_m, experts, expert_map=None, memory=blocks
     )
     return {
         "P": aligned,
@@ -128,6 +133,8 @@ def best_config(
     kernel: CuteFusedMoE, timer: Timer, given: Sequence[dict[str, Any]], most: int, rounds: int
 ) -> tuple[Config, int]:
     """The fastest config of the whole layer, and among how many; blocks that no expert half fills are passed over."""
+    if len(kernel.configs) == 1:
+        return kernel.configs[0], 1
     tall = max(8, 2 * most)
     tried = [c for c in kernel.configs if c["form"] != "one" and c["group_m"] == 1 and c["block_m"] <= tall]
     memory, out = kernel.workspace(len(given[0]["topk_ids"]), DEVICE), torch.empty_like(given[0]["hidden_states"])
@@ -264,7 +271,7 @@ HEAD = (
 
 def account(shape: MoEShape, library: Library, a: argparse.Namespace) -> list[dict[str, Any]]:
     """All workloads of a layer."""
-    kernel = CuteFusedMoE(shape, "both", library)
+    kernel = CuteFusedMoE(shape, "ragged" if a.ragged else "both", library)
     device = device_of(kernel)
     timer: Timer = GraphTimer(device.l2_bytes, shape.weight_bytes)
     rows = []
@@ -283,12 +290,17 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=["fp8", "bf16"], choices=["fp8", "bf16"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))
+    parser.add_argument("--ragged", action="store_true", help="of the ragged form instead of the best config")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, metavar="JSON")
     a = parser.parse_args()
     if a.build:
-        print(build([*all_variants(), *STREAMS], a.build))
+        print(
+            build(
+                [*all_variants(), *STREAMS, *(variant for its in RAGGED.values() for variant in its.variants)], a.build
+            )
+        )
         return 0
     library = load(a.library)
     found: dict[str, Any] = {}

@@ -118,8 +118,19 @@ def contenders(names: Sequence[str], shape: MoEShape) -> tuple[list[Kernel], dic
     return made, left_out
 
 
-def race(shape: MoEShape, a: argparse.Namespace) -> dict[str, Any] | None:
-    """The race of one layer; None where no kernel can run it."""
+@attrs.frozen(eq=False)
+class Raced:
+    """What a race of one layer timed."""
+
+    kernels: list[Kernel]
+    left_out: dict[str, str]
+    wrong: dict[str, str]
+    table: Timings
+    device: Device
+
+
+def timed(shape: MoEShape, a: argparse.Namespace) -> Raced | None:
+    """Times the configs that are right and near the best somewhere; None where no kernel can run the layer."""
     kernels, left_out = contenders(a.kernels, shape)
     if not kernels:
         return None
@@ -139,14 +150,21 @@ def race(shape: MoEShape, a: argparse.Namespace) -> dict[str, Any] | None:
     table = profile(
         both, shape, rows, configs=kept, rounds=a.rounds, budget_s=a.budget_seconds, quiet=quiet, seed=a.seed
     )
-    device = measured(device_of(both))
+    return Raced(kernels, left_out, bad, table, measured(device_of(both)))
+
+
+def race(shape: MoEShape, a: argparse.Namespace) -> dict[str, Any] | None:
+    """The race of one layer; None where no kernel can run it."""
+    found = timed(shape, a)
+    if found is None:
+        return None
     return {
         "shape": str(shape),
-        "copy_gbps": device.copy_gbps,
-        "versions": {kernel.name: kernel_version(kernel) for kernel in kernels},
-        "left_out": left_out,
-        "wrong": bad,
-        "rows": [line(table, row, device) for row in range(len(table.us))],
+        "copy_gbps": found.device.copy_gbps,
+        "versions": {kernel.name: kernel_version(kernel) for kernel in found.kernels},
+        "left_out": found.left_out,
+        "wrong": found.wrong,
+        "rows": [line(found.table, row, found.device) for row in range(len(found.table.us))],
     }
 
 

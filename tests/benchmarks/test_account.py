@@ -100,6 +100,15 @@ def test_what_it_writes(account, monkeypatch, tmp_path, capsys):
 
 
 @needs_interpreter
+def test_of_the_ragged_form(account, monkeypatch, capsys):
+    monkeypatch.setattr(account, "load", lambda path: Library())
+    told = ["--shapes", "small", "--dtype", "fp8", "--tokens", "2", "--routings", "uniform", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["account.py", "--ragged", *told])
+    assert account.main() == 0
+    assert "form=ragged" in capsys.readouterr().out
+
+
+@needs_interpreter
 def test_a_wrong_layer_is_not_timed(account, monkeypatch, capsys):
     monkeypatch.setattr(account, "load", lambda path: Library(lost=1))
     told = ["--shapes", "small", "--dtype", "fp8", "--tokens", "1", "--routings", "uniform", "--rounds", "1"]
