@@ -6,14 +6,18 @@ captured. Masked, the lengths of messages follow from the routing, and the host 
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 
+from rampwrap.ep.board import Board
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received, sum_in_order
+from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError
 
 
@@ -31,20 +35,15 @@ class Collectives:
     def __init__(
         self, group: dist.ProcessGroup, layout: Layout, owners: Owners, device: torch.device, timeout_s: float
     ) -> None:
-        self._group, self._owners = group, owners
+        self._group, self._owners, self._layout = group, owners, layout
         memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=device)
         self._regions: Mapping[str, torch.Tensor] = layout.views(memory)
         self._timeout = None if dist.get_backend(group) == "nccl" else timedelta(seconds=timeout_s)
         self._wanted: torch.Tensor | None = None
 
-    def dispatch(self, sent: Mapping[str, torch.Tensor], tokens_per_rank: tuple[int, ...], path: Path) -> Received:
-        """Sends this rank's rows and returns those of all.
-
-        Args:
-            sent: "topk_ids", "topk_weights", "rows" and, in FP8, "scales" of this rank's tokens, as regions hold them.
-            tokens_per_rank: of every rank.
-            path: of the step, the same on all ranks.
-        """
+    def dispatch(self, brought: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
+        """Sends this rank's rows and returns those of all, with their M blocks where a height is given."""
+        sent = brought.regions(self._layout)
         here = {name: self._regions[name][: sum(tokens_per_rank)] for name in sent}
         self._wanted = self._owners.ranks_of(sent["topk_ids"])
         for name in ("topk_ids", "topk_weights", "rows", "scales"):  # in this order on every rank
@@ -54,7 +53,7 @@ class Collectives:
                 self._scatter(here[name], sent[name], here["topk_ids"], tokens_per_rank)
             else:
                 self._gather(here[name], sent[name], tokens_per_rank, "dispatch")
-        return Received(
+        received = Received(
             here["rows"],
             here.get("scales"),
             here["topk_ids"],
@@ -64,9 +63,11 @@ class Collectives:
             self._owners,
             path,
         )
+        return received if block_m is None else attrs.evolve(received, blocks=_aligned(received, block_m))
 
-    def combine(self, partial: torch.Tensor, received: Received) -> torch.Tensor:
-        """Sends every source its sums and returns those of this rank's own tokens, float32 [num_tokens, H]."""
+    def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
+        """Sends every source its sums and adds those of this rank's own tokens."""
+        partial = received.partial(expert_output, self._layout.partial_dtype)
         wanted, counts = self._wanted, received.tokens_per_rank
         assert wanted is not None
         mine = counts[self._owners.rank]
@@ -84,7 +85,8 @@ class Collectives:
             packed = partial.new_empty(ranks * mine, partial.shape[1])
             self._all_to_all(packed, partial, [mine] * ranks, list(counts), "combine")
             parts.copy_(packed.view(parts.shape))
-        return sum_in_order(parts, wanted)
+        total = sum_in_order(parts, wanted)
+        return total.to(self._layout.hidden_dtype) if out is None else out.copy_(total)
 
     def _gather(self, out: torch.Tensor, own: torch.Tensor, counts: Sequence[int], phase: str) -> None:
         """Every row to every rank."""
@@ -128,9 +130,21 @@ class Collectives:
                 f"rank {self._owners.rank} lost a peer in {phase} ({first[:120]}); see which rank ended, and make the group anew."
             ) from None
 
+    def fault(self) -> None:
+        """None: what goes wrong is raised at once."""
+
+    def reset(self, board: Board) -> None:
+        """Nothing: no state outlives a step."""
+
     def close(self) -> None:
         """Lets go of the memory."""
         self._regions = {}
+
+
+def _aligned(received: Received, block_m: int) -> Any:
+    from rampwrap.kernels.triton.align.host import align_tokens
+
+    return align_tokens(received.topk_ids, block_m, received.owners.num_local_experts, expert_map=received.expert_map)
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -13,17 +13,33 @@ from rampwrap.ep.board import Board
 from rampwrap.ep.collectives import Collectives
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
-from rampwrap.ep.path import path_of
+from rampwrap.ep.path import Path, path_of
 from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
-from rampwrap.errors import GroupError, InputError
+from rampwrap.errors import GroupError, InputError, RampwrapError
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 
-BACKENDS = ("collectives",)
+BACKENDS = ("collectives", "symmetric")
 _open: list["ExpertParallel"] = []
 _opened: dict[str, int] = {}
 "How often each group was opened: the same on all its ranks, and so a name that they share."
+
+
+class Mover(Protocol):
+    """What moves the rows of a step: `Collectives`, `Symmetric`."""
+
+    def dispatch(
+        self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None, /
+    ) -> Received: ...
+
+    def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None, /) -> torch.Tensor: ...
+
+    def fault(self) -> str | None: ...
+
+    def reset(self, board: Board, /) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ExpertParallel:
@@ -43,7 +59,8 @@ class ExpertParallel:
         max_tokens_per_rank: most tokens that a rank brings to a dispatch.
         placement: the experts of this rank; None gives each rank an equal run of them.
         payload, partials: types that rows and sums travel in (`Layout`).
-        backend: "collectives", torch.distributed on any device and over several hosts.
+        backend: "collectives", torch.distributed on any device and over several hosts; or "symmetric", our kernels through
+            memory that the GPUs of one host share, for steps of up to 512 tokens a rank, and collectives for larger ones.
         masked: whether rows go only to ranks that own one of their experts; None decides by what it saves (`path_of`).
         timeout_s: seconds that a rank is waited for.
         device: of the tensors; None takes the current GPU for NCCL, else the CPU.
@@ -85,7 +102,7 @@ class ExpertParallel:
         self._received: Received | None = None
         self._meets = True  # whether ranks tell each other before they move data
         self._owners: Owners | None = None
-        self._mover: Collectives | None = None
+        self._movers: tuple[Mover, Mover] | None = None  # of low latency, and of other steps
         self._board: Board | None = None
 
     @property
@@ -107,17 +124,40 @@ class ExpertParallel:
         number = _opened[self.group.group_name] = _opened.get(self.group.group_name, 0) + 1
         store = self.group.get_group_store()
         self._board = board = Board(store, f"ep/{number}", self.rank, self.num_ranks, self.timeout_s)
-        wish = terms.Terms.of(
-            self.layout, self.placement, self.device, f"{self.backend}, masked={self.masked}", self._busy()
-        )
-        every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
-        terms.check(every)
-        self._owners = Owners.of([its.placement for its in every], self.rank, self.device)
-        self._mover = Collectives(self.group, self.layout, self._owners, self.device, self.timeout_s)
-        board.exchange("allocated", None)
+        try:
+            every = self._meet(board)
+            self._owners = Owners.of([its.placement for its in every], self.rank, self.device)
+            self._movers = self._made(board, every, self._owners)
+            board.exchange("open to all", None)
+        except RampwrapError:
+            self._let_go()
+            raise
         _open.append(self)
         self._state = "idle"
         return self
+
+    def _meet(self, board: Board) -> list[terms.Terms]:
+        backend = f"{self.backend}, masked={self.masked}"
+        wish = terms.Terms.of(self.layout, self.placement, self.device, backend, self._busy())
+        every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
+        terms.check(every)
+        return every
+
+    def _made(self, board: Board, every: Sequence[terms.Terms], owners: Owners) -> "tuple[Mover, Mover]":
+        if self.backend == "collectives":
+            one = Collectives(self.group, self.layout, owners, self.device, self.timeout_s)
+            return one, one
+        from rampwrap.ep.symmetric import Symmetric, shared_layout
+
+        reason = terms.apart(every, self.rank, torch.cuda.can_device_access_peer)
+        reason = terms.first_reason(board.exchange("reach", reason))
+        if reason is not None:
+            raise GroupError(reason)
+        shared = shared_layout(self.layout)
+        near = Symmetric.open(self.group, shared, owners, self.device, board)
+        if shared == self.layout:
+            return near, near
+        return near, Collectives(self.group, self.layout, owners, self.device, self.timeout_s)
 
     def _busy(self) -> str | None:
         others = [its for its in _open if its.group is not self.group]
@@ -149,7 +189,7 @@ class ExpertParallel:
             GroupError: another rank refused its part, or did not arrive.
         """
         self._meets = tokens_per_rank is None
-        mover, board = self._mover_in("dispatch", "idle")
+        movers, board = self._movers_in("dispatch", "idle")
         sent = Sent(hidden_states, topk_ids, topk_weights, scales)
         refusal = sent.refusal(self.layout, self.device)
         if tokens_per_rank is None:
@@ -159,12 +199,10 @@ class ExpertParallel:
             refusal = refusal or self._wrong_counts(counts, sent.num_tokens)
         if refusal is not None:
             raise InputError(refusal)
-        # Which rows a message has the host must read, unless all are in it.
-        masked = self.masked if tokens_per_rank is None else False
-        path = path_of(self.layout, counts, masked)
-        received = mover.dispatch(sent.regions(self.layout), counts, path)
-        if block_m is not None:
-            received = attrs.evolve(received, blocks=_aligned(received, block_m))
+        # Which rows a message has the host must read, unless all are in it; our kernels need not know.
+        known = tokens_per_rank is not None and self.backend == "collectives"
+        path = path_of(self.layout, counts, False if known else self.masked)
+        received = self._mover_of(path, movers).dispatch(sent, counts, path, block_m)
         self._received, self._state = received, "dispatched"
         return received
 
@@ -180,18 +218,38 @@ class ExpertParallel:
             InputError: another shape, or a combine without its dispatch.
             GroupError: another rank refused its part, or did not arrive.
         """
-        mover, board = self._mover_in("combine", "dispatched")
+        movers, board = self._movers_in("combine", "dispatched")
         received = self._received
         assert received is not None
-        refusal = received.refusal(expert_output)
+        refusal = received.refusal(expert_output) or self._wrong_out(out, received.tokens_per_rank[self.rank])
         if self._meets:
             self._agree(board, "combine", 0, refusal)
         if refusal is not None:
             raise InputError(refusal)
-        partial = received.partial(expert_output, self.layout.partial_dtype)
-        total = mover.combine(partial, received)
+        total = self._mover_of(received.path, movers).combine(expert_output, received, out)
         self._received, self._state = None, "idle"
-        return total.to(self.layout.hidden_dtype) if out is None else out.copy_(total)
+        return total
+
+    def check(self) -> None:
+        """Waits for the GPU and says what went wrong there, if anything did. Calls do so too, without waiting.
+
+        Raises:
+            GroupError: a rank did not arrive at a step, or came with other counts.
+        """
+        if self._movers is not None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._raise_fault(self._movers)
+
+    def _raise_fault(self, movers: "tuple[Mover, Mover]") -> None:
+        reason = movers[0].fault()
+        if reason is not None:
+            self._state = "broken"
+            raise GroupError(reason)
+
+    @staticmethod
+    def _mover_of(path: Path, movers: "tuple[Mover, Mover]") -> "Mover":
+        return movers[0] if path.low_latency else movers[1]
 
     def layer(
         self,
@@ -225,11 +283,13 @@ class ExpertParallel:
         )
         return self.combine(rows, out=out)
 
-    def _mover_in(self, call: str, state: str) -> tuple[Collectives, Board]:
-        if self._mover is None or self._board is None:
+    def _movers_in(self, call: str, state: str) -> "tuple[tuple[Mover, Mover], Board]":
+        if self._movers is None or self._board is None:
             raise InputError(f"{call} was called on a closed ExpertParallel; call open() on every rank.")
+        if self._state != "broken":
+            self._raise_fault(self._movers)
         if self._state == state:
-            return self._mover, self._board
+            return self._movers, self._board
         refusal = {
             "idle": "combine was called without a dispatch; call dispatch first.",
             "dispatched": "dispatch was called twice without a combine; call combine, or reset() on every rank.",
@@ -264,6 +324,12 @@ class ExpertParallel:
             )
         return None
 
+    def _wrong_out(self, out: torch.Tensor | None, num_tokens: int) -> str | None:
+        size, dtype = (num_tokens, self.shape.hidden_size), self.layout.hidden_dtype
+        if out is None or (out.shape == size and out.dtype == dtype and out.is_contiguous()):
+            return None
+        return f"out is {out.dtype} of shape {tuple(out.shape)}; give contiguous {dtype} {size}."
+
     def reset(self) -> None:
         """Starts anew after a failure, on every rank.
 
@@ -275,6 +341,8 @@ class ExpertParallel:
             raise InputError("reset was called on a closed ExpertParallel; call open() on every rank.")
         self._state = "broken"
         self._board.reset()
+        for mover in dict.fromkeys(self._movers or ()):
+            mover.reset(self._board)
         self._received, self._state = None, "idle"
 
     def close(self) -> None:
@@ -291,11 +359,11 @@ class ExpertParallel:
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._mover is not None:
-            self._mover.close()
+        for mover in self._movers or ():
+            mover.close()
         if self in _open:
             _open.remove(self)
-        self._mover = self._board = self._received = self._owners = None
+        self._movers = self._board = self._received = self._owners = None
         self._state = "closed"
 
     def __enter__(self) -> "ExpertParallel":
@@ -308,9 +376,3 @@ class ExpertParallel:
             self.close()
         else:  # the other ranks may be anywhere
             self._let_go()
-
-
-def _aligned(received: Received, block_m: int) -> Any:
-    from rampwrap.kernels.triton.align.host import align_tokens
-
-    return align_tokens(received.topk_ids, block_m, received.owners.num_local_experts, expert_map=received.expert_map)

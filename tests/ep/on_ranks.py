@@ -116,6 +116,8 @@ def refused(group: dist.ProcessGroup, arguments: dict[str, Any], calls: list[Any
         try:
             if name == "sleep":
                 time.sleep(its[0])
+            elif name == "combine_into":
+                ep.combine(torch.zeros(4, 64), out=torch.empty(its[0], dtype=torch.bfloat16))
             elif name == "second":
                 ExpertParallel(OTHERS[its[0]], arguments["shape"], 4, timeout_s=2.0).open()._let_go()
             else:

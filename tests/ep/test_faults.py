@@ -71,6 +71,7 @@ def test_a_call_that_one_rank_refuses(ranks: Any) -> None:
         [("dispatch", *tokens(2)), ("dispatch", *tokens(1, hidden=32))],
         dispatch(2, 2),
         [COMBINE, ("combine", torch.zeros(3, 64))],
+        ("combine_into", (4, 64)),
         COMBINE,
         dispatch(0, 4),
         COMBINE,
@@ -85,7 +86,8 @@ def test_a_call_that_one_rank_refuses(ranks: Any) -> None:
     )
     assert first[4].startswith("GroupError: rank 1 refused combine: expert_output is")
     for said in (first, second):
-        assert [said[place] for place in (0, 3, 5, 6, 7)] == [None] * 5
+        assert said[5] == "InputError: out is torch.bfloat16 of shape (4, 64); give contiguous torch.bfloat16 (2, 64)."
+        assert [said[place] for place in (0, 3, 6, 7, 8)] == [None] * 5
 
 
 def test_calls_out_of_order(ranks: Any) -> None:
@@ -157,6 +159,12 @@ def test_a_rank_that_is_late(ranks: Any, number: int) -> None:
             )
         assert said[3] == "InputError: combine was called after a failure; call reset() on every rank."
         assert [said[place] for place in (0, 4, 5, 8, 9, 10)] == [None] * 6
+
+
+def test_memory_is_shared_by_gpus_only(ranks: Any) -> None:
+    for said in ranks.run(2, "refused", ARGUMENTS | {"backend": "symmetric"}, [OPEN, COMBINE]):
+        assert said[0] == "GroupError: rank 0 runs on a CPU; use the backend 'collectives'."
+        assert "closed" in said[1]
 
 
 @pytest.mark.parametrize(

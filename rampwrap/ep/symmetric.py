@@ -1,0 +1,186 @@
+"""`Symmetric`: rows moved by our kernels through memory that the GPUs of one host share; a step is three launches.
+
+All memory is made by `open`. Afterwards nothing waits for the host, so that steps can be captured in CUDA graphs; a graph
+holds the counts of tokens that it was captured with, and every rank must replay its own of the same step.
+"""
+
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from rampwrap.ep.board import Board
+from rampwrap.ep.layout import Layout
+from rampwrap.ep.owners import Owners
+from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
+from rampwrap.ep.received import Received
+from rampwrap.ep.sent import Sent
+from rampwrap.errors import GroupError
+from rampwrap.kernels.ep import host
+from rampwrap.kernels.ep.host import Mapped
+from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, blocks_in
+
+MOST_BLOCK_M = 128
+"Of the M blocks that memory is kept for."
+
+
+def shared_layout(layout: Layout) -> Layout:
+    """What of a layout is shared: room for the steps of low latency. Larger steps go another way."""
+    return attrs.evolve(layout, max_tokens_per_rank=min(layout.max_tokens_per_rank, LOW_LATENCY_TOKENS))
+
+
+def own_ints(layout: Layout, num_local_experts: int) -> int:
+    """int32 values that a rank keeps for itself: histogram, ticket and M blocks."""
+    rows = layout.num_ranks * layout.max_tokens_per_rank
+    blocks = alignment_ints(rows, layout.shape.top_k, num_local_experts, MOST_BLOCK_M)
+    return _ticket_at(num_local_experts) + 32 + blocks
+
+
+def _ticket_at(num_local_experts: int) -> int:
+    """Behind the histogram, on a line of 128 bytes of its own."""
+    return -(-num_local_experts // 32) * 32
+
+
+class Symmetric:
+    """Moves rows of one layout among the GPUs of one host.
+
+    Args:
+        mapped: the memory of all ranks, as kernels see it.
+        owners: of the experts.
+        layout: of the shared memory.
+        memory: int32 [`own_ints`], this rank's own.
+        kept: what must live as long as the mapping does.
+    """
+
+    def __init__(self, mapped: Mapped, owners: Owners, layout: Layout, memory: torch.Tensor, kept: Any = None) -> None:
+        self._mapped, self._owners, self._layout, self._kept = mapped, owners, layout, kept
+        self._counts = memory[: owners.num_local_experts]
+        self._memory = memory[_ticket_at(owners.num_local_experts) + 32 :]
+        self._ids: torch.Tensor | None = None
+
+    @classmethod
+    def open(
+        cls, group: dist.ProcessGroup, layout: Layout, owners: Owners, device: torch.device, board: Board
+    ) -> "Symmetric":
+        """Allocates, maps the memory of all ranks and zeroes what must be zero; all ranks call it together.
+
+        Raises:
+            GroupError: a rank found no memory or no way to its peers; every rank raises it.
+        """
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        memory: torch.Tensor | None = None
+        reason = None
+        try:
+            memory = symmetric_memory.empty(layout.bytes, dtype=torch.uint8, device=device)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            reason = f"{layout.bytes} bytes of shared memory were refused ({str(error).splitlines()[0][:100]})"
+        _all_or_none(board, "allocated", reason)
+        assert memory is not None
+        try:
+            handle = symmetric_memory.rendezvous(memory, group.group_name)
+            # Pointers are of allocations, and a pool may put a tensor anywhere in one.
+            inside = memory.data_ptr() - handle.buffer_ptrs[owners.rank]
+        except RuntimeError as error:
+            reason, inside = f"its memory was not mapped ({str(error).splitlines()[0][:100]})", -1
+        where = [its for its, _ in _all_or_none(board, "mapped", reason, inside)]
+        bases = [pointer + its for pointer, its in zip(handle.buffer_ptrs, where, strict=True)]
+        own = torch.zeros(own_ints(layout, owners.num_local_experts), dtype=torch.int32, device=device)
+        at = _ticket_at(owners.num_local_experts)
+        mapped = Mapped(
+            rank=owners.rank,
+            num_ranks=owners.num_ranks,
+            bases=torch.tensor(bases, dtype=torch.int64, device=device),
+            views=layout.views(memory),
+            offsets={its.name: its.offset for its in layout.regions},
+            ticket=own[at : at + 1],
+            fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
+            rank_of_expert=owners.rank_of_expert,
+            expert_map=owners.expert_map,
+            num_local_experts=owners.num_local_experts,
+            timeout_s=board.timeout_s,
+        )
+        opened = cls(mapped, owners, layout, own, (memory, handle))
+        # Stale rows are never read, but some kernels multiply what they mask.
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        board.exchange("zeroed", None)
+        return opened
+
+    def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
+        """One launch; two or three where the blocks are too many for its last CTA."""
+        rows, top_k = sum(tokens_per_rank), self._layout.shape.top_k
+        local = self._owners.num_local_experts
+        views = {name: its[:rows] for name, its in self._mapped.views.items() if name not in ("header", "cells")}
+        blocks = None if block_m is None else blocks_in(self._memory, rows, top_k, local, block_m)
+        in_tail = blocks is not None and rows * top_k <= host.TAIL_MAX_SLOTS
+        self._ids = sent.topk_ids.contiguous()
+        host.dispatch(
+            self._mapped,
+            sent.hidden_states.contiguous(),
+            self._ids,
+            sent.topk_weights.contiguous(),
+            tokens_per_rank,
+            masked=path.masked,
+            expert_counts=self._counts,
+            scales=None if sent.scales is None else sent.scales.contiguous(),
+            blocks=blocks if in_tail else None,
+        )
+        if blocks is not None and block_m is not None and not in_tail:
+            align_tokens(views["topk_ids"], block_m, local, expert_map=self._owners.expert_map, blocks=blocks)
+        return Received(
+            views["rows"],
+            views.get("scales"),
+            views["topk_ids"],
+            views["topk_weights"],
+            self._counts,
+            tokens_per_rank,
+            self._owners,
+            path,
+            blocks,
+        )
+
+    def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
+        """Two launches."""
+        assert self._ids is not None
+        if out is None:
+            size = (self._ids.shape[0], self._layout.shape.hidden_size)
+            out = torch.empty(size, dtype=self._layout.hidden_dtype, device=self._ids.device)
+        host.push(self._mapped, expert_output.contiguous(), received.tokens_per_rank)
+        host.add(self._mapped, out, self._ids, received.tokens_per_rank)
+        self._ids = None
+        return out
+
+    def fault(self) -> str | None:
+        """What the GPU gave up waiting for, in a sentence: read without waiting for it."""
+        return host.said_by(int(self._mapped.fault), self._mapped.timeout_s)
+
+    def reset(self, board: Board) -> None:
+        """Back to the first epoch on every rank: all wait until nothing runs, then zero, then go on."""
+        views = self._mapped.views
+        self._settle()
+        board.exchange("settled", None)
+        for its in (views["header"], views["cells"], self._mapped.ticket, self._mapped.fault):
+            its.zero_()
+        self._settle()
+        board.exchange("zeroed", None)
+
+    def _settle(self) -> None:
+        if self._mapped.bases.is_cuda:
+            torch.cuda.synchronize(self._mapped.bases.device)
+
+    def close(self) -> None:
+        """Lets go of the memory; what was launched has ended."""
+        self._settle()
+        self._kept = None
+
+
+def _all_or_none(board: Board, phase: str, reason: str | None, more: int = 0) -> list[tuple[int, str | None]]:
+    said = [tuple(its) for its in board.exchange(phase, [more, reason])]
+    for rank, (_, why) in enumerate(said):
+        if why is not None:
+            raise GroupError(
+                f"rank {rank} cannot share memory: {why}; free some memory or use the backend 'collectives'."
+            )
+    return said

@@ -1,0 +1,82 @@
+"""The path through shared memory with one rank, whose peers are itself: the interpreter runs its launches one by one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from rampwrap.ep.layout import Layout
+from rampwrap.ep.owners import Owners, contiguous
+from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
+from rampwrap.ep.sent import Sent
+from rampwrap.ep.symmetric import Symmetric, own_ints, shared_layout
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.ep import host
+from rampwrap.kernels.triton.align.host import align_tokens
+from rampwrap.kernels.triton.interpreter import INTERPRETED
+
+SHAPE = MoEShape(5, 2, 128, 128)
+
+
+class Quiet:
+    """A board without other ranks."""
+
+    def exchange(self, phase: str, line: Any) -> list[Any]:
+        return [line]
+
+
+def made(layout: Layout) -> Symmetric:
+    owners = Owners.of([contiguous(5, 1, 0)], 0, "cpu")
+    memory = torch.zeros(layout.bytes, dtype=torch.uint8)
+    own = torch.zeros(own_ints(layout, 5), dtype=torch.int32)
+    mapped = host.Mapped(
+        0,
+        1,
+        torch.tensor([memory.data_ptr()]),
+        layout.views(memory),
+        {its.name: its.offset for its in layout.regions},
+        own[32:33],
+        torch.zeros(1, dtype=torch.int64),
+        owners.rank_of_expert,
+        owners.expert_map,
+        5,
+        1.0,
+    )
+    return Symmetric(mapped, owners, layout, own, memory)
+
+
+@pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter this needs several GPUs")
+@pytest.mark.parametrize("num_tokens", [0, 6, 40])
+def test_steps_follow_each_other(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks by the last CTA, and by launches of their own; sums in place; and after a reset all begins anew."""
+    monkeypatch.setattr(host, "TAIL_MAX_SLOTS", 40)
+    symmetric = made(Layout(SHAPE, 1, 40, partials="fp32"))
+    generator = torch.Generator().manual_seed(num_tokens)
+    for step in range(3):
+        if step == 2:
+            symmetric._mapped.fault.fill_(1 << 40 | 1 << 32 | 1)
+            assert "rank 0 did not arrive at dispatch" in str(symmetric.fault())
+            symmetric.reset(Quiet())  # type: ignore[arg-type]
+            assert symmetric.fault() is None and not symmetric._mapped.views["cells"].any()
+        hidden = torch.randn(num_tokens, 128, generator=generator).bfloat16()
+        ids = torch.randint(-1, 6, (num_tokens, 2), generator=generator)
+        weights = torch.rand(num_tokens, 2, generator=generator)
+        path = Path(True, step == 0)
+        received = symmetric.dispatch(Sent(hidden, ids, weights, None), (num_tokens,), path, 4)
+        wanted = align_tokens(ids.int(), 4, 5)
+        assert received.blocks is not None
+        rows = int(wanted.num_tokens_post_padded)
+        assert int(received.blocks.num_tokens_post_padded) == rows
+        assert torch.equal(received.blocks.sorted_token_ids[:rows], wanted.sorted_token_ids[:rows])
+        assert torch.equal(received.expert_counts, wanted.expert_counts)
+        output = torch.randn(num_tokens, 2, 128, generator=generator)
+        partial = received.partial(output, torch.float32)
+        out = torch.empty(num_tokens, 128, dtype=torch.bfloat16)
+        assert symmetric.combine(output, received, out) is out
+        assert torch.equal(out, partial.bfloat16()) and symmetric.fault() is None
+
+
+def test_only_steps_of_low_latency_share_memory() -> None:
+    assert shared_layout(Layout(SHAPE, 1, 40)) == Layout(SHAPE, 1, 40)
+    assert shared_layout(Layout(SHAPE, 1, 4096)).max_tokens_per_rank == LOW_LATENCY_TOKENS
