@@ -326,6 +326,47 @@ def test_published(config: dict[str, Any], said: str, tmp_path: pathlib.Path) ->
     assert list(layers.shapes) == shapes_of(said) and not layers.left
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        # Each was once read as plain layers, some of them of other sizes.
+        (config("deepseek_v4", DEEPSEEK, (384, 6, 7168, 3072), quantization_config=BLOCKS, expert_dtype="fp4"), "expert_dtype='fp4'"),
+        (inside("text_config", config("kimi_k3_text", DEEPSEEK, (896, 16, 7168, 3072), moe_latent_size=3584), "kimi_k3"), "SiTU"),
+        (inside("text_config", config("muse_spark_text", QWEN, (256, 8, 8192, 4096)), "muse_spark"), "norm after each"),
+        (config("nemotron_h", DEEPSEEK, (512, 22, 4096, 2688), moe_latent_size=1024, mlp_hidden_act="relu2"), "no gate"),
+        (config("step3p7", QWEN, (288, 8, 4096, 1280), swiglu_limits=[7.0] * 4, num_hidden_layers=4), "swiglu_limits=7.0"),
+        (
+            config("bailing_moe_v3", QWEN, (512, 8, 2560, 768), expert_swiglu_limit_list=[7.0] * 2, num_hidden_layers=2),
+            "expert_swiglu_limit_list=7.0",
+        ),
+        (config("qwen3_moe", QWEN, A3B, swiglu_alpha=1.702), "swiglu_alpha=1.702"),
+    ],
+)  # fmt: skip
+def test_what_was_read_wrongly_once(config: dict[str, Any], said: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_layers(write(tmp_path, config))
+
+
+@pytest.mark.parametrize("kind", ["step3p7", "bailing_moe_v3"])
+def test_layers_without_a_limit_among_those_with_one(kind: str, tmp_path: pathlib.Path) -> None:
+    limits = {"expert_swiglu_limit_list" if kind.startswith("bailing") else "swiglu_limits": [0, 0, 7.0, 0]}
+    layers = read_layers(write(tmp_path, config(kind, QWEN, (288, 8, 4096, 1280), num_hidden_layers=4, **limits)))
+    assert list(layers.shapes) == [MoEShape(288, 8, 4096, 1280)]
+    assert [its.numbers for its in layers.alike] == [(0, 1, 3), (2,)] and "1 of 4 routed layers" in layers.left[0]
+
+
+def test_widths_of_experts_alone_come_first(tmp_path: pathlib.Path) -> None:
+    """A latent width that experts compute in, and the experts' own feed-forward size before the dense layers'."""
+    names = ("n_routed_experts", "moe_topk", "expert_ffn_hidden_size")
+    for more, want in (
+        ({"ffn_hidden_size": 12288}, MoEShape(512, 12, 6144, 2048)),
+        ({"ffn_hidden_size": 12288, "moe_latent_size": 1024}, MoEShape(512, 12, 1024, 2048)),
+        ({"ffn_hidden_size": 12288, "moe_hidden_size": 4096}, MoEShape(512, 12, 4096, 2048)),
+        ({"routed_expert_hidden_size": 3072, "intermediate_size": 9}, MoEShape(512, 12, 3072, 2048)),
+    ):
+        assert read_model(write(tmp_path, config("longcat_flash", names, (512, 12, 6144, 2048), **more))) == (want,)
+
+
 BASE = config("qwen3_moe", QWEN, A3B)
 LAYERS = BASE | {"num_hidden_layers": 4}
 PLAIN, FP8 = "128 8 2048 768 bf16", "128 8 2048 768 fp8"

@@ -29,6 +29,16 @@ CONFIG = {
 }
 SHAPES = [MoEShape(16, 2, 1024, 256), MoEShape(16, 2, 1024, 512)]
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+CHANNEL = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        }
+    },
+}
 FEW = ["--batch-size", "4", "16", "64", "--eval-batch-size", "--rounds", "2", "--most-configs", "6"]
 
 
@@ -157,6 +167,11 @@ def test_the_engine_is_looked_at_first(
     [
         ({"quantization_config": BLOCKS}, ("--tp-size", "2", "--ep"), "with FlashInfer CUTLASS (DeepGEMM where"),
         ({"quantization_config": BLOCKS}, (), None),
+        (
+            {"quantization_config": CHANNEL},
+            (),
+            "with vLLM's CUTLASS; plans serve where it is started with --moe-backend",
+        ),
         ({}, ("--tp-size", "2", "--ep"), None),
     ],
 )
@@ -177,13 +192,12 @@ def test_a_dry_run_names_the_engines_own_kernel(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"quantization_config": BLOCKS | {"weight_block_size": None}}, "vLLM itself runs them with Triton."),
         (
             {"quantization_config": BLOCKS | {"weight_block_size": None, "activation_scheme": "static"}},
             "vLLM itself runs them with FlashInfer CUTLASS (Triton where FlashInfer is not there).",
         ),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "triton_kernels of OpenAI"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "scale blocks."),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "channels or tensors.\n"),
     ],
 )
 def test_a_refusal_names_it_too(
