@@ -4,6 +4,7 @@ The first tests call vLLM's own layer around our launch, the later ones start sm
 processes of their own (about 30 s each).
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ import attrs
 
 from rampwrap.engines import vllm as plugin
 from rampwrap.errors import ConfigError, InputError
+from rampwrap.kernel.activation import SWIGLU_OAI, Activation
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
@@ -93,20 +95,42 @@ def place(monkeypatch, tmp_path):
     return tmp_path
 
 
-def layer(shape, scales=(), ep_size=1):
+def quantised(shape, scales):
+    """vLLM's description of a layer's weights and activation."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, fp8_w8a8_moe_quant_config
+
+    its, group = shape.activation, shape.scale_group
+    scaled = {"gemm1_clamp_limit": its.limit}
+    if (its.alpha, its.beta) != (1.0, 0.0):
+        scaled |= {"gemm1_alpha": its.alpha, "gemm1_beta": its.beta}
+    if not scales:
+        return FusedMoEQuantConfig.make(**scaled)
+    by_channel = shape.scales == "channel"
+    scaled |= {"per_act_token_quant": by_channel, "per_out_ch_quant": by_channel}
+    return fp8_w8a8_moe_quant_config(*scales, block_shape=[group, group] if group else None, **scaled)
+
+
+def layer(shape, scales=(), cutlass=False):
     """vLLM's kernel of a layer, as loading its weights makes it."""
     import vllm.model_executor.layers.fused_moe.modular_kernel as mk
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import (
         FusedMoEConfig,
         FusedMoEParallelConfig,
-        FusedMoEQuantConfig,
         RoutingMethodType,
-        fp8_w8a8_moe_quant_config,
     )
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
     from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 
+    kind = TritonExperts
+    if cutlass:
+        name = "vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe"
+        kind = importlib.import_module(name).TritonOrCutlassExperts
+    activation = MoEActivation.SILU
+    if shape.activation.name == "gelu_tanh":
+        activation = MoEActivation.GELU_TANH
+    elif shape.activation == SWIGLU_OAI:
+        activation = MoEActivation.SWIGLUOAI_UNINTERLEAVE
     config = FusedMoEConfig(
         num_experts=shape.num_experts,
         experts_per_token=shape.top_k,
@@ -114,17 +138,14 @@ def layer(shape, scales=(), ep_size=1):
         intermediate_size=shape.intermediate_size,
         num_local_experts=shape.num_local_experts,
         num_logical_experts=shape.num_experts,
-        activation=MoEActivation.SILU,
+        activation=activation,
         device="cuda",
         routing_method=RoutingMethodType.Default,
         moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
         in_dtype=torch.bfloat16,
         max_num_tokens=256,
     )
-    quant = FusedMoEQuantConfig.make()
-    if scales:
-        quant = fp8_w8a8_moe_quant_config(w1_scale=scales[0], w2_scale=scales[1], block_shape=[128, 128])
-    made = mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), TritonExperts(config, quant))
+    made = mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), kind(config, quantised(shape, scales)))
 
     def apply(its):
         return made.apply(
@@ -133,7 +154,7 @@ def layer(shape, scales=(), ep_size=1):
             its["w2"],
             its["topk_weights"],
             its["topk_ids"],
-            activation=MoEActivation.SILU,
+            activation=activation,
             global_num_experts=shape.num_experts,
             expert_map=its.get("expert_map"),
             apply_router_weight_on_input=False,
@@ -174,6 +195,73 @@ def test_same_result_as_vllm(place, monkeypatch, case):
     assert made.impl._fused_experts.graph_dispatcher.kernel.name == name
     assert error_of(ours, theirs(its)) < (3e-2 if fp8 else 1e-2)
     assert sum(row.steps for row in made.impl._fused_experts.graph_dispatcher.telemetry()) == 1
+
+
+OTHERS = {
+    "clamped": attrs.evolve(SHAPE, activation=Activation(limit=1.0)),
+    "oai": attrs.evolve(SHAPE, activation=SWIGLU_OAI),
+    "gelu": attrs.evolve(SHAPE, activation=Activation("gelu_tanh")),
+    "fp8 clamped": attrs.evolve(SHAPE, dtype="fp8", activation=Activation(limit=1.0)),
+    "blocks of 64": attrs.evolve(SHAPE, dtype="fp8", intermediate_size=192, scales="block-64"),
+    "blocks of 32": attrs.evolve(SHAPE, dtype="fp8", intermediate_size=96, scales="block-32"),
+    "channels": attrs.evolve(SHAPE, dtype="fp8", scales="channel"),
+    "channels, oai": attrs.evolve(SHAPE, dtype="fp8", scales="channel", activation=SWIGLU_OAI),
+    "tensors": attrs.evolve(SHAPE, dtype="fp8", scales="tensor"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_same_result_as_vllm_in_other_forms(place, monkeypatch, case):
+    """Each activation and form of scales against vLLM's own Triton experts; tensors lose 3 % there, with one scale a batch."""
+    shape = OTHERS[case]
+    synthetic_plan(shape).save(place / "x.plan.json")
+    its = make_kernel("triton_fused_moe", shape).inputs(shape, ids_over(16))
+    if shape.activation == SWIGLU_OAI:
+        its["hidden_states"] *= 4  # so that 7 cuts something off
+    scales = (its["w13_scale"], its["w2_scale"]) if shape.dtype == "fp8" else ()
+    made, apply = layer(shape, scales)
+    assert isinstance(made.impl._fused_experts, plugin.Experts)
+    ours = apply(its)
+    monkeypatch.setenv(places.DISABLE, "1")
+    theirs = layer(shape, scales)[1](its)
+    tolerance = 6e-2 if case == "tensors" else 3e-2 if scales else 1e-2
+    assert error_of(ours, theirs) < tolerance
+    assert error_of(ours, make_kernel("triton_fused_moe", shape).reference(shape, its)) < (2e-2 if scales else 1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS, 256])
+def test_channels_against_vllms_own_cutlass(place, caplog, tokens):
+    """What vLLM runs by default stays with it, for a reason that is said, and agrees with what our kernel computes."""
+    shape = OTHERS["channels"]
+    synthetic_plan(shape).save(place / "x.plan.json")
+    kernel = make_kernel("triton_fused_moe", shape)
+    its = kernel.inputs(shape, ids_over(16, tokens=tokens))
+    made, apply = layer(shape, (its["w13_scale"], its["w2_scale"]), cutlass=True)
+    assert "_fused_experts" not in vars(made.impl)
+    assert any("start it with --moe-backend triton" in record.getMessage() for record in caplog.records)
+    assert error_of(kernel.launch(kernel.default_config(tokens), **its), apply(its)) < 3e-2
+
+
+@pytest.mark.parametrize("case", ["clamped", "blocks of 64", "channels"])
+def test_other_forms_in_a_graph(place, case):
+    """Captured once, replays follow the routing with the bits of the config that the host would choose."""
+    shape = OTHERS[case]
+    plan = synthetic_plan(shape)
+    plan.save(place / "x.plan.json")
+    kernel = make_kernel("triton_fused_moe", shape)
+    its = kernel.inputs(shape, ids_over(16))
+    _, apply = layer(shape, (its["w13_scale"], its["w2_scale"]) if shape.dtype == "fp8" else ())
+    apply(its)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = apply(its)
+    for active in (4, 10, 16):
+        its["topk_ids"].copy_(ids_over(active, seed=active))
+        graph.replay()
+        torch.cuda.synchronize()
+        chosen = plan.policy().index(expert_counts(its["topk_ids"], 16), TOKENS)
+        assert torch.equal(out, kernel.launch(plan.configs[chosen], **its))
 
 
 def test_one_graph_follows_the_routing(place):
@@ -300,13 +388,34 @@ BLOCK_FP8 = {
 }
 
 
+CHANNEL_FP8 = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
+        }
+    },
+    "ignore": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
+}
+
+
 def run_engine(tmp_path, plans, shape=SHAPE, options=None, kernel="triton_fused_moe", **environment):
     """Starts vLLM as a user would, the plugin found by its entry point; what it said and found."""
     model, site = tmp_path / "model", tmp_path / "site" / "rampwrap-0.dist-info"
     model.mkdir()
     site.mkdir(parents=True)
-    quantised = {"quantization_config": BLOCK_FP8} if shape.dtype == "fp8" else {}
-    (model / "config.json").write_text(json.dumps(CONFIG | quantised))
+    stored = {"quantization_config": CHANNEL_FP8 if shape.scales == "channel" else BLOCK_FP8}
+    (model / "config.json").write_text(json.dumps(CONFIG | (stored if shape.dtype == "fp8" else {})))
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: rampwrap\nVersion: 0\n")
     (site / "entry_points.txt").write_text("[vllm.general_plugins]\nrampwrap = rampwrap.engines.vllm:register\n")
     (tmp_path / "plans").mkdir()
@@ -358,6 +467,16 @@ def test_engine_with_the_cute_kernels(tmp_path, mode):
     assert not [line for line in said if "leaves" in line or "passes over" in line]
 
 
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_engine_with_scales_by_channel(tmp_path, backend):
+    """From vLLM's own loader: served where vLLM is asked for Triton, and left to its CUTLASS where it is not."""
+    shape = attrs.evolve(SHAPE, dtype="fp8", scales="channel")
+    found, text = run_engine(tmp_path, True, shape=shape, options={"moe_backend": backend})
+    layers = sum(engine["layers"] for engine in found["engines"])
+    assert layers == (2 if backend == "triton" else 0)
+    assert ("--moe-backend triton" in text) == (backend == "auto")
+
+
 @pytest.mark.parametrize("case", ["no plan", "kill switch", "batch invariant"])
 def test_engine_without_us(tmp_path, case):
     """vLLM as it was; without a plan one warning that holds the command."""
@@ -370,13 +489,16 @@ def test_engine_without_us(tmp_path, case):
         assert f"rampwrap profile --engine vllm --model {tmp_path / 'model'}" in said[0]
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "expert"])
-def test_engine_on_two_gpus(tmp_path, parallel):
-    """Each rank has the plan of its slice, or of its experts."""
+@pytest.mark.parametrize("parallel", ["tensor", "expert", "refined scales"])
+def test_engine_on_two_gpus(tmp_path, monkeypatch, parallel):
+    """Each rank has the plan of its slice, or of its experts; a slice of 64 has blocks of 64 (vLLM 0.29 and later)."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     experts = parallel == "expert"
     shape = attrs.evolve(SHAPE, num_local_experts=8) if experts else attrs.evolve(SHAPE, intermediate_size=128)
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": experts}
+    if parallel == "refined scales":
+        monkeypatch.setitem(CONFIG, "intermediate_size", 128)
+        shape = attrs.evolve(SHAPE, intermediate_size=64, dtype="fp8", scales="block-64")
     _, text = run_engine(tmp_path, True, shape=shape, options=options)
     assert text.count("rampwrap chooses configs of triton_fused_moe") == 2
