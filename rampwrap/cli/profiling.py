@@ -87,7 +87,8 @@ def _profile_model(its: ProfileRequest, engine: str) -> dict[str, Any]:
     )
     hints = {default_kernel(engine, shape)[1] for shape in layers.shapes if not its.kernel}
     recorded = {"recorded": said} if said else {}
-    return {**done, **recorded, "text": "\n".join([done["text"], *sorted(hints - {""})])}
+    took = {"seconds": outlook.seconds, "foretold": outlook.told}
+    return {**done, **recorded, **took, "text": "\n".join([done["text"], *sorted(hints - {""})])}
 
 
 def _profile_shape(

@@ -43,11 +43,15 @@ class Outlook:
     Args:
         phases: in their order; those that find their work done are never begun.
         clock: seconds.
+
+    Attributes:
+        told: at the beginning of each phase, seconds since this was made and seconds that were foretold.
     """
 
     def __init__(self, phases: Sequence[Phase], clock: Callable[[], float] = time.monotonic) -> None:
         self.phases = tuple(phases)
-        self._clock = clock
+        self.told: list[tuple[float, float]] = []
+        self._clock, self._made = clock, clock()
         self._next = 0
         self._under_way: Phase | None = None
         self._start, self._cells, self._done = 0.0, 0, 0
@@ -63,6 +67,7 @@ class Outlook:
             return
         self._under_way, self._next = self.phases[at], at + 1
         self._start, self._cells, self._done = self._clock(), self._under_way.cells, 0
+        self.told.append((self.seconds, self.left))
         token = _current.set(self)
         try:
             yield
@@ -79,6 +84,11 @@ class Outlook:
     def advance(self) -> None:
         """One of them is done with."""
         self._done += 1
+
+    @property
+    def seconds(self) -> float:
+        """Since this was made."""
+        return self._clock() - self._made
 
     @property
     def left(self) -> float:

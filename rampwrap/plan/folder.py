@@ -199,7 +199,8 @@ class Plans:
         where = self.where if nearest.parent != SHIPPED else SHIPPED
         if len(reasons) == 1:
             return f"{nearest.name} in {where} does not fit: {reason}"
-        return f"none of {len(reasons)} plans in {self.where} fits; nearest is {nearest.name}: {reason}"
+        where = f"{self.where} and of rampwrap" if brought else self.where
+        return f"none of {len(reasons)} plans in {where} fits; nearest is {nearest.name}: {reason}"
 
 
 def alike(planned: str, name: str) -> bool:

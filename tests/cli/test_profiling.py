@@ -131,6 +131,13 @@ def test_one_kernel_of_several_serves_until_all_do(
     assert names(tmp_path / "plans") == ["portfolio-triton_fused_moe+cute_moe-simulated"] * 2
 
 
+def test_what_was_foretold_is_told_with_what_it_took(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, *FEW, "--quiet", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    starts = [at for at, _ in found["foretold"]]
+    assert len(starts) == 6 and sorted(starts) == starts and starts[-1] < found["seconds"] < 600
+
+
 def test_phases_of_a_shape(command: list[str], portfolio: str) -> None:
     both = ("triton_fused_moe", "cute_moe")
 
@@ -212,5 +219,7 @@ def test_a_refusal_names_it_too(
 def test_hooks_that_know_silu_alone(engine: str) -> None:
     from rampwrap.engines.profile import kernels_of
 
-    with pytest.raises(InputError, match=f"{engine}'s hook runs no layer with silu:limit=10; leave it"):
+    with pytest.raises(
+        InputError, match=f"{installed.NAMES[engine]}'s hook runs no layer with silu:limit=10; leave it"
+    ):
         kernels_of(engine, attrs.evolve(SHAPES[0], activation=Activation(limit=10.0)))

@@ -7,6 +7,7 @@ from rampwrap.measure.outlook import PLANNING, Outlook, Phase, about, current
 from rampwrap.measure.progress import Progress
 
 SWEEP, TABLE = ("ours", "sweep"), ("ours", "table")
+STARTS = [0.0, 40.0, 220.0, 224.0, 264.0, 444.0]
 SHAPE = [Phase(SWEEP, 20.0, 100), Phase(TABLE, 60.0, 1000), Phase(PLANNING, 10.0)]
 
 
@@ -48,7 +49,8 @@ def test_what_is_foretold_comes_true() -> None:
         start = clock.now
         found = run(outlook, clock, phase, seconds)
         told += zip(found, total - start - np.r_[0.0, seconds.cumsum()[:-1]], strict=True)
-    assert clock.now == pytest.approx(total) and outlook.left == 0.0
+    assert clock.now == outlook.seconds == pytest.approx(total) and outlook.left == 0.0
+    assert [at for at, _ in outlook.told] == pytest.approx(STARTS) and outlook.told[0][1] == 180.0
     said, true = np.array(told).T
     half = len(said) // 2
     # From a fifth of the first table on it is off by at most 10 % of all, from the second shape on by 7 %.

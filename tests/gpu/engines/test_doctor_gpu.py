@@ -1,0 +1,56 @@
+"""`rampwrap profile --engine` and `doctor` on a GPU: what one makes the other finds, and the end was foretold."""
+
+import json
+import pathlib
+from typing import Any
+
+import attrs
+import pytest
+
+pytest.importorskip("triton")
+
+from rampwrap.cli.main import main
+from rampwrap.engines import installed
+from rampwrap.kernel.device import Device
+from rampwrap.plan.folder import PLANS, Plans
+
+pytestmark = pytest.mark.gpu
+OLMOE = {
+    "model_type": "olmoe",
+    **{"hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8},
+    **{"num_hidden_layers": 16, "hidden_act": "silu", "torch_dtype": "bfloat16"},
+}
+
+
+def test_a_profile_is_foretold_and_found(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the card that is here, with all its properties; a minute."""
+    monkeypatch.setenv(PLANS, str(tmp_path / "plans"))
+    monkeypatch.setattr(installed, "_version", lambda engine: "")
+    (tmp_path / "config.json").write_text(json.dumps(OLMOE))
+
+    def run(*command: str) -> tuple[int, Any]:
+        capsys.readouterr()
+        status = main([*command, "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    profile = ["profile", "--engine", "vllm", "--model", str(tmp_path), "--kernel", "triton_fused_moe", "--quiet"]
+    few = ["--batch-size", "16", "256", "--eval-batch-size", "64", "--rounds", "2", "--most-configs", "8"]
+    _, planned = run(*profile, *few, "--dry-run")
+    status, found = run(*profile, *few)
+    assert status == 0 and planned["shapes"][0]["seconds"] > 0
+    # From the table's phase on, the end was known to 30 s or by half.
+    (at, left) = found["foretold"][1]
+    took = found["seconds"] - at
+    assert abs(left - took) < max(30.0, 0.5 * took), found["foretold"]
+    ((_, plan),) = Plans.read().found
+    here = Device.current()
+    assert plan.device == here and here.capability and here.memory_bytes
+    status, said = run("doctor", str(tmp_path))
+    assert status == 0 and said["served"]
+    (served,) = said["layers"][0]["served"]
+    assert served["gpu"] == here.label and served["kernel"] == "triton_fused_moe" and served["source"] == "own"
+    # Under another name the same card takes the plan.
+    fit = Plans.read().find(plan.shape, attrs.evolve(here, name="X"), ("triton_fused_moe",))
+    assert fit is not None and fit.plan.device == here
