@@ -71,7 +71,7 @@ DOWN_STAGES = {(16, 4): 6, (32, 4): 4, (64, 4): 3, (16, 8): 4, (32, 8): 3}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
 RAGGED_EXPERTS = 512
 "Most local experts of the ragged form, which keeps a table of them in shared memory, ..."
-RAGGED_TABLE = 16 * (RAGGED_EXPERTS + 1) + 32 + 20 * (4 + 8)
+RAGGED_TABLE = 16 * (RAGGED_EXPERTS + 1) + 32 + RAGGED_EXPERTS // 2
 "... of so many bytes, with this CTA's cuts and the sums of its warps."
 STREAM_CHUNK = 32 * 1024
 "Bytes that `device.stream` copies at once: those of a step of 256 weight rows."

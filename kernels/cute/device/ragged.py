@@ -1,7 +1,7 @@
 """What both GEMMs of the ragged form share: the split on the GPU, one copy of the K loop for each width, fragments.
 
 `schedule` says how the work is cut. Every CTA makes the cut for itself, from the counts that the alignment wrote: a thread
-takes the experts of its place, prefix sums tell where in the line they stand, and whoever has the expert in which this CTA's
+takes two experts, prefix sums tell where in the line they stand, and whoever has the expert in which this CTA's
 share begins or ends computes that cut. CTAs agree because they compute the same numbers; nothing is exchanged.
 
 wgmma's width is part of the instruction, so the consumers hold a K loop and an epilogue for each of `WIDTHS` and branch once a
@@ -43,8 +43,10 @@ from rampwrap.kernels.cute.device import ragged_ptx
 from rampwrap.kernels.cute.device.pipeline import CHUNKS, PRODUCER_THREADS, ROWS_AT_A_TIME, GroupedGemm, quotient
 from rampwrap.kernels.cute.schedule import WIDTHS, Work
 
-WARP_SUMS = 4
-"Numbers of which prefix sums are made: rows, units, cost, experts with tokens; behind them the costliest step."
+SUMS = 4
+"Numbers of which prefix sums are made: rows, units, cost, experts with tokens."
+WARPS = RAGGED_EXPERTS // 64
+"Warps whose threads have an expert, two each."
 CUTS = 8
 "Room for the five numbers of a CTA's cuts."
 
@@ -74,7 +76,6 @@ class Ragged(GroupedGemm):
         super().__init__(config)
         self.widths = WIDTHS[config.dtype]
         self.narrow = [self.plain(attrs.evolve(config, form="two", block_m=width)) for width in self.widths]
-        self.warps = config.threads // 32
 
     def make_mmas(self):
         """The wgmma of each width, and the shared layouts of the widest."""
@@ -95,93 +96,99 @@ class Ragged(GroupedGemm):
         """
         table = memory.allocate_tensor(Int32, cute.make_layout((4, RAGGED_EXPERTS + 1)), byte_alignment=16)
         cuts = memory.allocate_tensor(Int32, cute.make_layout(CUTS), byte_alignment=16)
-        sums = memory.allocate_tensor(Int32, cute.make_layout((WARP_SUMS + 1, self.warps)), byte_alignment=16)
+        sums = memory.allocate_tensor(Int32, cute.make_layout((SUMS + 1, WARPS), stride=(1, 8)), byte_alignment=16)
         return table, cuts, sums
 
     @cute.jit
     def split(self, counts, shared, cta, ctas, thread, warp):
-        """Fills the shared memory of `allocate_split`; every thread of the CTA calls it."""
+        """Fills the shared memory of `allocate_split`; every thread of the CTA calls it.
+
+        A thread has two neighbouring experts, whose numbers do not wait for each other.
+        """
         _, cuts, sums = shared
         lane = thread % 32
-        each = quotient(counts.shape[0] + (self.config.threads - 1), Int32(self.config.threads))
-        begin = cutlass.min(thread * each, counts.shape[0])
-        end = cutlass.min(begin + each, counts.shape[0])
         if thread < CUTS:
             cuts[thread] = Int32(0)
-        own = self.tally(counts, begin, end)
+        first, second = self.numbers(counts, 2 * thread), self.numbers(counts, 2 * thread + 1)
+        own = [first[1 + which] + second[1 + which] for which in range(SUMS)]
         upto = list(own)
+        costliest = cutlass.max(first[1 + SUMS], second[1 + SUMS])
         for distance in cutlass.range_constexpr(5):
             # Lanes below the distance get their own number back, and leave it out.
             reaches = self.work.some(lane - ((1 << distance) - 1))
-            for which in cutlass.range_constexpr(WARP_SUMS):
+            for which in cutlass.range_constexpr(SUMS):
                 upto[which] = upto[which] + reaches * cute.arch.shuffle_sync_up(
                     upto[which], 1 << distance, mask_and_clamp=0
                 )
-            upto[WARP_SUMS] = cutlass.max(upto[WARP_SUMS], cute.arch.shuffle_sync_bfly(upto[WARP_SUMS], 1 << distance))
-        if lane == 31:
-            for which in cutlass.range_constexpr(WARP_SUMS + 1):
+            costliest = cutlass.max(costliest, cute.arch.shuffle_sync_bfly(costliest, 1 << distance))
+        if lane == 31 and warp < WARPS:
+            for which in cutlass.range_constexpr(SUMS):
                 sums[which, warp] = upto[which]
+            sums[SUMS, warp] = costliest
         cute.arch.sync_threads()
-        before = [upto[which] - own[which] for which in range(WARP_SUMS)]
-        totals = [Int32(0)] * (WARP_SUMS + 1)
-        for other in cutlass.range_constexpr(self.warps):
+        before = [upto[which] - own[which] for which in range(SUMS)]
+        totals = [Int32(0)] * (SUMS + 1)
+        for other in cutlass.range_constexpr(WARPS):
             lower = self.work.some(warp - other)
-            for which in cutlass.range_constexpr(WARP_SUMS):
+            for which in cutlass.range_constexpr(SUMS):
                 its = sums[which, other]
                 before[which] = before[which] + lower * its
                 totals[which] = totals[which] + its
-            totals[WARP_SUMS] = cutlass.max(totals[WARP_SUMS], sums[WARP_SUMS, other])
-        self.enter(counts, begin, end, before, totals, shared, cta, ctas, thread)
+            totals[SUMS] = cutlass.max(totals[SUMS], sums[SUMS, other])
+        self.enter(2 * thread, first, before, totals, shared, cta, ctas)
+        before = [before[which] + first[1 + which] for which in range(SUMS)]
+        self.enter(2 * thread + 1, second, before, totals, shared, cta, ctas)
+        if thread == 0:
+            self.close(totals, shared, cta, ctas)
         cute.arch.sync_threads()
 
-    @cute.jit
-    def tally(self, counts, begin, end):
-        """(rows, units, cost, experts with tokens, costliest step) of some experts."""
-        rows, units, cost, active, step = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
-        for expert in cutlass.range(begin, end, unroll=1):
-            count = counts[expert]
-            rows += self.work.rows(count)
-            units += self.work.units(count)
-            cost += self.work.cost(count)
-            active += self.work.some(count)
-            step = cutlass.max(step, self.work.step_costs(count)[0] * self.work.some(count))
-        return rows, units, cost, active, step
+    def numbers(self, counts, expert):
+        """(tokens, rows, units, cost, 1 if it has tokens, its costliest step) of an expert; zeros of one that is none."""
+        most = counts.shape[0]
+        count = counts[self.work.least(expert, most - 1)] * self.work.some(most - expert)
+        some = self.work.some(count)
+        step = self.work.step_costs(count)[0] * some
+        return count, self.work.rows(count), self.work.units(count), self.work.cost(count), some, step
 
     @cute.jit
-    def enter(self, counts, begin, end, before, totals, shared, cta, ctas, thread):
-        """Writes the table's rows of some experts, and the cuts that lie in them; `before` and `totals` as `tally` counts, but for the step."""
+    def enter(self, expert, its, before, totals, shared, cta, ctas):
+        """Writes an expert's row of the table, and the cuts that lie in it; `before` and `totals` are sums of `numbers`."""
         table, cuts, _ = shared
+        count, _, its_units, its_cost, _, _ = its
         rows, units, passed, active = before
-        _, all_units, total, all_active, costliest = totals
+        here, there = self.places(totals, cta, ctas)
+        if count > 0:
+            table[0, active] = expert
+            table[1, active] = count
+            table[2, active] = rows
+            table[3, active] = units
+            if here >= passed and here < passed + its_cost:
+                unit, step = self.work.cut(here - passed, count)
+                cuts[0] = units + unit
+                cuts[1] = step
+                # A cut behind its last step is the next one's first.
+                cuts[4] = active + self.work.some(unit - its_units + 1)
+            if there >= passed and there < passed + its_cost:
+                unit, step = self.work.cut(there - passed, count)
+                cuts[2] = units + unit
+                cuts[3] = step
+
+    def places(self, totals, cta, ctas):
+        """Where in the line a CTA's share begins and ends."""
+        total, costliest = totals[2], totals[SUMS]
         sharing = self.work.ctas(total, costliest, ctas)
-        here, there = self.work.place(total, sharing, cta), self.work.place(total, sharing, cta + 1)
-        for expert in cutlass.range(begin, end, unroll=1):
-            count = counts[expert]
-            if count > 0:
-                table[0, active] = expert
-                table[1, active] = count
-                table[2, active] = rows
-                table[3, active] = units
-                its_units, its_cost = self.work.units(count), self.work.cost(count)
-                if here >= passed and here < passed + its_cost:
-                    unit, step = self.work.cut(here - passed, count)
-                    cuts[0] = units + unit
-                    cuts[1] = step
-                    # A cut behind its last step is the next one's first.
-                    cuts[4] = active + self.work.some(unit - its_units + 1)
-                if there >= passed and there < passed + its_cost:
-                    unit, step = self.work.cut(there - passed, count)
-                    cuts[2] = units + unit
-                    cuts[3] = step
-                rows += self.work.rows(count)
-                units += its_units
-                passed += its_cost
-                active += 1
-        if thread == 0:
-            table[3, all_active] = all_units
-            if cta == sharing - 1:
-                # No expert holds the end of the line. CTAs beyond those that share it keep zeros, which is no piece.
-                cuts[2] = all_units
+        return self.work.place(total, sharing, cta), self.work.place(total, sharing, cta + 1)
+
+    @cute.jit
+    def close(self, totals, shared, cta, ctas):
+        """Writes the end of the table and, for the CTA that has it, of the line, which lies in no expert.
+
+        CTAs beyond those that share the line keep zeros, which is no piece.
+        """
+        table, cuts, _ = shared
+        table[3, totals[3]] = totals[1]
+        if cta == self.work.ctas(totals[2], totals[SUMS], ctas) - 1:
+            cuts[2] = totals[1]
 
     def share_of(self, shared):
         """(pieces, place of the first one's expert in the table) of this CTA."""

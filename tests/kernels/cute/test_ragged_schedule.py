@@ -171,22 +171,30 @@ def device():
         yield {dtype: emit.KERNELS["ragged_up", dtype] for dtype in RAGGED}
 
 
+class Counts(list):
+    """Tokens of experts, as a tensor of the kernels."""
+
+    @property
+    def shape(self):
+        return (len(self),)
+
+
 def by_device(gemm, work, counts, ctas):
     """What each CTA does by `split` and `piece`, its threads one after the other and their prefix sums by numpy."""
-    threads = gemm.config.threads
     gemm.set_work(work.groups, work.steps, work.memory, work.reread, work.base, work.slope, work.overhead)
-    each = -(-len(counts) // threads)
-    spans = [(min(t * each, len(counts)), min(t * each + each, len(counts))) for t in range(threads)]
-    tally, enter = type(gemm).tally.__wrapped__, type(gemm).enter.__wrapped__
-    own = np.array([tally(gemm, counts, *span) for span in spans])
-    before, totals = (np.cumsum(own, 0) - own).tolist(), [*own.sum(0)[:-1].tolist(), int(own[:, -1].max())]
+    experts = range(len(counts) + 3)  # those that are none, too
+    numbers = [gemm.numbers(Counts(counts), expert) for expert in experts]
+    sums = np.cumsum([its[1:5] for its in numbers], 0)
+    before, totals = (sums - [its[1:5] for its in numbers]).tolist(), sums[-1].tolist()
+    totals.append(max(its[5] for its in numbers))
+    enter, close = type(gemm).enter.__wrapped__, type(gemm).close.__wrapped__
     found = []
     for cta in range(ctas):
         shared = np.full((4, len(counts) + 1), -1).astype(object), np.zeros(8, int).astype(object), None
         # In any order: they write to different places.
-        busy = [thread for thread in range(threads) if thread == 0 or spans[thread][0] < spans[thread][1]]
-        for thread in sorted(busy, key=lambda thread: thread * 7 % threads):
-            enter(gemm, counts, *spans[thread], before[thread][:-1], totals, shared, cta, ctas, thread)
+        for expert in sorted(experts, key=lambda expert: expert * 7 % len(experts)):
+            enter(gemm, expert, numbers[expert], before[expert], totals, shared, cta, ctas)
+        close(gemm, totals, shared, cta, ctas)
         number, place = gemm.share_of(shared)
         mine = []
         for index in range(number):
@@ -200,7 +208,7 @@ def by_device(gemm, work, counts, ctas):
 @given(works, counts, st.sampled_from([1, 2, 7, 33]))
 @example(work(groups=8, steps=8), [1] * 8, 33)
 @example(work(), [0] * 5, 7)
-@example(work(), [1] * 400, 7)  # two experts a thread
+@example(work(), [1] * 400, 7)
 def test_the_kernels_cut_as_the_host_does(device, its, counts, ctas):
     for dtype in [dtype for dtype in RAGGED if WIDTHS[dtype] == its.widths]:
         gemm = device[dtype](RAGGED[dtype])
