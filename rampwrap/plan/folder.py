@@ -1,9 +1,8 @@
 """Plans as a deployment keeps them: a folder for many models and GPU types, searched by what is in the files.
 
     RAMPWRAP_PLANS     a folder of ``*.plan.json``, or one plan; `default_folder()` where it is not set
+    RAMPWRAP_OWN_PLANS 1 leaves out the plans that come with rampwrap; else they serve where these have none for a layer and GPU
     RAMPWRAP_DISABLE   1 keeps every hook away from the engine
-
-Plans that come with rampwrap serve where these have none for a layer and GPU.
 
 Files are read when an engine starts and never again: a plan that is replaced while it serves counts from the next
 start on.
@@ -28,6 +27,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import Plan
 
 PLANS = "RAMPWRAP_PLANS"
+OWN_PLANS = "RAMPWRAP_OWN_PLANS"
 DISABLE = "RAMPWRAP_DISABLE"
 SUFFIX = ".plan.json"
 SHIPPED = pathlib.Path(__file__).parents[1] / "plans"
@@ -88,7 +88,7 @@ class Plans:
         shipped: path and plan of those that come with rampwrap, which serve where none of `found` does.
     """
 
-    where: str
+    where: str = ""
     found: tuple[tuple[str, Plan], ...] = ()
     broken: tuple[str, ...] = ()
     shipped: tuple[tuple[str, Plan], ...] = ()
@@ -106,7 +106,7 @@ class Plans:
             where: that one alone; by default `plans_path()` and the plans that come with rampwrap.
         """
         if where is None:
-            its, shipped = cls.read(plans_path()), cls.read(SHIPPED)
+            its, shipped = cls.read(plans_path()), cls() if enabled(OWN_PLANS) else cls.read(SHIPPED)
             return attrs.evolve(its, broken=(*its.broken, *shipped.broken), shipped=shipped.found)
         path = pathlib.Path(where)
         try:

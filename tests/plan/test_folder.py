@@ -23,7 +23,9 @@ def own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path
     return tmp_path / "own"
 
 
-def test_what_comes_with_rampwrap_serves_where_the_user_has_none(own: pathlib.Path, sim_plan: Plan) -> None:
+def test_what_comes_with_rampwrap_serves_where_the_user_has_none(
+    own: pathlib.Path, sim_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape, at = sim_plan.shape, folder.SHIPPED / "a.plan.json"
     sim_plan.save(at)
     plans = Plans.read()
@@ -31,6 +33,9 @@ def test_what_comes_with_rampwrap_serves_where_the_user_has_none(own: pathlib.Pa
     assert fit is not None and fit.path == str(at) and not plans.found and len(plans.every) == 1
     # A folder that is asked for by name is that folder alone.
     assert Plans.read(own).find(shape, SIMULATED, ("sim",)) is None
+    with monkeypatch.context() as patched:
+        patched.setenv(folder.OWN_PLANS, "1")
+        assert Plans.read().every == ()
     # The user's own counts, however old it is, ...
     old = attrs.evolve(sim_plan, provenance={"made": "2000-01-01"})
     old.save(own / "b.plan.json")
