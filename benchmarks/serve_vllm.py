@@ -244,6 +244,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", default=["olmoe"], choices=sorted(MODELS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument(
+        "--shipped-plans", action="store_true", help="the plugin has no plans but those that come with rampwrap"
+    )
     parser.add_argument("--batch-size", nargs="+", type=int, default=[8, 32, 64, 128, 256, 512])
     parser.add_argument(
         "--routing", nargs="+", default=["uniform", "dirichlet:0.1"], help="also trace:FILE, lognormal:1.0"
