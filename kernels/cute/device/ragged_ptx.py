@@ -7,6 +7,9 @@ from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+MOST_ASKED = 1 << 26
+"Loads of a mark, each about a microsecond, before it counts as lost."
+
 
 def _asm(result, operands, text, constraints, loc, ip):
     return llvm.inline_asm(
@@ -51,9 +54,17 @@ def publish(address, value, *, loc=None, ip=None):
 
 @dsl_user_op
 def await_mark(address, *, loc=None, ip=None):
-    """The Int32 at an address as soon as it is not zero."""
+    """The Int32 at an address as soon as it is not zero.
+
+    Who is waited for has it to give at the beginning of its work: after a minute it is not coming, and the kernel ends with an error
+    instead of hanging.
+    """
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    text = "{ .reg .pred none; again: ld.acquire.gpu.global.s32 $0, [$1]; setp.eq.s32 none, $0, 0; @none bra again; }"
+    text = (
+        "{ .reg .pred some, more; .reg .b32 asked; mov.b32 asked, 0; "
+        "again: ld.acquire.gpu.global.s32 $0, [$1]; setp.ne.s32 some, $0, 0; @some bra found; "
+        f"add.u32 asked, asked, 1; setp.lt.u32 more, asked, {MOST_ASKED}; @more bra again; trap; found: }}"
+    )
     return Int32(_asm(T.i32(), operands, text, "=r,l", loc, ip))
 
 
