@@ -9,7 +9,7 @@ line's cost. So at most the first and the last unit of a CTA are shared with oth
 * every other CTA that has steps of a unit has them at the beginning of its share: a *fragment*, which it does first and whose
   sums it leaves in memory, so that the owner finds them there at its own end. Owners add them in the order of the CTAs.
 
-A cut that would leave fewer than `FRAGMENT` steps of a unit on either side moves to that side's end of the unit, and where a
+A cut that would leave fewer than `FRAGMENTS` steps of a unit on either side moves to that side's end of the unit, and where a
 CTA's share is smaller than that there are fewer CTAs. All of it follows from the counts and the number of CTAs alone.
 
 `Work` is whole numbers only, without a branch: the kernels run the same code on numbers of the GPU (`device.ragged`).
@@ -27,8 +27,9 @@ UNIT_ROWS = 256
 "Weight rows of a unit."
 PADDING = 8
 "An expert's rows begin at a multiple of it."
-FRAGMENT = 4
-"The fewest steps of a unit that a CTA does. A fragment costs writing and reading its sums, 1 KB a token."
+FRAGMENTS, NARROW = (2, 4), 16
+"""The fewest steps of a unit that a CTA does, of widths up to `NARROW` and of wider ones: leaving and taking the sums of a fragment
+is 1 KB a token each way. With 4 for all, the gate+up of one token would wait for CTAs with 9 to 11 steps where the mean is 8."""
 TICK = 4
 "Costs are counted in 2^4 clocks: the line of 8192 tokens of a large layer is then below 2^31."
 
@@ -125,9 +126,18 @@ class Work:
 
     # ---- cuts
 
-    def ctas(self, total: Any, costliest: Any, available: Any) -> Any:
-        """CTAs among which a line is cut, at least one: so few that a share is `FRAGMENT` of its costliest steps."""
-        return self.most(self.least(available, self.divide(total, FRAGMENT * self.most(costliest, 1))), 1)
+    def fragment(self, width: Any) -> Any:
+        """The fewest steps of a unit of a width that a CTA does."""
+        return FRAGMENTS[0] + (FRAGMENTS[1] - FRAGMENTS[0]) * self.some(width - NARROW)
+
+    def least_share(self, count: Any) -> Any:
+        """Ticks of the shortest fragment of an expert, in its first pass; of one without tokens no more than of one token."""
+        width = self.width(self.pass_rows(count))
+        return self.fragment(width) * self.step_cost(width, self.memory)
+
+    def ctas(self, total: Any, least: Any, available: Any) -> Any:
+        """CTAs among which a line is cut, at least one: so few that a share is no less than the largest `least_share`."""
+        return self.most(self.least(available, self.divide(total, least)), 1)
 
     def place(self, total: Any, ctas: Any, index: Any) -> Any:
         """Where in a line the index-th of its equal shares begins, before it is moved to a step; for index = ctas its end."""
@@ -154,9 +164,10 @@ class Work:
         )
         unit = group * passes + in_later + before
         # To the unit's beginning if too few steps lie before the cut, else to its end if too few lie behind.
-        enough = self.least(FRAGMENT, self.divide(self.steps + 1, 2))
+        fragment = self.fragment(self.width(self.pass_rows(count)))
+        enough = self.least(fragment, self.divide(self.steps + 1, 2))
         step = step * self.some(step - enough + 1)
-        ended = self.some(step + FRAGMENT - self.steps) * self.some(step)
+        ended = self.some(step + fragment - self.steps) * self.some(step)
         return unit + ended, step * (1 - ended)
 
     # ---- a unit
@@ -197,9 +208,9 @@ def line_cost(work: Work, counts: Sequence[int]) -> int:
     return sum(int(work.cost(count)) for count in counts)
 
 
-def costliest_step(work: Work, counts: Sequence[int]) -> int:
-    """Ticks of the step that takes longest; 0 without tokens."""
-    return max((work.step_costs(count)[0] for count in counts if count), default=0)
+def least_share(work: Work, counts: Sequence[int]) -> int:
+    """Ticks that a CTA has at the least, of those that share a line."""
+    return max(int(work.least_share(count)) for count in counts)
 
 
 def cuts(work: Work, counts: Sequence[int], available: int) -> list[tuple[int, int]]:
@@ -208,7 +219,7 @@ def cuts(work: Work, counts: Sequence[int], available: int) -> list[tuple[int, i
     CTAs beyond those that share the line are not in it.
     """
     total = line_cost(work, counts)
-    ctas = work.ctas(total, costliest_step(work, counts), available)
+    ctas = work.ctas(total, least_share(work, counts), available)
     found = []
     units = passed = 0
     place = work.place(total, ctas, 0)

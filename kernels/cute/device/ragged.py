@@ -112,7 +112,7 @@ class Ragged(GroupedGemm):
         first, second = self.numbers(counts, 2 * thread), self.numbers(counts, 2 * thread + 1)
         own = [first[1 + which] + second[1 + which] for which in range(SUMS)]
         upto = list(own)
-        costliest = cutlass.max(first[1 + SUMS], second[1 + SUMS])
+        least = cutlass.max(first[1 + SUMS], second[1 + SUMS])
         for distance in cutlass.range_constexpr(5):
             # Lanes below the distance get their own number back, and leave it out.
             reaches = self.work.some(lane - ((1 << distance) - 1))
@@ -120,11 +120,11 @@ class Ragged(GroupedGemm):
                 upto[which] = upto[which] + reaches * cute.arch.shuffle_sync_up(
                     upto[which], 1 << distance, mask_and_clamp=0
                 )
-            costliest = cutlass.max(costliest, cute.arch.shuffle_sync_bfly(costliest, 1 << distance))
+            least = cutlass.max(least, cute.arch.shuffle_sync_bfly(least, 1 << distance))
         if lane == 31 and warp < WARPS:
             for which in cutlass.range_constexpr(SUMS):
                 sums[which, warp] = upto[which]
-            sums[SUMS, warp] = costliest
+            sums[SUMS, warp] = least
         cute.arch.sync_threads()
         before = [upto[which] - own[which] for which in range(SUMS)]
         totals = [Int32(0)] * (SUMS + 1)
@@ -143,12 +143,11 @@ class Ragged(GroupedGemm):
         cute.arch.sync_threads()
 
     def numbers(self, counts, expert):
-        """(tokens, rows, units, cost, 1 if it has tokens, its costliest step) of an expert; zeros of one that is none."""
+        """(tokens, rows, units, cost, 1 if it has tokens, least share) of an expert; as without tokens of one that is none."""
         most = counts.shape[0]
         count = counts[self.work.least(expert, most - 1)] * self.work.some(most - expert)
-        some = self.work.some(count)
-        step = self.work.step_costs(count)[0] * some
-        return count, self.work.rows(count), self.work.units(count), self.work.cost(count), some, step
+        some, least = self.work.some(count), self.work.least_share(count)
+        return count, self.work.rows(count), self.work.units(count), self.work.cost(count), some, least
 
     @cute.jit
     def enter(self, expert, its, before, totals, shared, cta, ctas):
@@ -175,8 +174,7 @@ class Ragged(GroupedGemm):
 
     def places(self, totals, cta, ctas):
         """Where in the line a CTA's share begins and ends."""
-        total, costliest = totals[2], totals[SUMS]
-        sharing = self.work.ctas(total, costliest, ctas)
+        sharing, total = self.work.ctas(totals[2], totals[SUMS], ctas), totals[2]
         return self.work.place(total, sharing, cta), self.work.place(total, sharing, cta + 1)
 
     @cute.jit
