@@ -9,6 +9,8 @@ import attrs
 class Telemetry:
     """Sums over the launches of one layer at the token counts of one bucket.
 
+    Where histograms are known, launches without slots are left out: all their tokens were padding or other ranks'.
+
     Attributes:
         layer: its name; "" for launches that were made without one.
         num_tokens: of the plan's bucket.
@@ -18,7 +20,7 @@ class Telemetry:
         static_us, chosen_us: predicted microseconds of the static config and of what was chosen.
         active_experts: experts with at least one token.
         concentration: sum_e (c_e / slots)^2: 1 / experts for even routing, 1 with all tokens on one expert.
-        outside: launches with no slots, or more or fewer than any candidate was profiled for, so that static served.
+        outside: launches with more or fewer slots than any candidate was profiled for, so that static served.
         on_device: whether the GPU did the counting; otherwise times are not known.
         seen: where the host counted, histograms that reached it; active_experts, concentration and outside are sums
             over these.

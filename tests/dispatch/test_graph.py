@@ -252,7 +252,7 @@ def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
 
 
 def test_nowhere_profiled_is_counted_and_static(kernel, plan):
-    """No slot on this rank, and more slots than were profiled: the static config, counted as outside."""
+    """More slots than were profiled: the static config, counted as outside."""
     narrow = attrs.evolve(plan, model=attrs.evolve(plan.model, span=np.array([[1, 4], [1, 4], [1, 4]])))
     its = Shortlist(0, 8, (0, 1, 2), 0, None, None, "for the test")
     graph_dispatcher = GraphDispatcher(kernel, attrs.evolve(narrow, in_graph=(its,)), max_tokens=16)

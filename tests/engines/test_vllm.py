@@ -1,13 +1,12 @@
-"""The vLLM plugin against a stand-in with vLLM's names and signatures, and against vLLM's own classes where they import.
+"""The vLLM plugin against a stand-in with vLLM's names and signatures; `test_vllm_wheels` has vLLM's own classes.
 
-Both run on a CPU: our kernel in Triton's interpreter, vLLM's in a plain loop.
+All on a CPU: our kernel in Triton's interpreter, vLLM's in a plain loop.
 """
 
-import ast
 import contextlib
 import dataclasses
 import enum
-import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -28,7 +27,7 @@ import numpy as np
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import vllm as plugin
-from rampwrap.engines import vllm_experts, vllm_layer
+from rampwrap.engines import vllm_contract, vllm_experts, vllm_layer
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.activation import SWIGLU_OAI
 from rampwrap.kernel.activation import Activation as Ours
@@ -46,10 +45,7 @@ if not INTERPRETED.value:
 
 SHAPE = MoEShape(8, 2, 64, 32)
 PACKAGE = "vllm.model_executor.layers.fused_moe"
-IMPL_PARAMETERS = (
-    *("in_dtype", "a1q", "a1q_scale", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts"),
-    *("local_num_experts", "expert_map", "apply_router_weight_on_input", "expert_tokens_meta", "output_alias"),
-)
+IMPL = "FusedMoEKernelModularImpl"
 
 
 class Activation(enum.Enum):
@@ -1041,102 +1037,7 @@ def test_plans_place(monkeypatch, tmp_path, plan):
     )
 
 
-def vllm_source(*parts):
-    """A file of an installed vLLM, without importing it."""
-    spec = importlib.util.find_spec("vllm")
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        path = pathlib.Path(place, *parts)
-        if path.is_file():
-            return path
-    return None
-
-
-SOURCE = vllm_source("model_executor", "layers", "fused_moe", "modular_kernel.py")
-
-
-@pytest.mark.skipif(SOURCE is None, reason="vLLM is not installed")
-def test_the_stand_in_has_the_signatures_of_vllm():
-    """Read off its sources, so that it needs none of its dependencies."""
-    tree = ast.parse(SOURCE.read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-
-    def parameters(owner, name):
-        (found,) = [n for n in classes[owner].body if isinstance(n, ast.FunctionDef) and n.name == name]
-        return tuple(arg.arg for arg in found.args.args[1:])
-
-    assert parameters("FusedMoEKernelModularImpl", "_fused_experts") == IMPL_PARAMETERS
-    assert parameters("FusedMoEKernel", "__init__") == ("prepare_finalize", "fused_experts")
-    called = [
-        node
-        for node in ast.walk(classes["FusedMoEKernelModularImpl"])
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "_fused_experts"
-    ]
-    assert called and all(not call.args for call in called), "arguments arrive by name"
-
-
-REAL = """
-import logging, os, sys, types
-import torch
-import rampwrap.engines.vllm as plugin
-import vllm, vllm.config
-import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig, FusedMoEParallelConfig, FusedMoEQuantConfig, RoutingMethodType, fp8_w8a8_moe_quant_config)
-from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
-sys.path.insert(0, sys.argv[1])
-import test_engine_vllm as tests
-
-plugin.register()
-plugin.register()
-
-def kernel(quant, **sizes):
-    sizes = dict(num_experts=8, experts_per_token=2, hidden_dim=64, intermediate_size=32, num_local_experts=8,
-                 num_logical_experts=8, max_num_tokens=32) | sizes
-    config = FusedMoEConfig(**sizes, activation=MoEActivation.SILU, device="cpu",
-                            routing_method=RoutingMethodType.Default, in_dtype=torch.bfloat16,
-                            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel())
-    return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), TritonExperts(config, quant))
-
-def apply(layer, its, experts=8):
-    return layer.apply(its["hidden_states"], its["w1"], its["w2"], its["topk_weights"], its["topk_ids"],
-                       activation=MoEActivation.SILU, global_num_experts=experts, expert_map=None,
-                       apply_router_weight_on_input=False)
-
-layer = kernel(FusedMoEQuantConfig.make())
-its = tests.inputs()
-assert tests.near(apply(layer, its), its)
-assert isinstance(layer.impl._fused_experts, plugin.Experts)
-shape = tests.MoEShape(8, 2, 128, 128, "fp8")
-ours = tests.TritonFusedMoE(shape)
-its = ours.inputs(shape, its["topk_ids"])
-quant = fp8_w8a8_moe_quant_config(w1_scale=its["w13_scale"], w2_scale=its["w2_scale"], block_shape=[128, 128])
-layer = kernel(quant, hidden_dim=128, intermediate_size=128)
-out = apply(layer, its | {"w1": its["w13"]})
-want = ours.reference(shape, its)
-assert float((out.double() - want).norm() / want.norm()) < 2e-2
-assert isinstance(layer.impl._fused_experts, plugin.Experts) and layer.impl.fused_experts.expects_unquantized_inputs
-os.environ["RAMPWRAP_DISABLE"] = "1"
-assert "_fused_experts" not in vars(kernel(FusedMoEQuantConfig.make()).impl)
-print("ran in vLLM", vllm.__version__)
-"""
-
-
-@pytest.mark.skipif(SOURCE is None, reason="vLLM is not installed")
-def test_with_the_classes_of_vllm(tmp_path, plan):
-    """vLLM's own kernel, prepare, experts and configs around our launch, bf16 and FP8, in a process of its own."""
-    import subprocess
-
-    probe = "import vllm.model_executor.layers.fused_moe.experts.triton_moe"
-    environment = os.environ | {places.PLANS: str(tmp_path), "TRITON_INTERPRET": "1"}
-    root = str(pathlib.Path(plugin.__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    run = {"capture_output": True, "text": True, "check": False, "env": environment}
-    if (failed := subprocess.run([sys.executable, "-c", probe], **run)).returncode:
-        pytest.skip(f"vLLM does not import here: {failed.stderr.strip().splitlines()[-1]}")
-    plan.save(tmp_path / "tiny.plan.json")
-    make_plan(timings_of(MoEShape(8, 2, 128, 128, "fp8"))).save(tmp_path / "fp8.plan.json")
-    done = subprocess.run([sys.executable, "-c", REAL, str(pathlib.Path(__file__).parent)], **run)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "ran in vLLM" in done.stdout
+def test_the_stand_in_has_the_signatures_of_vllm(world):
+    """Those that vLLM's releases are held to; `test_vllm_wheels` holds them to it."""
+    kernel = vllm_contract.SIGNATURES[("model_executor/layers/fused_moe/modular_kernel.py", IMPL, "_fused_experts")]
+    assert tuple(inspect.signature(world.kernel().impl._fused_experts).parameters) == kernel

@@ -53,7 +53,7 @@ class TestSums:
         sums = Sums()
         for counts in (EVEN, ONE, np.zeros(4, dtype=np.int64)):
             sums.add(counts)
-        assert sums.numbers() == {"active_experts": 5.0, "concentration": 1.25, "outside": 1, "seen": 3}
+        assert sums.numbers() == {"active_experts": 5.0, "concentration": 1.25, "outside": 0, "seen": 2}
 
     def test_an_array_that_comes_again_counts_once(self) -> None:
         sums = Sums()
@@ -67,7 +67,8 @@ class TestSums:
     ) -> None:
         sums, slots, active = Sums(least, least + more, least_active), sum(counts), sum(c > 0 for c in counts)
         sums.add(np.array(counts))
-        assert sums.outside == (slots < least / 2 or slots > 2 * (least + more) or active < least_active)
+        assert sums.seen == (slots > 0)
+        assert sums.outside == (slots > 0) * (slots < least / 2 or slots > 2 * (least + more) or active < least_active)
 
     @pytest.mark.parametrize(
         ("bounds", "outside"),

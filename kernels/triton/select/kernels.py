@@ -54,6 +54,8 @@ def record_choice(
     sums = tl.where(at == 6, active, sums)
     sums = tl.where(at == 7, concentration, sums)
     sums = tl.where(at == 8, outside, sums)
+    # A pass of padding alone, as engines run before captures and in them, says nothing about routing.
+    sums = tl.where(slots > 0, sums, 0.0).to(tl.float64)
     # Atomic, because graphs of several streams may share a layer.
     tl.atomic_add(tally_ptr + at, sums, mask=sums != 0.0, sem="relaxed")
 

@@ -1,0 +1,188 @@
+"""What `test_vllm_wheels` runs in a process of its own: vLLM's classes of one release around our launch, on a CPU.
+
+python vllm_classes.py FOLDER VERSION PLANS
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import vllm_alone
+
+vllm_alone.install(pathlib.Path(sys.argv[1]), sys.argv[2])
+
+import test_vllm as tests
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+    RoutingMethodType,
+    fp8_w8a8_moe_quant_config,
+)
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
+from vllm.v1.worker import workspace
+
+import rampwrap.dispatch.lane
+from rampwrap.engines import vllm as plugin
+from rampwrap.engines import vllm_experts
+from rampwrap.plan.make import make_plan
+
+FP8 = tests.MoEShape(8, 2, 128, 128, "fp8")
+MOST = 1024
+"Tokens at which vLLM's own scratch memory is larger than ours, as it is at real sizes."
+
+
+def kernel(quant, change=None, **sizes):
+    """A layer's kernel as loading its weights makes it."""
+    sizes = {"num_experts": 8, "experts_per_token": 2, "hidden_dim": 64, "intermediate_size": 32} | sizes
+    config = FusedMoEConfig(
+        **sizes,
+        num_local_experts=8,
+        num_logical_experts=8,
+        max_num_tokens=MOST,
+        activation=MoEActivation.SILU,
+        device="cpu",
+        routing_method=RoutingMethodType.Default,
+        in_dtype=torch.bfloat16,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+    )
+    if change is not None:
+        change(config)
+    experts = TritonExperts(config, quant)
+    # Its kernels need a GPU; all around them is vLLM's.
+    experts.apply = lambda **its: its["output"].copy_(by_hand(its))
+    return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), experts)
+
+
+def by_hand(its):
+    """The layer in float32, expert by expert."""
+    x, out = its["hidden_states"].float(), torch.zeros(its["hidden_states"].shape)
+    for expert, (w13, w2) in enumerate(zip(its["w1"].float(), its["w2"].float(), strict=True)):
+        gate, up = (x @ w13.T).chunk(2, dim=1)
+        weight = (its["topk_weights"] * (its["topk_ids"] == expert)).sum(1, keepdim=True)
+        out += weight * ((torch.nn.functional.silu(gate) * up) @ w2.T)
+    return out
+
+
+def near(out, its):
+    want = by_hand(its)
+    return float((out.float() - want).norm() / want.norm()) < 1e-2
+
+
+def apply(layer, its):
+    return layer.apply(
+        *(its[name] for name in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
+        activation=MoEActivation.SILU,
+        global_num_experts=8,
+        expert_map=None,
+        apply_router_weight_on_input=False,
+    )
+
+
+def ours(layer):
+    return isinstance(vars(layer.impl).get("_fused_experts"), vllm_experts.Experts)
+
+
+def plain():
+    return FusedMoEQuantConfig.make()
+
+
+def fp8_layer(its):
+    quant = fp8_w8a8_moe_quant_config(w1_scale=its["w13_scale"], w2_scale=its["w2_scale"], block_shape=[128, 128])
+    return kernel(quant, hidden_dim=128, intermediate_size=128)
+
+
+def check_results(fp8_inputs):
+    """Both dtypes, into vLLM's own output; the first registration is the only one."""
+    its = tests.inputs()
+    layer = kernel(plain())
+    assert near(apply(layer, its), its) and ours(layer)
+    layer = fp8_layer(fp8_inputs)
+    out = apply(layer, fp8_inputs)
+    want = tests.TritonFusedMoE(FP8).reference(FP8, fp8_inputs)
+    assert float((out.double() - want).norm() / want.norm()) < 2e-2
+    assert ours(layer) and layer.impl.fused_experts.expects_unquantized_inputs
+
+
+def check_padding(fp8_inputs):
+    """Passes in which every token is padding, before a capture and in it: zeros, and nothing is counted; some padding too."""
+    bf16_inputs, in_fp8 = tests.inputs(), tests.TritonFusedMoE(FP8).reference(FP8, fp8_inputs)
+    bf16_layer = (kernel(plain()), bf16_inputs, by_hand(bf16_inputs))
+    for layer, its, want in (bf16_layer, (fp8_layer(fp8_inputs), fp8_inputs, in_fp8)):
+        empty = its | {"topk_ids": torch.full_like(its["topk_ids"], -1)}
+        for under in (False, True):
+            vllm_experts.capturing = rampwrap.dispatch.lane.capturing = lambda: under  # noqa: B023
+            out = apply(layer, empty)
+            assert torch.equal(out, torch.zeros_like(out)), under
+        vllm_experts.capturing = rampwrap.dispatch.lane.capturing = lambda: False
+        assert not layer.impl._fused_experts._layer.telemetry()
+        half = its | {"topk_ids": its["topk_ids"].clone()}
+        half["topk_ids"][6:] = -1
+        out = apply(layer, half)
+        (row,) = layer.impl._fused_experts._layer.telemetry()
+        assert ours(layer) and row.steps == 1 and not row.outside
+        assert torch.equal(out[6:], torch.zeros_like(out[6:]))
+        assert float((out[:6].double() - want[:6].double()).norm() / want[:6].double().norm()) < 2e-2
+
+
+def check_memory():
+    """vLLM's manager locked after our steps: without its own size in it a large step of its launch would end the engine."""
+    its = tests.inputs(MOST)
+    for reserves in (False, True):
+        workspace.reset_workspace_manager()
+        workspace.init_workspace_manager(torch.device("cpu"))
+        layer = kernel(plain())
+        experts = layer.impl._fused_experts
+        experts._layer = lambda **launch: launch["out"]  # so many tokens take the interpreter too long
+        if not reserves:
+            experts._reserve = lambda call: None
+        apply(layer, its)
+        workspace.lock_workspace()
+        experts._given_up = True
+        try:
+            assert near(apply(layer, its), its)
+            assert reserves, "vLLM's own launch had room without having asked"
+        except AssertionError as error:
+            assert not reserves and "Workspace is locked" in str(error), error
+
+
+def check_settings():
+    """What we do not know keeps a layer, or a step, with vLLM."""
+    changes = {"swiglu_limit": 7.0, "swiglu_alpha": 1.7, "_defer_moe_finalize": True, "activation_situ_beta": 1.0}
+    for name, value in changes.items():
+        if name in FusedMoEConfig.__dataclass_fields__:
+            assert not ours(kernel(plain(), lambda config: setattr(config, name, value))), name  # noqa: B023
+    quant = plain()
+    quant.mx_alignment = 32
+    assert not ours(kernel(quant))
+    layer, its, served = kernel(plain()), tests.inputs(), []
+    layer.impl.fused_experts.apply = lambda **its: served.append(its["output"].copy_(by_hand(its)))
+    layer.impl.fused_experts.post_gemm2_hook = print
+    assert near(apply(layer, its), its) and len(served) == 1
+    layer.impl.fused_experts.post_gemm2_hook = None
+    its["w1"]._vllm_is_uva_offloaded = True
+    assert near(apply(layer, its), its) and len(served) == 2
+
+
+def main():
+    make_plan(tests.timings_of(tests.SHAPE)).save(pathlib.Path(sys.argv[3]) / "tiny.plan.json")
+    make_plan(tests.timings_of(FP8)).save(pathlib.Path(sys.argv[3]) / "fp8.plan.json")
+    plugin.register()
+    plugin.register()
+    workspace.init_workspace_manager(torch.device("cpu"))
+    torch.accelerator.empty_cache = lambda: None
+    its = tests.TritonFusedMoE(FP8).inputs(FP8, tests.inputs()["topk_ids"])
+    its["w1"] = its["w13"]
+    check_results(its)
+    check_padding(its)
+    check_memory()
+    check_settings()
+    print("ran in vLLM", sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
