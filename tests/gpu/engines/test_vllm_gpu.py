@@ -1,4 +1,4 @@
-"""The plugin in vLLM 0.26 on a GPU. Run with `pytest -m gpu tests/gpu/engines/test_vllm_gpu.py` where vLLM imports.
+"""The plugin in the installed vLLM on a GPU. Run with `pytest -m gpu tests/gpu/engines/test_vllm_gpu.py` where vLLM imports.
 
 The first tests call vLLM's own layer around our launch, the later ones start small engines with dummy weights in
 processes of their own (about 30 s each).
@@ -288,6 +288,56 @@ def test_one_graph_follows_the_routing(place):
     assert len(seen) == 2
     counted = [row for row in made.impl._fused_experts.graph_dispatcher.telemetry() if row.on_device]
     assert sum(row.steps for row in counted) == 7
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_passes_of_padding_alone(place, dtype):
+    """As vLLM runs them from 0.27 on, before a capture and in it: zeros, uncounted; a replay with routing is as ever."""
+    shape = attrs.evolve(SHAPE, dtype=dtype)
+    synthetic_plan(shape).save(place / "x.plan.json")
+    its = make_kernel("triton_fused_moe", shape).inputs(shape, ids_over(16))
+    made, apply = layer(shape, (its["w13_scale"], its["w2_scale"]) if dtype == "fp8" else ())
+    want = apply(its).clone()
+    real = its["topk_ids"].clone()
+    its["topk_ids"].fill_(-1)
+    assert not apply(its).any()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = apply(its)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not out.any()
+    its["topk_ids"].copy_(real)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+    counted = [row for row in made.impl._fused_experts.graph_dispatcher.telemetry() if row.on_device]
+    assert sum(row.steps for row in counted) == 2 and not any(row.outside for row in counted)
+
+
+def test_a_step_of_vllms_own_after_its_memory_was_locked(place, monkeypatch):
+    """Its launch finds the room that it would have asked for, and none where we had not reserved it."""
+    from vllm.v1.worker import workspace
+
+    shape = MoEShape(4, 4, 256, 1024)  # few experts and wide ones: ours is the smaller memory
+    synthetic_plan(shape).save(place / "x.plan.json")
+    its = make_kernel("triton_fused_moe", shape).inputs(shape, ids_over(4, shape, tokens=256))
+    for reserves in (False, True):
+        workspace.reset_workspace_manager()
+        workspace.init_workspace_manager(torch.device("cuda"))
+        made, apply = layer(shape)
+        experts = made.impl._fused_experts
+        if not reserves:
+            monkeypatch.setattr(experts, "_reserve", lambda call: None)
+        ours = apply(its).clone()
+        workspace.lock_workspace()
+        experts._given_up = True
+        if reserves:
+            assert error_of(ours, apply(its)) < 1e-2
+        else:
+            with pytest.raises(AssertionError, match="Workspace is locked"):
+                apply(its)
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "bf16"])
