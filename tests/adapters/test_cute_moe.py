@@ -483,3 +483,26 @@ def test_arguments_of_the_ragged_kernels():
     kernel._costs = huge
     with pytest.raises(InputError, match="5 tokens are more than the ragged form counts"):
         kernel.launch(kernel.configs[0], **inputs, workspace=memory)
+
+
+@needs_kernels
+def test_the_probe_says_what_is_wrong(capsys):
+    """On the stand-ins every case is right; one that forgets the second CTA's fragment is wrong in rows, not in h."""
+    where = pathlib.Path(__file__).parent.parent / "gpu" / "kernels" / "ragged_probe.py"
+    spec = importlib.util.spec_from_file_location("ragged_probe", where)
+    probe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(probe)
+    make = lambda shape, form: CuteFusedMoE(shape, form, StandIns())  # noqa: E731
+    assert probe.main(["--only", "one CTA"], "cpu", make) == 0
+    assert "all cases are right" in capsys.readouterr().out
+
+    class Lazy(StandIns):
+        def _find(self, variant):
+            found = super()._find(variant)
+            half = lambda *its: (found(*its), its[-10].view(-1)[::2].zero_())  # noqa: E731
+            return half if variant.role == "ragged_down" else found
+
+    lazy = lambda shape, form: CuteFusedMoE(shape, form, Lazy())  # noqa: E731
+    assert probe.main(["--only", "at most one", "--dtype", "bf16"], "cpu", lazy) == 1
+    said = capsys.readouterr().out
+    assert "WRONG" in said and "h 0.00" in said and "1 cases are wrong" in said

@@ -1,5 +1,6 @@
 """Building, inspecting and loading the CuTe kernels: the real compiler where the CuTe DSL is installed; no GPU."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -400,6 +401,55 @@ def test_the_library_loads_in_milliseconds_and_checks_its_arguments(real):
     assert found.function(samples()[0]) is functions[0]
     with pytest.raises(TypeError, match="Expects"):
         functions[0](1, 2, 3)
+
+
+def as_of_a_gpu(tensor):
+    """A tensor that says it lies on a GPU, for functions that ask before they launch; nothing may read it."""
+    import torch
+    import tvm_ffi
+
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    capsule = torch.utils.dlpack.to_dlpack(tensor)
+    device = ctypes.cast(pointer(capsule, b"dltensor") + 8, ctypes.POINTER(ctypes.c_int32))  # behind the data
+    assert device[0] == 1  # DLPack's CPU
+    device[0] = 2
+    return tvm_ffi.from_dlpack(capsule)
+
+
+@needs_dsl
+@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
+@pytest.mark.parametrize("form", ["two", "one", "prefill", "ragged"])
+def test_compiled_functions_take_what_a_layer_hands_them(real, form, dtype, monkeypatch):
+    """Types, shapes, strides, alignment and device pass all of their checks: what they lack here is a driver."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from rampwrap.adapters.cute_moe import CuteFusedMoE
+    from rampwrap.kernel.shape import MoEShape
+    from rampwrap.kernels.triton.interpreter import INTERPRETED
+
+    if torch.cuda.is_available() or not INTERPRETED.value:
+        pytest.skip("needs Triton's interpreter and no GPU")
+    found = library.Library(real[0].library)
+    found.can_compile = False  # only what is there
+    shape, refusals = MoEShape(8, 2, 512, 256, dtype), []
+    kernel = CuteFusedMoE(shape, form, found)
+
+    def stand_in(variant, function):
+        def call(*arguments):
+            on_gpu = [as_of_a_gpu(its) if isinstance(its, torch.Tensor) else its for its in arguments]
+            with pytest.raises(RuntimeError) as refusal:
+                function(*on_gpu)
+            refusals.append(str(refusal.value))
+            with pytest.raises((TypeError, ValueError), match=r"Mismatched|Expects"):
+                function(*on_gpu[1:], on_gpu[0])
+
+        return call
+
+    get = found.function
+    monkeypatch.setattr(found, "function", lambda variant: stand_in(variant, get(variant)))
+    kernel.launch(kernel.configs[0], **kernel.inputs(shape, torch.zeros(9, 2, dtype=torch.int32)))
+    assert len(refusals) == (1 if form == "one" else 2) and all("Cuda" in text for text in refusals), refusals
 
 
 @needs_dsl
