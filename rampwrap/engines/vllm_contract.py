@@ -181,6 +181,9 @@ def strange(owner: str, config: Any, but: Iterable[str] = ()) -> str | None:
         value, default = getattr(config, field.name), field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        # Switches of other hardware are None where it is not there (`rocm_aiter_fmoe_enabled`, on every GPU of NVIDIA).
+        if (value is None or value is False) and (default is None or default is False):
+            continue
         if value is not default and not (isinstance(value, str | int | float | tuple | list) and value == default):
             return f"{owner}.{field.name} is {value!r:.60}, which rampwrap does not know"
     return None

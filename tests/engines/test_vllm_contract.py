@@ -203,6 +203,7 @@ class FusedMoEConfig:
     num_experts: int = 8
     moe_backend: str = "auto"
     activation_situ_beta: float | None = None
+    rocm: bool = False
     new: float = 1.0
     names: tuple = ()
     made: list = dataclasses.field(default_factory=list)
@@ -216,6 +217,9 @@ class FusedMoEConfig:
         ({"activation_situ_beta": 7.0}, "FusedMoEConfig.activation_situ_beta is 7.0, which rampwrap does not know"),
         ({"new": 0.5}, "new is 0.5"),
         ({"new": 1, "made": []}, None),
+        ({"rocm": None}, None),
+        ({"rocm": True}, "rocm is True"),
+        ({"activation_situ_beta": False}, None),
         ({"made": [1]}, "made is [1]"),
         ({"tensor": object()}, "tensor is <object"),
     ],

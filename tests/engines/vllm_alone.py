@@ -61,6 +61,13 @@ class Platform(Anything):
         return torch.float8_e4m3fn
 
 
+class NoAiter:
+    """Of `vllm._aiter_ops.rocm_aiter_ops` where there is no ROCm: whatever it is asked, it answers None."""
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
 class Class(type):
     """Of classes that stand in: they have every constant, and may be given parameters."""
 
@@ -109,4 +116,5 @@ def install(root: pathlib.Path, version: str) -> None:
     sys.meta_path.insert(0, Finder(root))
     importlib.import_module("vllm").__version__ = version
     importlib.import_module("vllm.platforms").current_platform = Platform()
+    importlib.import_module("vllm._aiter_ops").rocm_aiter_ops = NoAiter()
     importlib.import_module("vllm.config").get_current_vllm_config_or_none = lambda: None
