@@ -7,6 +7,7 @@ of one process: importing torch takes seconds.
 import io
 import os
 import pickle
+import runpy
 import socket
 import sys
 import time
@@ -128,6 +129,11 @@ def refused(group: dist.ProcessGroup, arguments: dict[str, Any], calls: list[Any
             said.append(f"{type(error).__name__}: {error}")
     ep._let_go()
     return said
+
+
+def script(group: dist.ProcessGroup, path: str, function: str, arguments: list[Any]) -> Any:
+    """A function of a script that takes a group."""
+    return runpy.run_path(path)[function](group, *arguments)
 
 
 OTHERS: dict[int, dist.ProcessGroup] = {}

@@ -1,0 +1,195 @@
+"""One rank of the expert-parallel tests on GPUs: ``python on_gpus.py RANK RANKS PORT CHECK [ROUNDS]``, one process a GPU.
+
+Each check compares with the path over torch.distributed, bit for bit. On a small case under compute-sanitizer:
+``compute-sanitizer --tool memcheck python on_gpus.py 0 2 29500 soak 5 & python on_gpus.py 1 2 29500 soak 5``.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rampwrap.ep.group import ExpertParallel
+from rampwrap.ep.received import Received
+from rampwrap.errors import GroupError
+from rampwrap.kernel.shape import MoEShape
+
+SHAPE = MoEShape(32, 8, 1024, 128)
+MOST = 48
+KINDS = ("spread", "one expert", "dropped", "twice", "one rank")
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def batch(count: int, kind: str, seed: int, device: str) -> Batch:
+    """Hidden states, ids and weights of one rank."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (count, SHAPE.top_k)
+    ids = torch.rand(count, SHAPE.num_experts, generator=generator).argsort(1)[:, : SHAPE.top_k]
+    if kind == "one expert":
+        ids = torch.full(size, 5)
+    elif kind == "one rank":
+        ids = ids % 8
+    elif kind == "dropped":
+        ids = torch.where(torch.rand(size, generator=generator) < 0.6, -1, ids)
+    elif kind == "twice":
+        ids = ids[:, :1].expand(size)
+    hidden = torch.randn(count, SHAPE.hidden_size, generator=generator)
+    weights = torch.rand(size, generator=generator)
+    return hidden.bfloat16().to(device), ids.int().contiguous().to(device), weights.to(device)
+
+
+def experts(received: Received) -> torch.Tensor:
+    """bf16 [N, top_k, H]: what stands for the experts, by slot; NaN in slots of other ranks."""
+    rows = received.hidden_states(torch.bfloat16).float()
+    each = (rows[:, None] * (received.topk_ids[:, :, None] + 1)).bfloat16()
+    here = received.owners.is_local(received.topk_ids)
+    return torch.where(here[:, :, None], each, torch.nan)
+
+
+def step(ep: ExpertParallel, brought: Batch, counts: list[int]) -> torch.Tensor:
+    return ep.combine(experts(ep.dispatch(*brought, tokens_per_rank=counts)))
+
+
+def poison(ep: ExpertParallel) -> None:
+    """NaN in all rows and sums of this rank, while nobody writes there."""
+    mover = ep._movers[0] if ep._movers else None
+    views = mover._mapped.views if hasattr(mover, "_mapped") else mover._regions  # type: ignore[union-attr]
+    for name in ("rows", "partials"):
+        views[name].view(torch.uint8).fill_(0xFF)
+
+
+class Replayed:
+    """A step of as many tokens on every rank, captured once, replayed with other routing."""
+
+    def __init__(self, ep: ExpertParallel, count: int, device: str) -> None:
+        self.brought = batch(count, "spread", 0, device)
+        counts = [count] * ep.num_ranks
+        step(ep, self.brought, counts)  # compiles
+        ep.check()
+        dist.barrier(ep.group)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.out = step(ep, self.brought, counts)
+
+    def __call__(self, brought: Batch) -> torch.Tensor:
+        for mine, its in zip(self.brought, brought, strict=True):
+            mine.copy_(its)
+        self._graph.replay()
+        return self.out.clone()
+
+
+def soak(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2000) -> int:
+    """Rounds with any counts and routing, graphs and eager steps mixed, ranks late and memory poisoned; those that ran."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    on_gpu, done = device != "cpu", 0
+    for payload, partials, masked in (("bf16", "bf16", False), ("fp8", "fp32", True), ("fp8", "bf16", False)):
+        options: dict[str, Any] = {"payload": payload, "partials": partials, "device": device, "timeout_s": 60.0}
+        with (
+            ExpertParallel(group, SHAPE, MOST, backend=backend, masked=masked, **options) as ours,
+            ExpertParallel(group, SHAPE, MOST, backend="collectives", **options) as theirs,
+        ):
+            graphs = {count: Replayed(ours, count, device) for count in (1, 8, 48)} if on_gpu else {}
+            same = random.Random(7)  # as on the other ranks
+            own = random.Random(rank)
+            for number in range(-(-rounds // 3)):
+                captured = same.choice((None, None, *graphs))
+                most = same.choice((1, 8, MOST))
+                counts = [same.choice((0, 1, most, same.randrange(MOST + 1))) for _ in range(ranks)]
+                counts = counts if captured is None else [captured] * ranks
+                kind, poisons = same.choice(KINDS), same.random() < 0.25
+                brought = batch(counts[rank], kind, 1000 * number + rank, device)
+                wanted = step(theirs, brought, counts)
+                if poisons:
+                    ours.check()
+                    dist.barrier(group)
+                    poison(ours)
+                    ours.check()
+                    dist.barrier(group)
+                if on_gpu and own.random() < 0.3:
+                    torch.cuda._sleep(own.randrange(2_000_000))  # cycles, a millisecond at most
+                found = step(ours, brought, counts) if captured is None else graphs[captured](brought)
+                assert torch.equal(found, wanted), (payload, number, kind, counts, captured)
+                done += 1
+            ours.check()
+    return done
+
+
+def aligned(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 20) -> None:
+    """Blocks of the last CTA, and of launches of their own, are those of the gathered ids."""
+    from rampwrap.kernels.triton.align.host import align_tokens
+
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    with ExpertParallel(group, SHAPE, 512, backend=backend, device=device) as ep:
+        for number in range(rounds):
+            count = (3, 17, 48, 300)[number % 4]
+            brought = batch(count, KINDS[number % 5], number + 100 * rank, device)
+            received = ep.dispatch(*brought, tokens_per_rank=[count] * ranks, block_m=16)
+            blocks, local = received.blocks, received.owners.num_local_experts
+            assert blocks is not None
+            wanted = align_tokens(received.topk_ids, 16, local, expert_map=received.expert_map)
+            rows = int(wanted.num_tokens_post_padded)
+            assert int(blocks.num_tokens_post_padded) == rows
+            assert torch.equal(blocks.sorted_token_ids[:rows], wanted.sorted_token_ids[:rows])
+            assert torch.equal(blocks.expert_ids[: rows // 16], wanted.expert_ids[: rows // 16])
+            ep.combine(experts(received))
+        ep.check()
+
+
+def late(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2) -> None:
+    """The last rank comes too late: all others are told so, none hangs, and after a reset all is well. Counts, likewise."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    counts = [2] * ranks
+    brought = batch(2, "spread", rank, device)
+    with ExpertParallel(group, SHAPE, MOST, backend=backend, device=device, timeout_s=3.0) as ep:
+        right = step(ep, brought, counts)
+        for _ in range(rounds):
+            dist.barrier(group)
+            if rank == ranks - 1:
+                time.sleep(5.0)
+            reason = said(lambda: (step(ep, brought, counts), ep.check()))
+            if rank != ranks - 1:
+                assert reason.startswith(f"rank {ranks - 1} did not arrive at dispatch within 3 s"), reason
+            dist.barrier(group)
+            ep.reset()
+            assert torch.equal(step(ep, brought, counts), right)
+            ep.check()
+        others = counts if rank else [*counts[:-1], 3]
+        reason = said(lambda: (step(ep, brought, others), ep.check()))
+        assert (not rank) == ("came to dispatch with other tokens_per_rank" in reason), reason
+        dist.barrier(group)
+        ep.reset()
+        assert torch.equal(step(ep, brought, counts), right)
+        ep.check()
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except GroupError as error:
+        return str(error)
+    return ""
+
+
+CHECKS: dict[str, Callable[..., Any]] = {"soak": soak, "aligned": aligned, "late": late}
+
+
+def main() -> None:
+    rank, ranks, port = map(int, sys.argv[1:4])
+    torch.cuda.set_device(rank)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group(
+        "nccl", init_method=address, rank=rank, world_size=ranks, timeout=timedelta(seconds=300), device_id=rank
+    )
+    rounds = [int(its) for its in sys.argv[5:]]
+    found = CHECKS[sys.argv[4]](dist.group.WORLD, f"cuda:{rank}", "symmetric", *rounds)
+    print(f"rank {rank}: {sys.argv[4]} {found}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
