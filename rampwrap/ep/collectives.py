@@ -20,6 +20,9 @@ from rampwrap.ep.received import Received, sum_in_order
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError
 
+# Torch 2.13 calls it by another name, and warns of this one.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Collectives:
     """Moves rows of one layout among the ranks of a group.
@@ -93,7 +96,7 @@ class Collectives:
         ranks = self._owners.num_ranks
         if len(set(counts)) == 1:
             if counts[0]:
-                work = dist.all_gather_into_tensor(_bytes(out), _bytes(own), group=self._group, async_op=True)
+                work = _all_gather(_bytes(out), _bytes(own), group=self._group, async_op=True)
                 self._wait(work, phase)
         else:
             copies = own.expand(ranks, *own.shape).reshape(-1, own.shape[1])

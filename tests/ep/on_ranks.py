@@ -136,6 +136,13 @@ def script(group: dist.ProcessGroup, path: str, function: str, arguments: list[A
     return runpy.run_path(path)[function](group, *arguments)
 
 
+def benchmark(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
+    """Rows and table of benchmarks/ep.py."""
+    its = runpy.run_path(path)
+    rows = its["measure"](group, its["arguments"]().parse_args(arguments))
+    return rows, its["table"](rows)
+
+
 OTHERS: dict[int, dist.ProcessGroup] = {}
 "Groups of the first ranks, by their number; -2 is another of two."
 

@@ -14,3 +14,15 @@ def test_the_soak_of_the_gpu_tests(ranks: Any) -> None:
     if not pathlib.Path(script).exists():
         pytest.skip("the GPU tests are not beside these")
     assert ranks.run(2, "script", script, "soak", ["cpu", "collectives", 30]) == [30, 30]
+
+
+def test_the_benchmark(ranks: Any) -> None:
+    script = str(ROOT / "benchmarks/ep.py")
+    if not pathlib.Path(script).exists():
+        pytest.skip("the benchmarks are not beside these tests")
+    first, second = ranks.run(
+        2, "benchmark", script, ["--device", "cpu", "--hidden-size", "256", "--tokens", "1", "4", "--replays", "2"]
+    )
+    assert first == second and len(first[0]) == 4 and len(first[1].splitlines()) == 5
+    assert [(row["payload"], row["tokens"]) for row in first[0]] == [(p, t) for p in ("fp8", "bf16") for t in (1, 4)]
+    assert all(row["ours_us"] > 0 and row["rival_us"] > 0 for row in first[0])
