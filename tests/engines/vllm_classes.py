@@ -28,10 +28,12 @@ from vllm.v1.worker import workspace
 
 import rampwrap.dispatch.lane
 from rampwrap.engines import vllm as plugin
-from rampwrap.engines import vllm_experts
+from rampwrap.engines import vllm_experts, vllm_layer
+from rampwrap.kernel.activation import SWIGLU_OAI
 from rampwrap.plan.make import make_plan
 
 FP8 = tests.MoEShape(8, 2, 128, 128, "fp8")
+OAI = tests.MoEShape(8, 2, 64, 32, activation=SWIGLU_OAI)
 MOST = 1024
 "Tokens at which vLLM's own scratch memory is larger than ours, as it is at real sizes."
 
@@ -76,7 +78,7 @@ def near(out, its):
 def apply(layer, its):
     return layer.apply(
         *(its[name] for name in ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")),
-        activation=MoEActivation.SILU,
+        activation=layer.impl.fused_experts.moe_config.activation,
         global_num_experts=8,
         expert_map=None,
         apply_router_weight_on_input=False,
@@ -168,9 +170,42 @@ def check_settings():
     assert near(apply(layer, its), its) and len(served) == 2
 
 
+def check_forms():
+    """Activations and scales, from vLLM's own settings to the layer that a plan must be for, and one of each run."""
+    given = {"gemm1_clamp_limit": 7.0, "gemm1_alpha": 1.702, "gemm1_beta": 1.0}
+    scaled = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}
+
+    def oai(config):
+        config.activation = MoEActivation.SWIGLUOAI_UNINTERLEAVE
+        vars(config).update(scaled)
+
+    layer, its = kernel(FusedMoEQuantConfig.make(**given), oai), tests.inputs(4)
+    shape = layer.impl._fused_experts.graph_dispatcher.shape
+    want = tests.TritonFusedMoE(shape).reference(shape, its | {"w13": its["w1"]})
+    assert shape == OAI and float((apply(layer, its).double() - want).norm() / want.norm()) < 1e-2
+    for scales, form in {
+        "block-64": {"block_shape": [64, 64]},
+        "block-32": {"block_shape": [32, 32]},
+        "channel": {"per_act_token_quant": True, "per_out_ch_quant": True},
+        "tensor": {},
+    }.items():
+        shape = tests.MoEShape(8, 2, 64, 64, "fp8", scales=scales)
+        ours = tests.TritonFusedMoE(shape)
+        its = ours.inputs(shape, tests.inputs(4)["topk_ids"])
+        quant = fp8_w8a8_moe_quant_config(w1_scale=its["w13_scale"], w2_scale=its["w2_scale"], **form)
+        layer = kernel(quant, hidden_dim=64, intermediate_size=64)
+        assert vllm_layer.layer_shape(layer.impl.fused_experts.moe_config, quant) == shape
+        if scales == "channel":
+            out, want = apply(layer, its | {"w1": its["w13"]}), ours.reference(shape, its)
+            assert layer.impl.fused_experts.expects_unquantized_inputs
+            assert float((out.double() - want).norm() / want.norm()) < 2e-2
+
+
 def main():
     make_plan(tests.timings_of(tests.SHAPE)).save(pathlib.Path(sys.argv[3]) / "tiny.plan.json")
     make_plan(tests.timings_of(FP8)).save(pathlib.Path(sys.argv[3]) / "fp8.plan.json")
+    for name, shape in (("oai", OAI), ("channel", tests.MoEShape(8, 2, 64, 64, "fp8", scales="channel"))):
+        make_plan(tests.timings_of(shape)).save(pathlib.Path(sys.argv[3]) / f"{name}.plan.json")
     plugin.register()
     plugin.register()
     workspace.init_workspace_manager(torch.device("cpu"))
@@ -181,6 +216,7 @@ def main():
     check_padding(its)
     check_memory()
     check_settings()
+    check_forms()
     print("ran in vLLM", sys.argv[2])
 
 
