@@ -4,6 +4,7 @@ Weights are those of the Triton kernel, gate rows first, so both go into one `Po
 of time by ``rampwrap build-kernels``, or on first use where the CuTe DSL is installed.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,6 @@ from rampwrap.kernels.cute.build.library import Library, load
 from rampwrap.kernels.cute.configs import (
     FORMS,
     GROUP_MS,
-    RAGGED,
     CuteConfig,
     Variant,
     all_configs,
@@ -31,7 +31,7 @@ from rampwrap.kernels.cute.configs import (
 )
 from rampwrap.kernels.cute.costs import Costs, known
 from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
-from rampwrap.kernels.cute.host.ragged import run_ragged, with_fragments
+from rampwrap.kernels.cute.host.ragged import Line, run_ragged, with_fragments
 from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.moe.workspace import Workspace, workspace
 
@@ -89,9 +89,13 @@ class CuteFusedMoE(LayerKernel):
             self.nondeterministic = "the one-launch form adds output tiles in no fixed order"
         if len(self.forms) == 1:
             self.launch_names = ("kernel_cutlass",) * len(usable[0].variants)
-        self._costs = None if shape.dtype not in RAGGED else Costs.of(known(device_of(self)), shape.dtype)
         self._ready: dict[tuple[Any, ...], tuple[CuteConfig, tuple[Callable[..., Any], ...]]] = {}
         self._warm: set[tuple[str, int | None]] = set()
+
+    @functools.cached_property
+    def _line(self) -> Line:
+        """Of the ragged form, for layers that it runs."""
+        return Line.of(self.shape, Costs.of(known(device_of(self)), self.shape.dtype))
 
     def default_config(self, num_tokens: int) -> Config:
         """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
@@ -187,9 +191,8 @@ class CuteFusedMoE(LayerKernel):
         if warm not in self._warm and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise CaptureError(f"The config {format_config(config)} was never launched; launch it before the capture.")
         if found.form == "ragged":
-            assert self._costs is not None
             ctas = self._most_ctas(1, device)
-            out = run_ragged(self.shape, found, functions, self._costs, ctas, operands, memory=workspace, blocks=blocks)
+            out = run_ragged(self.shape, found, functions, self._line, ctas, operands, memory=workspace, blocks=blocks)
             self._warm.add(warm)
             return out
         most_ctas = self._most_ctas(found.ctas_per_sm * (self.waves if waves is None else waves), device)

@@ -86,8 +86,7 @@ def launches(
     most = kernel._most_ctas(found.ctas_per_sm, operands.topk_ids.device)
     note = lambda *arguments: seen.append(arguments)  # noqa: E731
     if found.form == "ragged":
-        assert kernel._costs is not None
-        run_ragged(kernel.shape, found, (note, note), kernel._costs, most, operands, memory=memory)
+        run_ragged(kernel.shape, found, (note, note), kernel._line, most, operands, memory=memory)
     else:
         run_layer(found, (note, note), config["group_m"], most, operands, workspace=memory)
     up, down = (

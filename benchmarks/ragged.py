@@ -44,7 +44,7 @@ from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.build.library import load
 from rampwrap.kernels.cute.configs import RAGGED
-from rampwrap.kernels.cute.costs import POINTS, Costs, works_of
+from rampwrap.kernels.cute.costs import POINTS, Costs, known, works_of
 from rampwrap.kernels.cute.host.ragged import run_ragged, with_fragments
 from rampwrap.kernels.cute.schedule import WIDTHS
 from rampwrap.measure.graph_timer import GraphTimer
@@ -185,9 +185,9 @@ def up_call(kernel: CuteFusedMoE, tokens: int, ctas: int) -> Any:
     ids = torch.arange(shape.num_experts, dtype=torch.int32, device=DEVICE).repeat(tokens).view(-1, shape.top_k)
     inputs, seen = kernel.inputs(shape, ids), []
     memory = with_fragments(kernel.workspace(len(ids), DEVICE), shape.dtype, ctas)
-    config, costs = RAGGED[shape.dtype], Costs.of(race.measured(Device.current()), shape.dtype)
+    config = RAGGED[shape.dtype]
     note = lambda *arguments: seen.append(arguments)  # noqa: E731
-    run_ragged(shape, config, (note, note), costs, ctas, Operands(**inputs), memory=memory)
+    run_ragged(shape, config, (note, note), kernel._line, ctas, Operands(**inputs), memory=memory)
     return functools.partial(kernel.library.function(config.variants[0]), *seen[0])
 
 
@@ -200,7 +200,7 @@ def points(dtype: str, a: argparse.Namespace) -> dict[str, Any]:
     for (name, shape), tokens in itertools.product((("long", long), ("short", short)), WIDTHS[dtype]):
         kernel = CuteFusedMoE(shape, "ragged", load(a.library))
         calls[f"{name} {tokens}"] = [up_call(kernel, tokens, FEW_CTAS)]
-        work = works_of(shape, Costs.of(Device.current(), dtype))[0]
+        work = works_of(shape, Costs.of(known(Device.current()), dtype))[0]
         steps[name] = shape.num_experts * work.units(1) * work.steps / FEW_CTAS
     us = interleaved(GraphTimer(0, 0), calls, a.rounds)
     clock = POINTS[dtype].clock_mhz

@@ -30,6 +30,7 @@ from rampwrap.kernels.common.reference import activate, dequantise, quantise, we
 from rampwrap.kernels.cute.build.library import Library
 from rampwrap.kernels.cute.configs import all_variants
 from rampwrap.kernels.cute.costs import Costs, works_of
+from rampwrap.kernels.cute.host.ragged import Line
 from rampwrap.kernels.cute.schedule import pieces
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -480,7 +481,7 @@ def test_arguments_of_the_ragged_kernels():
     with pytest.raises(InputError, match="no room for fragments"):
         kernel.launch(kernel.configs[0], **inputs, workspace=kernel_of(FP8).workspace(8, "cpu"))
     huge = attrs.evolve(Costs.of(SIMULATED, "fp8"), memory=1 << 31)
-    kernel._costs = huge
+    kernel._line = Line.of(FP8, huge)
     with pytest.raises(InputError, match="5 tokens are more than the ragged form counts"):
         kernel.launch(kernel.configs[0], **inputs, workspace=memory)
 

@@ -18,6 +18,24 @@ from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.moe.workspace import Workspace, workspace
 
 
+@attrs.frozen
+class Line:
+    """What a layer's launches need of its costs, made once: a launch has 40 us of the host in all."""
+
+    numbers: tuple[int, ...]
+    "Of `Costs`, in order."
+    most_passes: int
+    "Passes of all experts that 32 bits count."
+
+    @classmethod
+    def of(cls, shape: MoEShape, costs: Costs) -> "Line":
+        """For a layer of bf16 or FP8."""
+        each = (
+            work.groups * work.steps * work.step_cost(work.widths[-1], work.memory) for work in works_of(shape, costs)
+        )
+        return cls(attrs.astuple(costs), ((1 << 31) - 1) // max(each))
+
+
 def with_fragments(memory: Workspace, dtype: str, ctas: int) -> Workspace:
     """A workspace with room for what CTAs of a launch leave each other; its marks are zero, as every launch leaves them."""
     device = memory.y.device
@@ -33,7 +51,7 @@ def run_ragged(
     shape: MoEShape,
     config: CuteConfig,
     functions: Sequence[Callable[..., Any]],
-    costs: Costs,
+    line: Line,
     ctas: int,
     operands: Operands,
     *,
@@ -46,7 +64,7 @@ def run_ragged(
         shape: the layer.
         config: of `configs.RAGGED`.
         functions: the compiled kernels of ``config.variants``.
-        costs: by which the work is cut; the same counts and costs give the same bits.
+        line: by which the work is cut; the same counts, costs and CTAs give the same bits.
         ctas: of a launch, one for each SM.
         operands: of at least one token, taken as they are.
         memory: of `with_fragments`, for as many CTAs at least; made here where absent.
@@ -64,10 +82,8 @@ def run_ragged(
         raise InputError(
             "The workspace has no room for fragments of the ragged form; make it with CuteFusedMoE(shape, 'ragged').workspace."
         )
-    most_passes = max_blocks(num_slots, experts, config.block_m)
-    for work in works_of(shape, costs):
-        if most_passes * work.groups * work.steps * work.step_cost(config.block_m, work.memory) >= 1 << 31:
-            raise InputError(f"{num_tokens} tokens are more than the ragged form counts; use another form.")
+    if max_blocks(num_slots, experts, config.block_m) > line.most_passes:
+        raise InputError(f"{num_tokens} tokens are more than the ragged form counts; use another form.")
     out = operands.output()
     quantised = None
     h: tuple[torch.Tensor, ...] = (memory.h[:num_slots],)
@@ -96,7 +112,7 @@ def run_ragged(
         first, second = (*first, operands.w13_scale), (*second, operands.w2_scale)
     routing = aligned.sorted_token_ids, aligned.expert_counts
     left = memory.fragments, memory.marks
-    numbers = (top_k, *attrs.astuple(costs), ctas)
+    numbers = (top_k, *line.numbers, ctas)
     up, down = functions
     up(*tokens, *first, *routing, *h, *left, *numbers)
     down(*h, *second, *routing, operands.topk_weights.float().view(-1), memory.y[:num_slots], *left, *numbers)
