@@ -24,10 +24,10 @@ import torch
 from rampwrap.adapters import vllm_candidates
 from rampwrap.adapters.layer import CandidateKernel, runnable
 from rampwrap.errors import ConfigError, InputError
+from rampwrap.kernel.activation import SILU
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, config_key, format_config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.common.sm90 import MAX_SHARED
 from rampwrap.kernels.triton.moe import configs as tiles
@@ -143,7 +143,8 @@ def config_file_name(shape: MoEShape, device_name: str, *, per_tensor: bool = Fa
     device = re.sub(r"[\s/]+", "_", device_name)
     if "H200" in device.split("_"):
         device = "NVIDIA_H200"
-    blocks = "" if per_tensor else f",block_shape=[{GROUP},{GROUP}]"
+    group = 0 if per_tensor else shape.scale_group
+    blocks = f",block_shape=[{group},{group}]" if group else ""
     kind = f",dtype=fp8_w8a8{blocks}" if shape.dtype == "fp8" else ""
     return f"E={shape.num_local_experts},N={shape.intermediate_size},device_name={device}{kind}.json"
 
@@ -162,7 +163,7 @@ class VllmFusedMoE(CandidateKernel):
     """vLLM's Triton fused MoE layer of one shape.
 
     Args:
-        shape: the layer. FP8 weights have 128x128 scale blocks, or one scale an expert with `per_tensor`.
+        shape: the layer, SiLU-gated. FP8 weights have scales as it says, or one scale an expert with `per_tensor`.
         per_tensor: activations are quantised with one scale a batch too, static if `launch` is given it.
         device_name: whose tuned file is read; torch's GPU by default.
 
@@ -189,19 +190,26 @@ class VllmFusedMoE(CandidateKernel):
         self.shape, self.per_tensor = shape, per_tensor
         if per_tensor and shape.dtype != "fp8":
             raise InputError(f"per_tensor scales were asked for a {shape.dtype} layer; give a shape with dtype='fp8'.")
+        if shape.scales == "tensor":
+            raise InputError(
+                "vLLM quantises activations with one scale a batch here, unlike scales='tensor'; pass per_tensor=True and leave "
+                "scales out."
+            )
         self.name = "vllm_fused_moe_per_tensor" if per_tensor else "vllm_fused_moe"
         self.weight_layout = "vllm-per-tensor" if per_tensor else "vllm"
         # Activations with one scale a batch lose 3 % against the reference, which does not quantise them.
         # In FP8 both x and the activations are quantised; the reference is not: 0.022 was measured on an H200.
         self.tolerance = 0.06 if per_tensor else {"bf16": 1e-2, "fp16": 2e-3, "fp8": 3e-2}[shape.dtype]
-        self._blocks = [GROUP, GROUP] if shape.dtype == "fp8" and not per_tensor else None
+        group = shape.scale_group if shape.dtype == "fp8" and not per_tensor else 0
+        self._blocks = [group, group] if group else None
         self._device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
         _listen(self._package)
         # Another vLLM may have other inner parts.
         self.chooses_in_graph = vllm_candidates.available(self._module)
         pinned = self._pinned()
         listed = self._listed() if pinned is None else [pinned]
-        super().__init__(shape, runnable(self.name, shape, listed, self.supports), None)
+        usable = runnable(self.name, shape, listed, self.supports, every_form=shape.activation == SILU)
+        super().__init__(shape, usable, None)
         with _forcing({**self.configs[0], "GROUP_SIZE_M": 1 << 20}):
             seen = self._lookup(1)["GROUP_SIZE_M"] == 1 << 20
         if not seen:
@@ -252,14 +260,14 @@ class VllmFusedMoE(CandidateKernel):
             return f"VLLM_BATCH_INVARIANT pins {format_config(pinned)}; unset it to choose configs."
         if self._blocks is not None:
             for name in ("hidden_size", "intermediate_size"):
-                if getattr(shape, name) % GROUP:
-                    return f"{name}={getattr(shape, name)} is no multiple of the {GROUP}-wide scale blocks; use per_tensor or bf16."
+                if getattr(shape, name) % (group := self._blocks[0]):
+                    return f"{name}={getattr(shape, name)} is no multiple of the {group}-wide scale blocks; use per_tensor or bf16."
         return refusal(self._cut(config), shape.dtype)
 
     def _cut(self, config: Config) -> Config:
         """vLLM cuts tiles that are deeper than a scale block."""
-        deep = self._blocks is not None and config.get("BLOCK_SIZE_K", 0) > GROUP
-        return {**config, "BLOCK_SIZE_K": GROUP} if deep else config
+        most = config.get("BLOCK_SIZE_K", 0) if self._blocks is None else self._blocks[0]
+        return {**config, "BLOCK_SIZE_K": most} if config.get("BLOCK_SIZE_K", 0) > most else config
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
         """CTAs per M block: 2I / BLOCK_SIZE_N of the gate+up GEMM and H / BLOCK_SIZE_N of the down GEMM.
@@ -357,7 +365,8 @@ class VllmFusedMoE(CandidateKernel):
         if operands.w13_scale is None or operands.w2_scale is None:
             raise InputError("FP8 weights come with scales; give w13_scale and w2_scale, or quant_config.")
         scales = operands.w13_scale, operands.w2_scale
-        return self._quant.fp8_w8a8_moe_quant_config(*scales, block_shape=self._blocks)
+        channels = {"per_act_token_quant": True, "per_out_ch_quant": True} if self.shape.scales == "channel" else {}
+        return self._quant.fp8_w8a8_moe_quant_config(*scales, block_shape=self._blocks, **channels)
 
     def inputs(self, shape: MoEShape, topk_ids: torch.Tensor, *, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments for `launch` on random data of order one, on the device of `topk_ids`."""

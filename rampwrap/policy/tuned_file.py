@@ -105,7 +105,7 @@ class LayerName:
         """How its FP8 scales differ from the table's, in words; empty where they do not or nothing says so."""
         if shape.dtype != "fp8":
             return f"scale blocks of {list(self.block_shape)} where the table has none" if self.block_shape else ""
-        wanted = () if kernel.endswith("per_tensor") else (128, 128)
+        wanted = () if kernel.endswith("per_tensor") or not shape.scale_group else (shape.scale_group,) * 2
         if self.block_shape == wanted:
             return ""
         words = [f"blocks of {list(b)}" if b else "one a tensor or channel" for b in (self.block_shape, wanted)]

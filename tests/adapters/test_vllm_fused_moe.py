@@ -18,9 +18,11 @@ from rampwrap.adapters import vllm_fused_moe as adapter
 from rampwrap.adapters.vllm_fused_moe import CONFIGS, KEYS, VllmFusedMoE, config_file, config_file_name, refusal
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
+from rampwrap.kernel.activation import Activation
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
+from rampwrap.kernels.common.operands import Operands
 from rampwrap.policy.policies import Pinned
 from rampwrap.policy.static import StaticTable, engine_table, read_static, write_static
 
@@ -70,7 +72,7 @@ def vllm(monkeypatch, tmp_path):
 
     package.override_config, package.fused_experts = override_config, fused_experts
     impl.try_get_optimal_moe_config, impl.lookups = try_get_optimal_moe_config, []
-    quant.fp8_w8a8_moe_quant_config = lambda w1, w2, block_shape=None: ("quant", w1, w2, block_shape)
+    quant.fp8_w8a8_moe_quant_config = lambda w1, w2, block_shape=None, **its: ("quant", w1, w2, block_shape, *its)
     root.package, root.impl, root.envs, root.calls = package, impl, envs, []
     for name, module in [
         ("vllm", root),
@@ -401,6 +403,25 @@ def test_grid(vllm):
     assert 1 <= grid.ctas_per_sm <= 16
     deep = VllmFusedMoE(FP8)
     assert deep.grid(config(16, 128, 256, 1, 4, 3), FP8) == deep.grid(config(16, 128, 128, 1, 4, 3), FP8)
+
+
+def test_other_forms_of_scales(vllm):
+    """What vLLM refined for tensor parallelism, and scales by channel; another activation than SiLU it does not get."""
+    half = MoEShape(8, 2, 128, 192, "fp8", scales="block-64")
+    kernel = VllmFusedMoE(half)
+    assert config_file_name(half, "x").endswith("dtype=fp8_w8a8,block_shape=[64,64].json")
+    assert kernel._cut({"BLOCK_SIZE_K": 128}) == {"BLOCK_SIZE_K": 64} and vllm.impl.lookups[-1][-1] == [64, 64]
+    scales = {name: torch.ones(1) for name in ("w13_scale", "w2_scale")}
+    x = torch.zeros(1, 128)
+    operands = Operands(x, x, x, x, x, **scales)
+    assert kernel._quantised(None, operands)[3:] == ([64, 64],)
+    channel = VllmFusedMoE(MoEShape(8, 2, 96, 80, "fp8", scales="channel"))
+    assert channel._quantised(None, operands)[3:] == (None, "per_act_token_quant", "per_out_ch_quant")
+    assert config_file_name(channel.shape, "x").endswith("dtype=fp8_w8a8.json")
+    with pytest.raises(InputError, match="pass per_tensor=True"):
+        VllmFusedMoE(MoEShape(8, 2, 128, 128, "fp8", scales="tensor"))
+    with pytest.raises(ConfigError, match="vllm_fused_moe has no silu:limit=7"):
+        VllmFusedMoE(MoEShape(8, 2, 128, 128, activation=Activation(limit=7.0)))
 
 
 def test_per_tensor_reference():

@@ -73,11 +73,22 @@ def some(kernel, count=4):
     return kernel.configs[:: max(1, len(kernel.configs) // count)]
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "per_tensor"])
+HALF = attrs.evolve(FP8, intermediate_size=192, scales="block-64")
+CHANNEL = attrs.evolve(FP8, scales="channel")
+VLLM = {
+    "bf16": (SHAPE, {}),
+    "fp8": (FP8, {"block_shape": [128, 128]}),
+    "blocks of 64": (HALF, {"block_shape": [64, 64]}),
+    "channels": (CHANNEL, {"per_act_token_quant": True, "per_out_ch_quant": True}),
+    "per_tensor": (FP8, {}),
+}
+
+
+@pytest.mark.parametrize("kind", VLLM)
 def test_vllm(kind):
     """The suite, against calling vLLM directly with its own override."""
-    kernel = make(VllmFusedMoE, SHAPE if kind == "bf16" else FP8, per_tensor=kind == "per_tensor")
-    quant = {"block_shape": [128, 128]} if kind == "fp8" else {}
+    shape, quant = VLLM[kind]
+    kernel = make(VllmFusedMoE, shape, per_tensor=kind == "per_tensor")
     direct = lambda config, inputs: vllm_directly(config, inputs, **quant)  # noqa: E731
     report = check(kernel, configs=some(kernel), num_tokens=BATCHES, direct=direct)
     print(report)
@@ -90,9 +101,11 @@ def test_vllm_names_its_files_as_we_do():
     from vllm.model_executor.layers.fused_moe import get_config_file_name
 
     device = torch.cuda.get_device_name()
-    for shape in (SHAPE, FP8):
-        blocks, kind = ([128, 128], "fp8_w8a8") if shape.dtype == "fp8" else (None, None)
-        assert config_file_name(shape, device) == get_config_file_name(32, 384, kind, blocks)
+    for shape, quant in VLLM.values():
+        kind, sizes = ("fp8_w8a8" if shape.dtype == "fp8" else None), (32, shape.intermediate_size)
+        blocks = quant.get("block_shape")
+        if blocks or shape is not FP8:
+            assert config_file_name(shape, device) == get_config_file_name(*sizes, kind, blocks)
     assert config_file_name(FP8, device, per_tensor=True) == get_config_file_name(32, 384, "fp8_w8a8", None)
 
 

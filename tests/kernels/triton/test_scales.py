@@ -195,6 +195,9 @@ def test_refused():
         kernel.launch(kernel.configs[0], **(inputs | {"w13_scale": inputs["w13_scale"][..., 0]}))
     with pytest.raises(ConfigError, match="intermediate_size=96 is no multiple of the 64-wide scale blocks"):
         TritonFusedMoE(MoEShape(4, 2, 64, 96, "fp8", scales="block-64"))
+    for shape in (HALF, CHANNEL, MoEShape(8, 2, 128, 128, activation=SWIGLU_OAI)):
+        with pytest.raises(ConfigError, match=f"cute_moe has no {shape.form[0]}.*; use triton_fused_moe"):
+            make_kernel("cute_moe", shape)
     with pytest.raises(ConfigError, match="torch_grouped_mm has no scales=channel"):
         make_kernel("torch_grouped_mm", CHANNEL)
     with pytest.raises(InputError, match="scales 'block-16' are unknown"):
