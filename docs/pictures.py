@@ -207,7 +207,54 @@ def regret() -> Any:
     return figure
 
 
-PICTURES: dict[str, Callable[[], Any]] = {"result": result, "waves": waves, "predicted": predicted, "regret": regret}
+def ranks() -> Any:
+    """Two ranks, the rows of each in the memory of both: no number here is measured."""
+    figure, axes = plt.subplots(figsize=(7.4, 3.3))
+    axes.set(xlim=(0, 100), ylim=(0, 50))
+    axes.axis("off")
+    colors = (BLUE, ORANGE)
+    for rank, left in enumerate((2, 54)):
+        axes.add_patch(plt.Rectangle((left, 2), 44, 46, fill=False, edgecolor=GREY))
+        axes.text(left + 22, 44.5, f"rank {rank}, experts {4 * rank} to {4 * rank + 3}", ha="center", weight="bold")
+        axes.text(left + 2, 39, "tokens")
+        axes.text(left + 2, 25, "rows, by rank")
+        axes.text(left + 2, 10, "sums")
+        for token in range(3):
+            box = {"edgecolor": "white", "linewidth": 1.5}
+            axes.add_patch(plt.Rectangle((left + 19 + 4 * token, 37.5), 4, 5, facecolor=colors[rank], **box))
+        for source, color in enumerate(colors):
+            for token in range(3):
+                at = left + 19 + 12 * source + 4 * token
+                # The row that nobody here needs is not sent where rows are masked.
+                faint = (rank, source, token) in {(0, 1, 1), (1, 0, 0)}
+                shade = {"facecolor": LIGHT if faint else color, "edgecolor": "white", "linewidth": 1.5}
+                axes.add_patch(plt.Rectangle((at, 23.5), 4, 5, **shade))
+                axes.add_patch(
+                    plt.Rectangle(
+                        (left + 19 + 12 * source + 4 * token, 8.5),
+                        4,
+                        5,
+                        facecolor=colors[rank],
+                        alpha=0.45,
+                        edgecolor="white",
+                    )
+                )
+            axes.text(left + 25 + 12 * source, 5, f"from rank {source}", ha="center", fontsize=8)
+            start, end = (27 + 52 * source, 37), (left + 25 + 12 * source, 29.5)
+            arrow = {"arrowstyle": "-|>", "linewidth": 1.4, "edgecolor": color, "facecolor": color}
+            axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
+        axes.text(left + 42, 32.5, "dispatch", ha="right", fontsize=8, color=INK)
+        axes.text(left + 42, 18.5, "local layer, then combine", ha="right", fontsize=8, color=INK)
+    return figure
+
+
+PICTURES: dict[str, Callable[[], Any]] = {
+    "result": result,
+    "waves": waves,
+    "predicted": predicted,
+    "regret": regret,
+    "ranks": ranks,
+}
 
 
 def main() -> None:

@@ -86,3 +86,21 @@ def test_examples_import_public_names_only(path: pathlib.Path) -> None:
             assert rooms.match(str(node.module)), node.module
         elif isinstance(node, ast.Import):
             assert all(a.name in {"rampwrap"} or not a.name.startswith("rampwrap.") for a in node.names)
+
+
+def test_the_layer_over_two_processes(tmp_path: pathlib.Path) -> None:
+    """As torchrun starts them; each compares its tokens with a layer whose experts are all here."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "expert_parallel.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rank 0 of 2: 3 tokens, 4 experts" in done.stdout and "rank 1 of 2: 4 tokens, 4 experts" in done.stdout

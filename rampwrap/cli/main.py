@@ -31,6 +31,10 @@ PLACES = {
     "explain": ("rampwrap.cli.explain:explain", "which config a routing would get, and why"),
     "compare": ("rampwrap.cli.compare:compare", "A/B on the live kernel: routing-aware against static"),
     "replay": ("rampwrap.cli.replay:replay", "the same A/B on a timing table, without a GPU"),
+    "ep": (
+        "rampwrap.cli.ep:ep",
+        "what a layer over several ranks takes: memory, and the path of its rows by number of tokens",
+    ),
     "place": (
         "rampwrap.cli.place:place",
         "which rank gets which expert, so that the slowest rank's predicted time is least",

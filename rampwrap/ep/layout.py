@@ -45,7 +45,7 @@ class Layout:
         num_ranks: of the group.
         max_tokens_per_rank: most tokens that a rank may bring to a dispatch.
         payload: type that rows travel in: the layer's own ("bf16", "fp16"), or "fp8" with a float32 scale for each 128
-            columns. An FP8 layer's own is "fp8".
+            columns, the default of FP8 layers whose activations have such scales.
         partials: type that sums travel in: the layer's own, or "fp32".
     """
 
@@ -57,7 +57,7 @@ class Layout:
 
     @payload.default
     def _payload_of_layer(self) -> str:
-        return self.shape.dtype
+        return "fp8" if self.shape.dtype == "fp8" and self.shape.scales == "block-128" else self.own_dtype
 
     @partials.default
     def _partials_of_layer(self) -> str:

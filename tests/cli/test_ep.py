@@ -1,0 +1,48 @@
+"""`rampwrap ep`: what a layer over several ranks takes."""
+
+import json
+
+import pytest
+
+from rampwrap.cli.main import main
+
+LAYER = ["ep", "--model", "deepseek-v3", "--dtype", "fp8", "--ep-size", "8", "--dry-run"]
+
+
+def test_memory_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    """Larger steps go another way, and take memory of their own."""
+    pytest.importorskip("triton")
+    assert main([*LAYER, "--max-tokens-per-rank", "2048", "--batch-size", "1", "128", "2048", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    paths = [step["path"] for step in found["steps"]]
+    assert paths == ["low latency, all rows", "low latency, masked", "high throughput, masked"]
+    rows = 8 * 512 * (7168 + 224 + 64 + 2 * 7168)
+    assert rows < found["memory"]["shared"] < rows + 8192
+    assert found["memory"]["collectives"] > 3.9 * found["memory"]["shared"]
+    assert found["steps"][1]["most_dispatch_bytes"] == 7 * 128 * (7168 + 224 + 64)
+    assert found["steps"][1]["most_combine_bytes"] == 7 * 128 * 2 * 7168
+
+
+def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LAYER, "--backend", "collectives", "--partials", "fp32", "--batch-size", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "fp8 on 8 ranks; rows travel in fp8, sums in fp32" in said
+    megabytes = 8 * 512 * (7168 + 4 * 56 + 8 * 8 + 4 * 7168) / 1e6
+    assert f"memory of a rank (collectives): {megabytes:.1f} MB, 0.0 shared" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (LAYER[:-1], "add --dry-run"),
+        (
+            [*LAYER, "--max-tokens-per-rank", "8", "--batch-size", "9"],
+            "--batch-size 9 is more than --max-tokens-per-rank 8",
+        ),
+        ([*LAYER, "--payload", "fp16"], "payload is 'fp16'; a layer in fp8 sends bf16 or fp8"),
+        ([*LAYER, "--ep-size", "7"], "256 experts cannot be divided equally among 7 ranks"),
+    ],
+)
+def test_refusals(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert said in capsys.readouterr().err
