@@ -99,7 +99,7 @@ def test_every_layer_is_served(model: pathlib.Path, ask: Any, plan: Plan) -> Non
     assert status == 0 and found["served"] and alike["layers"] == [1, 2, 3] and alike["backend"]["name"] == "Triton"
     assert (served["gpu"], served["kernel"], served["plan"]) == (H100.label, "triton_fused_moe", str(path))
     assert served["source"] == "own" and "every layer is served" in text and "3 layers, E=8" in text
-    assert "; vLLM itself runs them with Triton" in text
+    assert "; on Hopper vLLM itself runs them with Triton" in text
     assert ask(TINY, "--gpu", "H100")[0] == ask(TINY, "--gpu", "nvidia h100 80gb hbm3")[0] == 0
 
 
