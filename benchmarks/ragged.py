@@ -39,7 +39,7 @@ from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.errors import RampwrapError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.portfolio import Portfolio
-from rampwrap.kernel.protocol import MEMBER, format_config
+from rampwrap.kernel.protocol import MEMBER, Config, format_config
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.build.library import load
@@ -47,6 +47,7 @@ from rampwrap.kernels.cute.configs import RAGGED
 from rampwrap.kernels.cute.costs import POINTS, Costs, known, works_of
 from rampwrap.kernels.cute.host.ragged import run_ragged, with_fragments
 from rampwrap.kernels.cute.schedule import WIDTHS
+from rampwrap.kernels.triton.moe.workspace import Workspace
 from rampwrap.measure.graph_timer import GraphTimer
 from rampwrap.measure.timings import Timings
 
@@ -72,13 +73,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Ragged(CuteFusedMoE):
-    """The ragged form as a kernel of its own name, to race with the others."""
+    """The ragged form as a kernel of its own name, to race with the others.
+
+    It holds one workspace for all launches without one, as serving does: marks zeroed anew would be a launch of its own.
+    """
 
     name = "cute_ragged"
     version = "0"
 
     def __init__(self, shape: MoEShape) -> None:
         super().__init__(shape, "ragged")
+        self._held: Workspace | None = None
+
+    def run(
+        self, config: Config, operands: Operands, /, *, workspace: Workspace | None = None, waves: int | None = None
+    ) -> torch.Tensor:
+        if workspace is None and (self._held is None or self._held.num_slots < operands.num_slots):
+            self._held = self.workspace(operands.num_tokens, operands.topk_ids.device)
+        return super().run(config, operands, workspace=workspace or self._held, waves=waves)
 
 
 def floor_us(shape: MoEShape, counts: Any, device: Device) -> float:

@@ -79,6 +79,20 @@ def test_a_race_on_stand_ins(ragged, script, monkeypatch, tmp_path, capsys):
 
 
 @needs_interpreter
+def test_launches_share_one_workspace_that_grows(ragged):
+    """Its marks are zeroed once, not by every launch."""
+    kernel = ragged.Ragged(SHAPE)
+    (config,) = kernel.configs
+    held = []
+    for tokens in (2, 1, 3):
+        inputs = kernel.inputs(SHAPE, cute.routing(SHAPE, tokens))
+        out = kernel.launch(config, **inputs)
+        assert cute.error(out, kernel.reference(SHAPE, inputs)) < 5e-3
+        held.append(kernel._held)
+    assert held[0] is held[1] is not held[2] and not held[2].marks.any()
+
+
+@needs_interpreter
 def test_a_wrong_ragged_form_is_not_raced(ragged, script, monkeypatch):
     race = script("race")
     monkeypatch.setattr(race, "wrong", lambda portfolio, shape, seed: {
