@@ -112,6 +112,7 @@ def dispatch(
     selected: SelectedBlocks | None = None,
     candidates: Candidates | None = None,
     fallback: int = 0,
+    tally: torch.Tensor | None = None,
     waits: bool = True,
     sends: bool = True,
 ) -> None:
@@ -128,6 +129,7 @@ def dispatch(
         scales: float32 [T, H / 128] of e4m3 rows.
         blocks: memory for M blocks of its block_m, of all received slots; at most `TAIL_MAX_SLOTS`.
         selected: memory for the blocks of the candidate that is chosen; `candidates` and `fallback` go with it.
+        tally: to which the choice is added; that of the candidates where absent.
         waits, sends: one of them off, where ranks are emulated one after the other.
     """
     its, views, offsets = mapped, mapped.views, mapped.offsets
@@ -140,6 +142,9 @@ def dispatch(
     makes, memory = _makes(blocks, selected, candidates)
     if makes != kernels.COUNT and num_slots > TAIL_MAX_SLOTS:
         raise InputError(f"a dispatch aligns up to {TAIL_MAX_SLOTS} slots, this one has {num_slots}; align apart.")
+    if candidates is not None:
+        candidates.packed.check_slots(num_slots, its.num_local_experts)
+        tally = candidates.tally if tally is None else tally
     bins = align.histogram_bins(its.num_local_experts)
     dispatch_kernel[(max(1, tokens_per_rank[its.rank]) if sends else 1, 1)](
         its.bases,
@@ -157,7 +162,7 @@ def dispatch(
         *memory,
         expert_counts,
         None if selected is None else selected.record,
-        None if candidates is None else candidates.tally,
+        tally,
         None if candidates is None else candidates.ints,
         None if candidates is None else candidates.reals,
         num_local_experts=its.num_local_experts,

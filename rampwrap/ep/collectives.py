@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 
@@ -16,7 +15,7 @@ from rampwrap.ep.board import Board
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
-from rampwrap.ep.received import Received, sum_in_order
+from rampwrap.ep.received import Blocks, Received, sum_in_order
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError
 
@@ -44,8 +43,8 @@ class Collectives:
         self._timeout = None if dist.get_backend(group) == "nccl" else timedelta(seconds=timeout_s)
         self._wanted: torch.Tensor | None = None
 
-    def dispatch(self, brought: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
-        """Sends this rank's rows and returns those of all, with their M blocks where a height is given."""
+    def dispatch(self, brought: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks) -> Received:
+        """Sends this rank's rows and returns those of all, with the blocks that are asked for."""
         sent = brought.regions(self._layout)
         here = {name: self._regions[name][: sum(tokens_per_rank)] for name in sent}
         self._wanted = self._owners.ranks_of(sent["topk_ids"])
@@ -56,7 +55,7 @@ class Collectives:
                 self._scatter(here[name], sent[name], here["topk_ids"], tokens_per_rank)
             else:
                 self._gather(here[name], sent[name], tokens_per_rank, "dispatch")
-        received = Received(
+        return Received(
             here["rows"],
             here.get("scales"),
             here["topk_ids"],
@@ -65,8 +64,7 @@ class Collectives:
             tokens_per_rank,
             self._owners,
             path,
-        )
-        return received if block_m is None else attrs.evolve(received, blocks=_aligned(received, block_m))
+        ).aligned(blocks)
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
         """Sends every source its sums and adds those of this rank's own tokens."""
@@ -142,12 +140,6 @@ class Collectives:
     def close(self) -> None:
         """Lets go of the memory."""
         self._regions = {}
-
-
-def _aligned(received: Received, block_m: int) -> Any:
-    from rampwrap.kernels.triton.align.host import align_tokens
-
-    return align_tokens(received.topk_ids, block_m, received.owners.num_local_experts, expert_map=received.expert_map)
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

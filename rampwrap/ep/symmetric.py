@@ -14,12 +14,12 @@ from rampwrap.ep.board import Board
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
-from rampwrap.ep.received import Received
+from rampwrap.ep.received import Blocks, Received
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.host import Mapped
-from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, blocks_in
+from rampwrap.kernels.triton.align.host import alignment_ints, blocks_in
 
 MOST_BLOCK_M = 128
 "Of the M blocks that memory is kept for."
@@ -108,13 +108,16 @@ class Symmetric:
         board.exchange("zeroed", None)
         return opened
 
-    def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
-        """One launch; two or three where the blocks are too many for its last CTA."""
+    def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks) -> Received:
+        """One launch; two or three where there are too many slots for its last CTA to align."""
         rows, top_k = sum(tokens_per_rank), self._layout.shape.top_k
-        local = self._owners.num_local_experts
         views = {name: its[:rows] for name, its in self._mapped.views.items() if name not in ("header", "cells")}
-        blocks = None if block_m is None else blocks_in(self._memory, rows, top_k, local, block_m)
-        in_tail = blocks is not None and rows * top_k <= host.TAIL_MAX_SLOTS
+        made: dict[str, Any] = {}
+        if isinstance(blocks, int):
+            made["blocks"] = blocks_in(self._memory, rows, top_k, self._owners.num_local_experts, blocks)
+        elif blocks is not None:
+            made = {name: getattr(blocks, name) for name in ("selected", "candidates", "fallback", "tally")}
+        in_tail = rows * top_k <= host.TAIL_MAX_SLOTS
         self._ids = sent.topk_ids.contiguous()
         host.dispatch(
             self._mapped,
@@ -125,11 +128,9 @@ class Symmetric:
             masked=path.masked,
             expert_counts=self._counts,
             scales=None if sent.scales is None else sent.scales.contiguous(),
-            blocks=blocks if in_tail else None,
+            **(made if in_tail else {}),
         )
-        if blocks is not None and block_m is not None and not in_tail:
-            align_tokens(views["topk_ids"], block_m, local, expert_map=self._owners.expert_map, blocks=blocks)
-        return Received(
+        received = Received(
             views["rows"],
             views.get("scales"),
             views["topk_ids"],
@@ -138,8 +139,10 @@ class Symmetric:
             tokens_per_rank,
             self._owners,
             path,
-            blocks,
         )
+        if not in_tail:
+            return received.aligned(blocks, made.get("blocks"))
+        return attrs.evolve(received, blocks=made.get("blocks"), selected=made.get("selected"))
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
         """Two launches."""

@@ -1,11 +1,16 @@
 """The path through shared memory with one rank, whose peers are itself: the interpreter runs its launches one by one."""
 
+import pathlib
+import runpy
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton")
+from rampwrap.dispatch.graph import GraphDispatcher
+from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
@@ -15,6 +20,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.select import host as select
 
 SHAPE = MoEShape(5, 2, 128, 128)
 
@@ -27,9 +33,10 @@ class Quiet:
 
 
 def made(layout: Layout) -> Symmetric:
-    owners = Owners.of([contiguous(5, 1, 0)], 0, "cpu")
+    experts = layout.shape.num_experts
+    owners = Owners.of([contiguous(experts, 1, 0)], 0, "cpu")
     memory = torch.zeros(layout.bytes, dtype=torch.uint8)
-    own = torch.zeros(own_ints(layout, 5), dtype=torch.int32)
+    own = torch.zeros(own_ints(layout, experts), dtype=torch.int32)
     mapped = host.Mapped(
         0,
         1,
@@ -40,7 +47,7 @@ def made(layout: Layout) -> Symmetric:
         torch.zeros(1, dtype=torch.int64),
         owners.rank_of_expert,
         owners.expert_map,
-        5,
+        experts,
         1.0,
     )
     return Symmetric(mapped, owners, layout, own, memory)
@@ -75,6 +82,32 @@ def test_steps_follow_each_other(num_tokens: int, monkeypatch: pytest.MonkeyPatc
         out = torch.empty(num_tokens, 128, dtype=torch.bfloat16)
         assert symmetric.combine(output, received, out) is out
         assert torch.equal(out, partial.bfloat16()) and symmetric.fault() is None
+
+
+@pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter this needs several GPUs")
+@pytest.mark.parametrize("in_tail", [True, False])
+def test_the_layer_chooses_on_the_way(in_tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the local histogram, in the last CTA of the dispatch: no launch that aligns or selects; or in one, for more slots."""
+    helpers = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "dispatch" / "test_graph.py"))
+    shape, kernel = helpers["SHAPE"], helpers["Small"]()
+    plan = helpers["every"](helpers["small_plan"](kernel))
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    ep = ExpertParallel(None, shape, 16)  # type: ignore[arg-type]
+    symmetric = made(ep.layout)
+    ep._movers, ep._board, ep._state = (symmetric, symmetric), Quiet(), "idle"  # type: ignore[assignment]
+    selected, real = [], select.align_and_select
+    monkeypatch.setattr(select, "align_and_select", lambda *its, **more: selected.append(1) or real(*its, **more))
+    monkeypatch.setattr(host, "TAIL_MAX_SLOTS", 2048 if in_tail else 8)
+    local, spread = (GraphDispatcher(kernel, plan, max_tokens=16) for _ in range(2))
+    for active in (1, 2, 8):
+        inputs = kernel.inputs(shape, helpers["ids_with"](active, 12))
+        wanted, alone = local(**inputs), len(selected)
+        out = ep.layer(spread, **inputs, tokens_per_rank=[12])
+        assert torch.equal(out, wanted)
+        assert len(selected) - alone == (not in_tail)
+    assert local.counts() == spread.counts() and len(spread.counts()[8]) > 1
 
 
 def test_only_steps_of_low_latency_share_memory() -> None:
