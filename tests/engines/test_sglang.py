@@ -1,19 +1,11 @@
-"""SGLang's hook, on a stand-in with the signature that 0.5.23 has, and on the released source where that is at hand.
+"""SGLang's hook, on a stand-in with the signature that 0.5.23 has, and on the functions of released wheels (marked slow)."""
 
-    RAMPWRAP_SGLANG=FOLDER pytest tests/engines/test_sglang.py
-
-FOLDER is an unpacked wheel of sglang (`pip download --no-deps sglang==0.5.23`); an installed sglang serves too. Nothing
-of it is started: its function and its hook registry are taken out of their files.
-"""
-
-import ast
 import importlib.metadata
-import importlib.util
-import inspect
 import json
 import logging
 import os
 import pathlib
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -38,6 +30,7 @@ from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 SHAPE = MoEShape(8, 2, 64, 32)
 OWN = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1}
+ROOT = pathlib.Path(__file__).parents[2]
 RECORDED = "0.5.23"
 "The release that `POSITIONAL` and `KEYWORDS` of the hook were read from."
 FLAGS: dict[str, Any] = dict.fromkeys(engine.KEYWORDS, False) | {"block_shape": None}
@@ -450,82 +443,27 @@ def test_the_entry_point_is_this_function() -> None:
     assert '[project.entry-points."sglang.srt.plugins"]\nrampwrap = "rampwrap.engines.sglang:register"' in text
 
 
-def released() -> pathlib.Path:
-    """Where the package's source is; skips where it is not."""
-    given = os.environ.get("RAMPWRAP_SGLANG")
-    if given:
-        return pathlib.Path(given) / "sglang"
-    spec = importlib.util.find_spec("sglang") if "sglang" not in sys.modules else None
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the source of sglang is not here; unpack its wheel and set RAMPWRAP_SGLANG")
-    return pathlib.Path(next(iter(spec.submodule_search_locations)))
+NEEDED = ("moe/moe_runner/triton_utils/fused_moe.py", "moe/moe_runner/triton_utils/fused_moe_triton_config.py")
+NEEDED += ("moe/moe_runner/triton_utils/moe_align_block_size.py", "moe/moe_runner/triton_utils/__init__.py")
+WANTED = tuple(f"sglang/srt/layers/{name}" for name in NEEDED)
+WANTED += ("sglang/srt/plugins/hook_registry.py", "sglang/kernels/ops/moe/fused_moe_triton_kernels.py")
 
 
-def function_in(path: pathlib.Path, name: str) -> ast.FunctionDef:
-    tree = ast.parse(path.read_text())
-    return next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
-
-
-def test_the_released_function_takes_the_hook(
-    plans: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(engine.CHECKED[0], marks=pytest.mark.release),
+        pytest.param(engine.CHECKED[-1], marks=pytest.mark.slow),
+    ],
+)
+def test_a_releases_own_functions_run_what_the_hook_chooses(
+    version: str, released: Callable[..., pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
-    """Released registry, released function, released override; what stands around them is stubbed."""
-    root = released()
-    utils = root / "srt" / "layers" / "moe" / "moe_runner" / "triton_utils"
-    function = function_in(utils / "fused_moe.py", "_prepare_fused_moe_run")
-    assert tuple(argument.arg for argument in function.args.args) == engine.POSITIONAL
-    assert tuple(argument.arg for argument in function.args.kwonlyargs) == engine.KEYWORDS
-    assert not any(function.args.kw_defaults) and not function.args.defaults
-    (returned,) = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
-    assert isinstance(returned.value, ast.Tuple) and len(returned.value.elts) == 7
-    process = Engine(monkeypatch)
-    aligned: list[int] = []
-    function.decorator_list, scope = [], {"torch": torch, "List": list, "Optional": Any.__class__, "padding_size": 0}
-    for argument in (*function.args.args, *function.args.kwonlyargs):
-        argument.annotation = None
-    lookup = function_in(utils / "fused_moe_triton_config.py", "try_get_optimal_moe_config")
-    lookup.body = [node for node in lookup.body if not isinstance(node, ast.ImportFrom)]
-    lookup.returns = None
-    for argument in lookup.args.args:
-        argument.annotation = None
-    scope |= {
-        "_use_aiter": False,
-        "get_config_dtype_str": lambda **_: None,
-        "_moe_support_tma": lambda: False,
-        "moe_align_block_size": lambda ids, block, experts: (aligned.append(block), None, None),
-        "get_config": process.package.get_config,
-        "get_moe_configs": lambda *_, **__: None,
-        "get_default_config": lambda *_: dict(OWN),
-    }
-    for node in (lookup, function):
-        exec(compile(ast.fix_missing_locations(ast.Module([node], [])), "released", "exec"), scope)
-    process.package.fused_moe._prepare_fused_moe_run = scope["_prepare_fused_moe_run"]
-    spec = importlib.util.spec_from_file_location(
-        "sglang.srt.plugins.hook_registry", root / "srt" / "plugins" / "hook_registry.py"
-    )
-    assert spec is not None and spec.loader is not None
-    registry = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, registry)
-    spec.loader.exec_module(registry)
-    # pkgutil.resolve_name walks the parents.
-    parts = engine.PACKAGE.split(".")
-    for depth in range(1, len(parts)):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), types.ModuleType(".".join(parts[:depth])))
-    for depth in range(1, len(parts)):
-        setattr(sys.modules[".".join(parts[:depth])], parts[depth], sys.modules[".".join(parts[: depth + 1])])
-    override = (utils / "__init__.py").read_text()
-    assert "_config" in {node.id for node in ast.walk(ast.parse(override)) if isinstance(node, ast.Name)}
-    save_plan(plans)
-    engine.register()
-    engine.register()
-    assert len(registry.HookRegistry._hooks[engine.TARGET]) == 1, caplog.text
-    registry.HookRegistry.apply_hooks()
-    hooked = process.package.fused_moe._prepare_fused_moe_run
-    assert (
-        engine.mismatch(process.package, process.package.fused_moe, process.package.tables) is None
-    )  # the wrapper shows its signature
-    ids = torch.from_numpy(Workload(64, Routing.parse("uniform")).topk_ids(8, 2))
-    ours = hooked(torch.zeros(64, 64, dtype=torch.bfloat16), *WEIGHTS[0], ids, **FLAGS)
-    assert len(ours) == 7 and set(ours[0]) == set(KEYS) and aligned == [ours[0]["BLOCK_SIZE_M"]] and ours[1] is None
-    theirs = hooked(torch.zeros(64, 64), *WEIGHTS[0], ids, **FLAGS)
-    assert theirs[0] == OWN and inspect.signature(hooked).parameters
+    """Its registry, its override, its alignment and its kernels in Triton's interpreter; see `sglang_alone`."""
+    environment = os.environ | {"RAMPWRAP_PLANS": str(tmp_path), "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("RAMPWRAP_DISABLE", None)
+    script = pathlib.Path(__file__).parent / "sglang_alone.py"
+    command = [sys.executable, str(script), str(released("sglang", version, WANTED)), version, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"ran in SGLang {version}" in done.stdout
