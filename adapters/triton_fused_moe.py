@@ -33,7 +33,7 @@ class TritonFusedMoE(CandidateKernel):
         usable = runnable(
             self.name, shape, tuning.listed(shape.dtype, shape.scale_group), self.supports, every_form=True
         )
-        super().__init__(shape, usable, Contract(shape))
+        super().__init__(shape, usable, Contract(shape, quantised=True))
 
     def default_config(self, num_tokens: int) -> Config:
         """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
@@ -98,6 +98,7 @@ class TritonFusedMoE(CandidateKernel):
         workspace: Workspace | None = None,
         blocks: TokenBlocks | None = None,
         waves: int = 0,
+        hidden_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the layer and returns [T, H].
 
@@ -108,6 +109,7 @@ class TritonFusedMoE(CandidateKernel):
             blocks: an alignment of the topk_ids for the config's block_m; made where absent.
             waves: grids of at most so many waves of CTAs, each of which goes on to further tiles; same bits. 0 gives
                 every tile that the capacity allows for a CTA of its own.
+            hidden_scale: float32 [T, H/128] of e4m3 hidden states, which are read as they are; the operands hold it.
         """
         check_workspace(operands, workspace)
         if blocks is not None:
@@ -126,6 +128,7 @@ class TritonFusedMoE(CandidateKernel):
         workspace: Workspace | None = None,
         waves: int = 1,
         streams: Sequence[Any] = (),
+        hidden_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `run`; a candidate without rows costs about 1 us with grids of one wave."""
         check_workspace(operands, workspace)

@@ -30,6 +30,7 @@ class Operands:
         w2_scale: float32 [E, H/128, I/128], FP8 only.
         expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
         out: [T, H], written and returned; None lets the layer allocate it.
+        hidden_scale: float32 [T, H/128] of hidden states that are e4m3 already, of kernels that take such.
     """
 
     hidden_states: torch.Tensor
@@ -41,6 +42,7 @@ class Operands:
     w2_scale: torch.Tensor | None = None
     expert_map: torch.Tensor | None = None
     out: torch.Tensor | None = None
+    hidden_scale: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +76,10 @@ class Operands:
 
     def output(self) -> torch.Tensor:
         """`out`, allocated where it is absent."""
-        return torch.empty_like(self.hidden_states) if self.out is None else self.out
+        if self.out is not None:
+            return self.out
+        dtype = self.hidden_states.dtype if self.hidden_scale is None else torch.bfloat16
+        return torch.empty_like(self.hidden_states, dtype=dtype)
 
 
 def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
@@ -115,6 +120,7 @@ class Contract:
         topk_weights: types of the routing weights that the kernel reads.
         contiguous: whether all operands must be.
         aligned: operands that must start at a multiple of 16 bytes.
+        quantised: whether hidden states may be e4m3 with `hidden_scale`, as an FP8 layer quantises them.
     """
 
     def __init__(
@@ -124,8 +130,10 @@ class Contract:
         topk_weights: Sequence[torch.dtype] = FLOATS,
         contiguous: bool = True,
         aligned: Sequence[str] = (),
+        quantised: bool = False,
     ) -> None:
         self.shape, self.contiguous, self.aligned = shape, contiguous, tuple(aligned)
+        self._quantised = quantised and shape.dtype == "fp8" and shape.scales == "block-128"
         self._activations, self._routing = (TORCH_DTYPES[shape.dtype],), tuple(topk_weights)
         weights = (WEIGHT_DTYPES[shape.dtype],)
         experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
@@ -159,8 +167,13 @@ class Contract:
                 f"{shape.num_local_experts} of {shape.num_experts} experts are on this rank; give expert_map to say which."
             )
         rows, slots = (x.shape[0], shape.hidden_size), (x.shape[0], shape.top_k)
+        scales = (x.shape[0], shape.hidden_size // (shape.scale_group or 1))
+        scaled = self._quantised and operands.hidden_scale is not None
+        if operands.hidden_scale is not None and not self._quantised:
+            raise InputError(f"hidden_scale was given for a layer of {shape}; give bf16 hidden_states without it.")
         of_batch = (
-            ("hidden_states", rows, self._activations),
+            ("hidden_states", rows, (FP8,) if scaled else self._activations),
+            ("hidden_scale", scales, (torch.float32,)),
             ("topk_ids", slots, IDS),
             ("topk_weights", slots, self._routing),
             ("out", rows, self._activations),

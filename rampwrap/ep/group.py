@@ -14,7 +14,7 @@ from rampwrap.ep.collectives import Collectives
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import Path, path_of
-from rampwrap.ep.received import Blocks, Received
+from rampwrap.ep.received import Blocks, Received, takes_scales
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError, InputError, RampwrapError
 from rampwrap.kernel.placement import Placement
@@ -271,7 +271,8 @@ class ExpertParallel:
         Args:
             run: called with the rows of all ranks as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
                 with `weights`: a `Dispatcher`, a `GraphDispatcher`, or a kernel's `launch` with its config bound. It sees
-                the local histogram, and chooses by it.
+                the local histogram, and chooses by it. Rows in e4m3 it gets as they are, with ``hidden_scale``, if it takes
+                that; else in the layer's type, from a copy.
             weights: of the experts of this rank, `w13` and `w2` and what else the kernel takes.
 
         The other arguments, and what is raised, are those of `dispatch` and `combine`.
@@ -280,8 +281,11 @@ class ExpertParallel:
         received = self._dispatch(sent, tokens_per_rank, getattr(run, "selection", lambda _: None))
         if received.selected is not None:
             weights["selected"] = received.selected
+        if received.scales is not None and takes_scales(run):
+            weights |= {"hidden_states": received.rows, "hidden_scale": received.scales}
+        else:
+            weights["hidden_states"] = received.hidden_states(self.layout.hidden_dtype)
         rows = run(
-            hidden_states=received.hidden_states(self.layout.hidden_dtype),
             topk_ids=received.topk_ids,
             topk_weights=received.topk_weights,
             expert_map=received.expert_map,

@@ -1,5 +1,8 @@
 """`Received`: what a dispatch hands to the local layer, in place; and the sum that an owner sends back."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -121,6 +124,13 @@ class Received:
             more = total + self.topk_weights[:, slot, None] * expert_output[:, slot].float()
             total = torch.where(here[:, slot, None], more, total)  # no product: what is left out may be NaN
         return total.to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def takes_scales(run: Callable[..., torch.Tensor]) -> bool:
+    """Whether a dispatcher's kernel, or whatever else is called, has a parameter ``hidden_scale``."""
+    kernel = getattr(run, "kernel", None)
+    return "hidden_scale" in inspect.signature(run if kernel is None else kernel.launch).parameters
 
 
 def prefix(tokens_per_rank: tuple[int, ...]) -> tuple[int, ...]:

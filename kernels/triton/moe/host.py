@@ -54,14 +54,17 @@ class _Layer:
 
     @classmethod
     def make(cls, operands: Operands, shape: MoEShape, workspace: Workspace | None, several: bool) -> "_Layer":
-        """Allocates what is absent and, for FP8 weights, quantises the hidden states."""
+        """Allocates what is absent and, for FP8 weights, quantises hidden states that are not e4m3 yet."""
         launch = pdl.arguments(several)
         x, x_scale, fp8 = operands.hidden_states, None, operands.w13_scale is not None
         (num_tokens, top_k), (_, hidden, intermediate) = operands.topk_ids.shape, operands.w2.shape
         if workspace is None:
             sizes = (num_tokens, top_k, hidden, intermediate)
-            workspace = allocate(*sizes, x.dtype, fp8=fp8, device=x.device, group=shape.scale_group)
-        if fp8:
+            dtype = x.dtype if operands.hidden_scale is None else torch.bfloat16
+            workspace = allocate(*sizes, dtype, fp8=fp8, device=x.device, group=shape.scale_group)
+        if operands.hidden_scale is not None:
+            x_scale = operands.hidden_scale
+        elif fp8:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
             x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
             quantise_rows(operands.hidden_states, x, x_scale, launch=launch, group=shape.scale_group)

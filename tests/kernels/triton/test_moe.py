@@ -18,6 +18,7 @@ from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common import reference
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.moe import configs as tuning
@@ -354,6 +355,31 @@ def test_fp8_needs_whole_scale_blocks():
     """A shape whose rows do not divide into 128-blocks is refused when the adapter is made."""
     with pytest.raises(ConfigError, match="intermediate_size=192"):
         TritonFusedMoE(MoEShape(8, 2, 256, 192, "fp8"))
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_hidden_states_that_are_quantised_already(num_tokens):
+    """Read as they are: the bits of a layer that quantises them itself, without its memory for that."""
+    kernel = TritonFusedMoE(FP8)
+    ids = routing(FP8, num_tokens) if num_tokens else torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    inputs = kernel.inputs(FP8, ids)
+    tile = kernel.default_config(9)
+    want = kernel.launch(tile, **inputs)
+    rows, scales = reference.quantise(inputs["hidden_states"])
+    scratch = poison(kernel.workspace(16, DEVICE))
+    out = kernel.launch(tile, **inputs | {"hidden_states": rows}, hidden_scale=scales, workspace=scratch)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    if num_tokens:
+        with pytest.raises(InputError, match="hidden_states is bfloat16"):
+            kernel.launch(tile, **inputs, hidden_scale=scales)
+        with pytest.raises(InputError, match="hidden_states is float8_e4m3fn"):
+            kernel.launch(tile, **inputs | {"hidden_states": rows})
+        with pytest.raises(InputError, match=r"hidden_scale is float32 of shape .*give contiguous float32"):
+            kernel.launch(tile, **inputs | {"hidden_states": rows}, hidden_scale=scales[:, :1])
+        plain = TritonFusedMoE(BF16)
+        with pytest.raises(InputError, match="hidden_scale was given for a layer of E=8"):
+            plain.launch(plain.default_config(1), **plain.inputs(BF16, routing(BF16, 1)), hidden_scale=scales)
 
 
 COMPILE = r"""
