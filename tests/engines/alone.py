@@ -13,6 +13,8 @@ import sys
 import types
 from collections.abc import Collection
 
+import torch
+
 
 class Anything:
     """Stands for a value that nothing depends on."""
@@ -90,4 +92,6 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def install(root: pathlib.Path, real: Collection[str]) -> None:
     """Makes an import of the package in the folder `root` find the files of the modules `real`, and stand-ins for others."""
+    # It decorates a few helpers, and takes 3 s to import.
+    torch.compile = lambda model=None, **options: model or (lambda its: its)
     sys.meta_path.insert(0, Finder(root, real))

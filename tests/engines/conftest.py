@@ -11,6 +11,7 @@ import tempfile
 import tomllib
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -87,12 +88,12 @@ def unpack(url: str, wanted: tuple[str, ...], folder: str) -> None:
 
 @functools.cache
 def sources(package: str, version: str, wanted: tuple[str, ...]) -> pathlib.Path:
-    """The folder of a release's package, kept in build/sources with the files that were wanted first.
+    """The folder of a release's package, kept in build/sources.
 
     Where the index is out of reach the test is skipped, and fails where RAMPWRAP_NEEDS_INDEX says that there is one, as
     `make test` does.
     """
-    kept = KEPT / f"{package}-{version}"
+    kept = KEPT / f"{package}-{version}-{zlib.crc32(repr(wanted).encode()):08x}"
     if not kept.is_dir():
         KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT) as folder:
