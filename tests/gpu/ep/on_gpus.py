@@ -183,7 +183,12 @@ def main() -> None:
     torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
-        "nccl", init_method=address, rank=rank, world_size=ranks, timeout=timedelta(seconds=300), device_id=rank
+        "nccl",
+        init_method=address,
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=300),
+        device_id=torch.device("cuda", rank),
     )
     rounds = [int(its) for its in sys.argv[5:]]
     found = CHECKS[sys.argv[4]](dist.group.WORLD, f"cuda:{rank}", "symmetric", *rounds)
