@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rampwrap.ep.group import ExpertParallel
     from rampwrap.ep.received import Received
     from rampwrap.errors import RampwrapError
+    from rampwrap.kernel.activation import Activation
     from rampwrap.kernel.device import Device
     from rampwrap.kernel.grid import CtaGrid
     from rampwrap.kernel.portfolio import Portfolio
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rampwrap.routing.workloads import Routing, Workload, workload_grid
 
 _HOME = {
+    "Activation": "kernel.activation",
     "Choice": "policy.policies",
     "Config": "kernel.protocol",
     "CtaGrid": "kernel.grid",
@@ -66,6 +68,7 @@ _HOME = {
 
 __all__ = [
     "SHAPES",
+    "Activation",
     "Choice",
     "Config",
     "CtaGrid",
