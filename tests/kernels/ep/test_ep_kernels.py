@@ -346,13 +346,12 @@ build("sum", combine.sum_kernel, push, num_warps=4)
 """
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def compiled(folder: pathlib.Path) -> dict[str, dict]:
     """Every kernel for sm_90, without a GPU, by name."""
     root = str(pathlib.Path(rampwrap.__file__).parent.parent)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "TRITON_CACHE_DIR": str(folder),
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
@@ -371,9 +370,24 @@ def places(ptx: list[str], pattern: str) -> list[int]:
     return [number for number, line in enumerate(ptx) if re.search(pattern, line)]
 
 
-def test_what_is_compiled_orders_memory_as_the_protocol_must(compiled: dict[str, dict]) -> None:
+def stores_in_wide_pieces(kernels: dict[str, dict]) -> None:
+    """16 bytes a thread, 8 of quantised ones, through addresses that are read from memory: only a hint tells their alignment."""
+    for name, its in kernels.items():
+        wide = places(its["ptx"], r"st\.global\.v4\.b32|st\.global\.v2\.b64")
+        ranks = 4
+        if name in ("dispatch", "dispatch chooses"):
+            assert len(wide) >= ranks, name
+        elif "quantises" in name:
+            assert len(places(its["ptx"], r"st\.global\.v2\.b32|st\.global\.b64|st\.global\.v4\.b32")) >= ranks, name
+        else:
+            assert wide, name
+
+
+def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.Path) -> None:
     """In each kernel: stores, a barrier, the ticket at the GPU's scope; then flags with release, cells with acquire, system-wide."""
-    for name, its in compiled.items():
+    kernels = compiled(tmp_path)
+    stores_in_wide_pieces(kernels)
+    for name, its in kernels.items():
         ptx = its["ptx"]
         assert its["spills"] == 0, name
         assert len(places(ptx, r"griddepcontrol\.wait")) == 1
@@ -395,16 +409,3 @@ def test_what_is_compiled_orders_memory_as_the_protocol_must(compiled: dict[str,
             assert name.startswith("sum") or flags[0] < polls[0]
             assert any(barrier > polls[-1] for barrier in barriers), name
         assert not places(ptx, r"multimem|multicast"), name
-
-
-def test_rows_are_stored_in_wide_pieces(compiled: dict[str, dict]) -> None:
-    """16 bytes a thread, 8 of quantised ones, through addresses that are read from memory: only a hint tells their alignment."""
-    for name, its in compiled.items():
-        wide = places(its["ptx"], r"st\.global\.v4\.b32|st\.global\.v2\.b64")
-        ranks = 4
-        if name in ("dispatch", "dispatch chooses"):
-            assert len(wide) >= ranks, name
-        elif "quantises" in name:
-            assert len(places(its["ptx"], r"st\.global\.v2\.b32|st\.global\.b64|st\.global\.v4\.b32")) >= ranks, name
-        else:
-            assert wide, name
