@@ -132,10 +132,8 @@ def test_a_second_group(ranks: Any) -> None:
 
 def test_a_rank_that_is_late(ranks: Any) -> None:
     """The others give up, it hears so when it comes, and after a reset all is well: at dispatch, and at combine."""
-    number, late = (
-        3,
-        2,
-    )  # seconds: one that is waited, two that it sleeps, so all come to a reset at about the same time
+    number, late = 3, 2
+    # One second is waited, two are slept, so that all come to a reset at about the same time.
 
     def all_but_last(call: Any) -> list[Any]:
         return [call] * late + [("sleep", 2.0)]
