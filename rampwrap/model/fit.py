@@ -8,7 +8,7 @@ import numpy as np
 from rampwrap.errors import FitError
 from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.measure.timings import Timings
-from rampwrap.model.base import COEF_UNIT, WEIGHT_UNIT, CostModel
+from rampwrap.model.base import COEF_UNIT, MOST_WEIGHT, WEIGHT_UNIT, CostModel
 from rampwrap.model.correction import fit_local
 from rampwrap.model.cost import model_class
 from rampwrap.model.features import Geometry, pass_over
@@ -52,12 +52,15 @@ def _wave(timings: Timings, rows: IntArray) -> Wave:
     slots, active, heights = pass_over(counts, block_ms)
     support = np.concatenate([slots[:, None], active[:, None], heights], axis=1).astype(np.int64)
     fitted = fit_local(us, support, block_ms, geometry, [grid.ctas_per_sm for grid in timings.grids], tokens)
+    weights = np.rint(fitted.weights / WEIGHT_UNIT)
+    # Times that jump at random between workloads that are nearly alike: no correction is known, the trend alone serves.
+    weights[(np.abs(weights) > MOST_WEIGHT).any(axis=1)] = 0
     return Wave(
         attrs.evolve(geometry, resident=fitted.resident),
         span_of(us, counts),
         *ratio_errors(us, fitted.errors, support[:, 0]),
         np.rint(fitted.coef / COEF_UNIT).astype(np.int64),
-        np.rint(fitted.weights / WEIGHT_UNIT).astype(np.int64),
+        weights.astype(np.int64),
         support[fitted.support],
         block_ms,
     )

@@ -371,19 +371,14 @@ class TestPoorTables:
         chosen = model.predict(many.counts).argmin(axis=1)
         assert np.mean(many.us[np.arange(len(best)), chosen] / best - 1) < 0.005
 
-    @settings(max_examples=25, deadline=None)
-    @given(st.data())
-    def test_any_table_gives_a_model_or_a_clear_error(self, data):
-        """Random cells, missing or wild: predictions are positive, or the fit says why not."""
-        experts, configs, rows = (data.draw(st.integers(1, high)) for high in (9, 4, 12))
-        rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-        wild = data.draw(st.sampled_from([0.0, 0.1, 3.0]))
+    @staticmethod
+    def wild_table(experts, configs, rows, seed, wild, missing, most):
+        rng = np.random.default_rng(seed)
         us = rng.lognormal(3.0, wild, (rows, configs)).clip(0.01, 1e6)  # what a table may hold
-        us[rng.random(us.shape) < data.draw(st.sampled_from([0.0, 0.3, 0.9]))] = np.nan
-        counts = rng.integers(0, data.draw(st.sampled_from([1, 2, 50, 100000])), (rows, experts))
-        timings = Timings(
+        us[rng.random(us.shape) < missing] = np.nan
+        return Timings(
             us=us,
-            counts=counts,
+            counts=rng.integers(0, most, (rows, experts)),
             split=("train",) * rows,
             label=tuple(f"M={i // 3} x" for i in range(rows)),
             kernel="wild",
@@ -392,6 +387,25 @@ class TestPoorTables:
             configs=tuple({"i": i} for i in range(configs)),
             grids=tuple(CtaGrid(int(rng.integers(1, 200)), int(rng.integers(1, 99))) for _ in range(configs)),
         )
+
+    def test_a_correction_beyond_all_bounds_is_left_out(self):
+        """Found at random: nine workloads of one expert, times between 0.1 and 1e4 us."""
+        timings = self.wild_table(1, 1, 9, 219, 3.0, 0.0, 50)
+        model = fit(timings)
+        predicted = model.predict(timings.counts)
+        busy = timings.counts.any(axis=1)
+        assert not model.weights.any() and (predicted[busy] > 0).all() and np.isfinite(predicted).all()
+        assert np.allclose(predicted, [model.trend(row) for row in timings.counts])
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.data())
+    def test_any_table_gives_a_model_or_a_clear_error(self, data):
+        """Random cells, missing or wild: predictions are positive, or the fit says why not."""
+        sizes = [data.draw(st.integers(1, high)) for high in (9, 4, 12)]
+        seed = data.draw(st.integers(0, 10**6))
+        shares = [data.draw(st.sampled_from(some)) for some in ([0.0, 0.1, 3.0], [0.0, 0.3, 0.9], [1, 2, 50, 100000])]
+        timings = self.wild_table(*sizes, seed, *shares)
+        counts = timings.counts
         try:
             model = fit(timings)
         except FitError as error:
@@ -401,5 +415,5 @@ class TestPoorTables:
         # No tokens make no blocks: a trend without a start then predicts nothing at all.
         assert np.all(predicted[counts.any(axis=1)] > 0) and np.all(predicted >= 0)
         assert np.isfinite(model.error) and model.error >= 0
-        assert 0 <= model.choose(counts[0], 0) < configs
+        assert 0 <= model.choose(counts[0], 0) < len(timings.configs)
         json.dumps(dump_model(model), allow_nan=False)
