@@ -23,7 +23,7 @@ from rampwrap.kernels.ep.flags import (
     spread,
     tell_all,
 )
-from rampwrap.kernels.triton.align.by_expert import count_ids, fill, local_expert_ids
+from rampwrap.kernels.triton.align.by_expert import capacity_of, count_ids, fill, local_expert_ids
 from rampwrap.kernels.triton.align.chunks import place_chunk
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.quantise import quantise_groups
@@ -67,6 +67,13 @@ def send_words(
 
 
 @triton.jit
+def store_scales(bases_ptr, peer, at, group, scale, SCALES: tl.constexpr):
+    """Stores scales of one row with a rank; rows of them need not start at multiples of 16 bytes, as `peer_at` has it."""
+    to = (tl.load(bases_ptr + peer) + at).to(tl.pointer_type(tl.float32))
+    tl.store(to + group, scale, mask=group < SCALES)
+
+
+@triton.jit
 def send_quantised(
     bases_ptr,
     from_ptr,
@@ -90,9 +97,7 @@ def send_quantised(
             peer = (rank + 1 + step) % RANKS
             if wants(owners, peer, MASKED):
                 tl.store(peer_at(bases_ptr, peer, rows_at, tl.float8e4nv) + at, q, mask=at < COLUMNS)
-                # Rows of scales need not start at multiples of 16 bytes.
-                to = (tl.load(bases_ptr + peer) + scales_at).to(tl.pointer_type(tl.float32))
-                tl.store(to + group, scale, mask=group < scales)
+                store_scales(bases_ptr, peer, scales_at, group, scale, scales)
 
 
 @triton.jit
@@ -149,7 +154,7 @@ def make_blocks(
     if MAKES == _SELECT:
         tables = load_tables(ints_ptr, reals_ptr, C, S, LAUNCHES, MARGINS)
         choice, block_m, static_us, chosen_us, active, outside = choose_candidate(counts, tables, fallback, C, LAUNCHES)
-        capacity = tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m)
+        capacity = capacity_of(num_slots, num_local_experts, block_m)
         record_choice(
             choice,
             block_m,
@@ -310,11 +315,8 @@ def dispatch_kernel(
                     peer = (rank + 1 + step) % RANKS
                     if wants(owners, peer, MASKED):
                         group = tl.arange(0, BLOCK)
-                        to = (tl.load(bases_ptr + peer) + SCALES_AT + row * (scales * 4)).to(
-                            tl.pointer_type(tl.float32)
-                        )
                         scale = tl.load(x_scales_ptr + at * scales + group, mask=group < scales)
-                        tl.store(to + group, scale, mask=group < scales)
+                        store_scales(bases_ptr, peer, SCALES_AT + row * (scales * 4), group, scale, scales)
         send_routing(
             bases_ptr,
             ids,

@@ -4,22 +4,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, attr-defined"
 
 from cutlass import Float32, Int32, Int64
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
-
-def _effect(operands, text, constraints, loc, ip):
-    llvm.inline_asm(
-        None,
-        operands,
-        text,
-        constraints + ",~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
+from rampwrap.kernels.cute.device.ptx import memory_asm
 
 
 @dsl_user_op
@@ -33,7 +20,7 @@ def store_shared(address, words, num_bytes, *, loc=None, ip=None):
         4: "st.shared::cta.b32 [$0], $1;",
         8: "st.shared::cta.v2.b32 [$0], {$1, $2};",
     }[num_bytes]
-    _effect(operands, text, ",".join("r" * len(operands)), loc, ip)
+    memory_asm(None, operands, text, ",".join("r" * len(operands)), loc, ip)
 
 
 @dsl_user_op
@@ -44,7 +31,7 @@ def send_b32(address, word, barrier, *, loc=None, ip=None):
     """
     operands = [Int32(value).ir_value(loc=loc, ip=ip) for value in (address, word, barrier)]
     text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];"
-    _effect(operands, text, "r,r,r", loc, ip)
+    memory_asm(None, operands, text, "r,r,r", loc, ip)
 
 
 @dsl_user_op
@@ -56,14 +43,14 @@ def send_f32(address, value, barrier, *, loc=None, ip=None):
         Int32(barrier).ir_value(loc=loc, ip=ip),
     ]
     text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2];"
-    _effect(operands, text, "r,f,r", loc, ip)
+    memory_asm(None, operands, text, "r,f,r", loc, ip)
 
 
 @dsl_user_op
 def arrive_peer(address, *, loc=None, ip=None):
     """Arrives at an mbarrier of any CTA of the cluster: what this thread read before may be overwritten there."""
     operands = [Int32(address).ir_value(loc=loc, ip=ip)]
-    _effect(operands, "mbarrier.arrive.shared::cluster.b64 _, [$0];", "r", loc, ip)
+    memory_asm(None, operands, "mbarrier.arrive.shared::cluster.b64 _, [$0];", "r", loc, ip)
 
 
 @dsl_user_op
@@ -81,4 +68,4 @@ def add_row(base, row, row_bytes, values, *, loc=None, ip=None):
         "{ .reg .pred some; .reg .s64 to; setp.ge.s32 some, $1, 0; mad.wide.s32 to, $1, $2, $0; "
         f"@some red.relaxed.gpu.global.add.v{len(values)}.f32 [to], {{{names}}}; }}"
     )
-    _effect(operands, text, ",".join(["l", "r", "r", *"f" * len(values)]), loc, ip)
+    memory_asm(None, operands, text, ",".join(["l", "r", "r", *"f" * len(values)]), loc, ip)

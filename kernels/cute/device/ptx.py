@@ -25,6 +25,11 @@ def _asm(result, operands, text, constraints, loc, ip, *, side_effects=True):
     )
 
 
+def memory_asm(result, operands, text, constraints, loc, ip):
+    """An instruction that reads or writes memory which the compiler does not know of; nothing is moved across it."""
+    return _asm(result, operands, text, constraints + ",~{memory}", loc, ip)
+
+
 @dsl_user_op
 def copy_16_bytes(shared, offset, base, row, row_bytes, *, loc=None, ip=None):
     """Starts a copy of 16 aligned bytes at base + row * row_bytes to shared + offset, past L1; nothing if row < 0.

@@ -7,29 +7,17 @@ from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+from rampwrap.kernels.cute.device.ptx import memory_asm
+
 MOST_ASKED = 1 << 26
 "Loads of a mark, each about a microsecond, before it counts as lost."
-
-
-def _asm(result, operands, text, constraints, loc, ip):
-    return llvm.inline_asm(
-        result,
-        operands,
-        text,
-        constraints + ",~{memory}",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
 
 
 @dsl_user_op
 def store_four(address, values, *, loc=None, ip=None):
     """Stores four float32 at an address aligned to 16 bytes."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip), *(Float32(value).ir_value(loc=loc, ip=ip) for value in values)]
-    _asm(None, operands, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", loc, ip)
+    memory_asm(None, operands, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", loc, ip)
 
 
 @dsl_user_op
@@ -37,7 +25,7 @@ def load_four(address, *, loc=None, ip=None):
     """Four float32 from an address aligned to 16 bytes, past L1, which other SMs' stores do not reach."""
     kind = llvm.StructType.get_literal([T.f32()] * 4)
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    found = _asm(kind, operands, "ld.global.cg.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", loc, ip)
+    found = memory_asm(kind, operands, "ld.global.cg.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", loc, ip)
     return [Float32(llvm.extractvalue(T.f32(), found, [place], loc=loc, ip=ip)) for place in range(4)]
 
 
@@ -49,7 +37,7 @@ def publish(address, value, *, loc=None, ip=None):
     wrote before a barrier that they shared.
     """
     operands = [Int64(address).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
-    _asm(None, operands, "st.release.gpu.global.s32 [$0], $1;", "l,r", loc, ip)
+    memory_asm(None, operands, "st.release.gpu.global.s32 [$0], $1;", "l,r", loc, ip)
 
 
 @dsl_user_op
@@ -65,11 +53,13 @@ def await_mark(address, *, loc=None, ip=None):
         "again: ld.acquire.gpu.global.s32 $0, [$1]; setp.ne.s32 some, $0, 0; @some bra found; "
         f"add.u32 asked, asked, 1; setp.lt.u32 more, asked, {MOST_ASKED}; @more bra again; trap; found: }}"
     )
-    return Int32(_asm(T.i32(), operands, text, "=r,l", loc, ip))
+    return Int32(memory_asm(T.i32(), operands, text, "=r,l", loc, ip))
 
 
 @dsl_user_op
 def clear_mark(address, *, loc=None, ip=None):
     """Stores a zero."""
     operands = [Int64(address).ir_value(loc=loc, ip=ip)]
-    _asm(None, operands, "{ .reg .b32 zero; mov.b32 zero, 0; st.relaxed.gpu.global.s32 [$0], zero; }", "l", loc, ip)
+    memory_asm(
+        None, operands, "{ .reg .b32 zero; mov.b32 zero, 0; st.relaxed.gpu.global.s32 [$0], zero; }", "l", loc, ip
+    )

@@ -63,6 +63,12 @@ def ids_and_histogram(
 
 
 @triton.jit
+def capacity_of(num_slots, num_local_experts, block_m):
+    """As `alignment_capacity` on the host."""
+    return tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m)
+
+
+@triton.jit
 def fill(ptr, first, end, value, step, TILE: tl.constexpr):
     """ptr[i] = value for the TILE-wide pieces of [first, end) that start at first, first + step, ..."""
     lane = tl.arange(0, TILE)

@@ -9,7 +9,7 @@ Each kernel makes a histogram as `align` does, loads the candidates before it, a
 
 import triton
 import triton.language as tl
-from rampwrap.kernels.triton.align.by_expert import ids_and_histogram, place_expert, sum3
+from rampwrap.kernels.triton.align.by_expert import capacity_of, ids_and_histogram, place_expert, sum3
 from rampwrap.kernels.triton.align.chunks import counts_before, place_chunk
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.select.scoring import choose_candidate, load_tables
@@ -92,7 +92,7 @@ def select_by_expert_kernel(
         topk_ids_ptr, expert_map_ptr, num_slots, num_experts, num_local_experts, CHUNK, BINS
     )
     choice, block_m, static_us, chosen_us, active, outside = choose_candidate(counts, tables, fallback, C, LAUNCHES)
-    capacity = tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m)
+    capacity = capacity_of(num_slots, num_local_experts, block_m)
     if tl.program_id(0) == num_local_experts:
         record_choice(
             choice,
@@ -171,7 +171,7 @@ def select_and_place_kernel(
             chosen_us,
             active,
             outside,
-            tl.minimum(num_slots + num_local_experts * (block_m - 1), num_slots * block_m),
+            capacity_of(num_slots, num_local_experts, block_m),
             counts,
             record_ptr,
             post_padded_ptr,
