@@ -9,9 +9,8 @@ from rampwrap.cli.command import Answer, command
 from rampwrap.cli.layer import LayerRequest, layer_options
 from rampwrap.cli.types import positive
 from rampwrap.cli.workloads import tokens_option
+from rampwrap.ep import BACKENDS
 from rampwrap.errors import InputError
-
-BACKENDS = ("collectives", "symmetric")
 
 
 @attrs.frozen

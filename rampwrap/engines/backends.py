@@ -4,12 +4,11 @@ Read in the engines' own choosers, release by release, on a platform that says i
 another. What is not in the table is not known.
 """
 
-import re
-
 import attrs
 
 from rampwrap.checkpoint.model import Alike, Layers, Ranks
 from rampwrap.checkpoint.quantisation import PLAIN
+from rampwrap.engines.installed import numbers
 
 TRITON = "Triton"
 
@@ -71,12 +70,6 @@ _ROWS = (
 "The first that applies counts."
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
-
-
 def backend_of(
     engine: str, form: str, *, expert_parallel: bool = False, kinds: tuple[str, ...] = (), version: str = ""
 ) -> Backend | None:
@@ -88,7 +81,7 @@ def backend_of(
         kinds: the model's types and architectures.
         version: of the engine; the newest whose sources were read where it is "".
     """
-    number = release(version)
+    number = numbers(version)
     for row in _ROWS:
         if (
             row.engine == engine

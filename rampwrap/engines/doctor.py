@@ -191,7 +191,7 @@ def _devices(gpu: str | None, plans: Plans, layers: Layers) -> Sequence[Device |
         return named or [find_device(gpu)]
     if no_gpu() is None:
         return [Device.current()]
-    shapes = {*layers.shapes, *(attrs.evolve(its, num_experts=its.num_local_experts) for its in layers.shapes)}
+    shapes = {*layers.shapes, *(its.alone for its in layers.shapes)}
     found = {plan.device.label: plan.device for _, plan in plans.every if plan.shape in shapes}
     return list(found.values()) or [None]
 
@@ -200,7 +200,7 @@ def _served(
     engine: str, plans: Plans, shape: MoEShape, device: Device | None, kernels: Sequence[str], command: str
 ) -> Served:
     # The hooks of these know a rank's experts alone.
-    here = shape if engine == "vllm" else attrs.evolve(shape, num_experts=shape.num_local_experts)
+    here = shape if engine == "vllm" else shape.alone
     usable = plans if engine == "vllm" else plans.with_local()
     gpu = "" if device is None else device.label
     found, passed_over = _plan(engine, usable, here, device, kernels) if device is not None else (None, ())

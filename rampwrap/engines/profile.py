@@ -174,11 +174,9 @@ def profile_model(
         with during(PLANNING):
             plan = make_plan(timings, source=f"{name}.npz")
             plan.save(path)
-            for other in early:
-                if (
-                    other != path
-                ):  # of one kernel of several: it would go before the plan of all where that is preferred
-                    other.unlink(missing_ok=True)
+            # Those of one kernel of several would go before the plan of all where theirs is preferred.
+            for other in early.keys() - {path}:
+                other.unlink(missing_ok=True)
             if prepare is not None:
                 prepare(made, str(path))
         written.append(str(path))

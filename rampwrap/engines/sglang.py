@@ -18,7 +18,6 @@ import importlib.metadata
 import inspect
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
 from rampwrap.dispatch.lagged import Lagged
 from rampwrap.dispatch.spans import capturing
+from rampwrap.engines.installed import numbers
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import watch
@@ -99,12 +99,6 @@ def register() -> None:
     hooks = getattr(registry.HookRegistry, "_hooks", {}).get(TARGET, ())
     if not any(isinstance(getattr(hook, "__self__", None), Around) for _, hook, *_ in hooks):
         register_hook(TARGET, Around(plans).call, around)
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: (0, 5, 23) of 0.5.23.post1."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def too_old(version: str) -> str | None:

@@ -8,7 +8,7 @@ import attrs
 import torch
 import torch.distributed as dist
 
-from rampwrap.ep import terms
+from rampwrap.ep import BACKENDS, terms
 from rampwrap.ep.board import Board
 from rampwrap.ep.collectives import Collectives
 from rampwrap.ep.layout import Layout
@@ -20,7 +20,6 @@ from rampwrap.errors import GroupError, InputError, RampwrapError
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 
-BACKENDS = ("collectives", "symmetric")
 _open: list["ExpertParallel"] = []
 _opened: dict[str, int] = {}
 "How often each group was opened: the same on all its ranks, and so a name that they share."

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import attrs
+import numpy as np
 import torch
 
 from rampwrap.errors import InputError
@@ -21,8 +22,7 @@ def contiguous(num_experts: int, num_ranks: int, rank: int) -> Placement:
             f"{num_experts} experts cannot be divided equally among {num_ranks} ranks; give each rank its placement."
         )
     local = num_experts // num_ranks
-    every = torch.arange(num_experts).numpy()
-    return Placement(num_experts, every[rank * local : (rank + 1) * local])
+    return Placement(num_experts, np.arange(rank * local, (rank + 1) * local))
 
 
 @attrs.frozen(eq=False)

@@ -56,6 +56,15 @@ class MoEShape:
             raise InputError(f"A {self.dtype} layer has no scales, and {self.scales!r} were given; leave them out.")
 
     @property
+    def alone(self) -> "MoEShape":
+        """The same layer where a rank's own experts are all that anybody knows of, as with some engines.
+
+        Raises:
+            InputError: they are fewer than `top_k`.
+        """
+        return attrs.evolve(self, num_experts=self.num_local_experts)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of w13 [E,2I,H] and w2 [E,H,I] on this rank, without scales."""
         element = 1 if self.dtype == "fp8" else 2

@@ -155,7 +155,7 @@ class Plans:
 
         def local(plans: tuple[tuple[str, Plan], ...]) -> list[tuple[str, Plan]]:
             return [
-                (path, attrs.evolve(plan, shape=attrs.evolve(plan.shape, num_experts=plan.shape.num_local_experts)))
+                (path, attrs.evolve(plan, shape=plan.shape.alone))
                 for path, plan in plans
                 if plan.shape.top_k <= plan.shape.num_local_experts < plan.shape.num_experts
             ]
