@@ -45,8 +45,8 @@ class CuteFusedMoE(LayerKernel):
     Args:
         shape: the layer, bf16 or fp8.
         form: "two" launches, "one", "prefill" (two launches for thousands of tokens), or "both" for the configs of all three; or
-            "ragged", which is part of no other list as no GPU has run it yet: each expert's tile as wide as its tokens, the
-            work split evenly.
+            "ragged", which is part of no other list as it was slower wherever it was tried: each expert's tile as wide as its
+            tokens, the work split evenly.
         library: compiled kernels: a path, a `Library`, or None for the default one (see `library.find`).
         waves: CTAs launched for each that an SM holds; each goes on to further tiles and loads them while it stores
             the last. 0 launches a CTA for every tile. Same bits.
