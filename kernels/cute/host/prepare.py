@@ -17,7 +17,17 @@ import triton.language as tl
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align.by_expert import ids_and_histogram, place_expert
-from rampwrap.kernels.triton.align.host import TokenBlocks, align_tokens, fits_one_launch, histogram_bins, one_launch
+from rampwrap.kernels.triton.align.chunks import count_and_fill
+from rampwrap.kernels.triton.align.host import (
+    PIECE,
+    TokenBlocks,
+    chunks_of,
+    fits_one_launch,
+    histogram_bins,
+    one_launch,
+    overlap,
+    place_chunks,
+)
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.moe.gemm import sum_kernel
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
@@ -26,6 +36,20 @@ from rampwrap.kernels.triton.quantise import quantise_at, quantise_rows
 # Groups of 128 columns of a CTA that quantises or zeroes: few CTAs, so that all run beside those that align, of which
 # three fit on an SM (74 registers x 256 threads). With 8 instead of 32 it takes 5.8 us for 4.3 (OLMoE, 256 tokens).
 GROUPS = 32
+
+
+@triton.jit
+def prepare_groups(program, x_ptr, q_ptr, scale_ptr, zero_ptr, num_groups, GROUPS: tl.constexpr):
+    """Quantises x and zeroes the output, GROUPS groups of 128 columns; whatever of these has memory."""
+    # Rows lie one behind the other, so groups are numbered through all of them.
+    group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    inside = group < num_groups
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    if q_ptr is not None:
+        quantise_at(q_ptr, scale_ptr, x_ptr, at, inside[:, None], group, inside)
+    if zero_ptr is not None:
+        zero = tl.zeros((GROUPS, 128), dtype=tl.float32).to(zero_ptr.dtype.element_ty)
+        tl.store(zero_ptr + at, zero, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts", "num_local_experts", "block_m", "capacity", "num_groups"])
@@ -75,15 +99,62 @@ def prepare_kernel(
             BINS,
         )
     else:
-        # Rows lie one behind the other, so groups are numbered through all of them.
-        group = (program - num_local_experts).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-        inside = group < num_groups
-        at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        if q_ptr is not None:
-            quantise_at(q_ptr, scale_ptr, x_ptr, at, inside[:, None], group, inside)
-        if zero_ptr is not None:
-            zero = tl.zeros((GROUPS, 128), dtype=tl.float32).to(zero_ptr.dtype.element_ty)
-            tl.store(zero_ptr + at, zero, mask=inside[:, None])
+        prepare_groups(program - num_local_experts, x_ptr, q_ptr, scale_ptr, zero_ptr, num_groups, GROUPS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_chunks",
+        "pieces",
+        "num_slots",
+        "num_experts",
+        "num_local_experts",
+        "most_rows",
+        "num_groups",
+    ]
+)
+def count_and_prepare_kernel(
+    topk_ids_ptr,
+    expert_map_ptr,
+    scratch_ptr,
+    sorted_token_ids_ptr,
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    zero_ptr,
+    num_chunks,
+    pieces,
+    num_slots,
+    num_experts,
+    num_local_experts,
+    most_rows,
+    num_groups,
+    GROUPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    BINS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The first `num_chunks` CTAs do the first launch of an alignment in two, the others as in `prepare_kernel`."""
+    wait_for_launch_before(PDL)
+    program = tl.program_id(0)
+    if program < num_chunks:
+        count_and_fill(
+            program,
+            num_chunks,
+            topk_ids_ptr,
+            expert_map_ptr,
+            scratch_ptr,
+            sorted_token_ids_ptr,
+            pieces,
+            num_slots,
+            num_experts,
+            num_local_experts,
+            most_rows,
+            PIECE,
+            BINS,
+        )
+    else:
+        prepare_groups(program - num_chunks, x_ptr, q_ptr, scale_ptr, zero_ptr, num_groups, GROUPS)
 
 
 @triton.jit
@@ -123,38 +194,63 @@ def prepare(
     """
     num_tokens, hidden = hidden_states.shape
     num_slots = topk_ids.numel()
-    if aligned or not fits_one_launch(num_slots, num_local_experts):
+    if aligned:
         if quantised is not None:
             quantise_rows(hidden_states, *quantised)
         if zeroed is not None:
             zeroed.zero_()
-        if not aligned:
-            align_tokens(topk_ids, block_m, num_local_experts, expert_map=expert_map, blocks=memory)
         return
-    num_groups = 0 if quantised is None and zeroed is None else num_tokens * hidden // GROUP
     q, scale = quantised or (None, None)
-    prepare_kernel[(num_local_experts + triton.cdiv(num_groups, GROUPS),)](
+    num_groups = 0 if quantised is None and zeroed is None else num_tokens * hidden // GROUP
+    num_experts = num_local_experts if expert_map is None else expert_map.numel()
+    bins, more = histogram_bins(num_local_experts), triton.cdiv(num_groups, GROUPS)
+    if fits_one_launch(num_slots, num_local_experts):
+        prepare_kernel[(num_local_experts + more,)](
+            topk_ids,
+            expert_map,
+            memory.sorted_token_ids,
+            memory.expert_ids,
+            memory.num_tokens_post_padded,
+            memory.expert_counts,
+            hidden_states,
+            q,
+            scale,
+            zeroed,
+            num_slots,
+            num_experts,
+            num_local_experts,
+            block_m,
+            memory.sorted_token_ids.numel(),
+            num_groups,
+            GROUPS=GROUPS,
+            BINS=bins,
+            **one_launch(num_slots),
+            **pdl.arguments(),
+        )
+        return
+    num_chunks, pieces = chunks_of(num_slots)
+    count_and_prepare_kernel[(num_chunks + more,)](
         topk_ids,
         expert_map,
+        memory.scratch,
         memory.sorted_token_ids,
-        memory.expert_ids,
-        memory.num_tokens_post_padded,
-        memory.expert_counts,
         hidden_states,
         q,
         scale,
         zeroed,
+        num_chunks,
+        pieces,
         num_slots,
-        num_local_experts if expert_map is None else expert_map.numel(),
+        num_experts,
         num_local_experts,
-        block_m,
         memory.sorted_token_ids.numel(),
         num_groups,
         GROUPS=GROUPS,
-        BINS=histogram_bins(num_local_experts),
-        **one_launch(num_slots),
-        **pdl.arguments(),
+        PIECE=PIECE,
+        BINS=bins,
+        **overlap(num_chunks),
     )
+    place_chunks(memory, num_local_experts)
 
 
 def sum_rows(

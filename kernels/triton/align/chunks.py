@@ -15,6 +15,38 @@ from rampwrap.kernels.triton.align.by_expert import count_ids, fill, local_exper
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 
+@triton.jit
+def count_and_fill(
+    chunk,
+    num_chunks,
+    topk_ids_ptr,
+    expert_map_ptr,
+    scratch_ptr,
+    sorted_token_ids_ptr,
+    pieces,
+    num_slots,
+    num_experts,
+    num_local_experts,
+    most_rows,
+    PIECE: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """This CTA's share of sentinels in all `most_rows` rows; in the scratch memory its chunk's histogram, and its local ids.
+
+    There the ids go on up to a multiple of PIECE, so that they are read four at a time without a mask.
+    """
+    fill(sorted_token_ids_ptr, chunk * 1024, most_rows, num_slots, num_chunks * 1024, 1024)
+    counts = tl.zeros((BINS,), dtype=tl.int32)
+    local_ids_ptr = scratch_ptr + num_chunks * BINS
+    first = chunk * pieces * PIECE
+    for start in range(first, tl.minimum(first + pieces * PIECE, num_slots), PIECE):
+        slots = start + tl.arange(0, PIECE)
+        ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, slots, num_slots, num_experts, num_local_experts)
+        counts += count_ids(ids, num_local_experts, BINS)
+        tl.store(local_ids_ptr + slots, ids)
+    tl.store(scratch_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+
+
 @triton.jit(do_not_specialize=["pieces", "num_slots", "num_experts", "num_local_experts", "most_rows"])
 def count_and_fill_kernel(
     topk_ids_ptr,
@@ -30,22 +62,23 @@ def count_and_fill_kernel(
     BINS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sentinels in all `most_rows` rows; in the scratch memory the histograms of the chunks, then all local ids.
-
-    There the ids go on up to a multiple of PIECE, so that they are read four at a time without a mask.
-    """
+    """The first launch: one CTA a chunk."""
     wait_for_launch_before(PDL)
-    chunk = tl.program_id(0)
-    fill(sorted_token_ids_ptr, chunk * 1024, most_rows, num_slots, tl.num_programs(0) * 1024, 1024)
-    counts = tl.zeros((BINS,), dtype=tl.int32)
-    local_ids_ptr = scratch_ptr + tl.num_programs(0) * BINS
-    first = chunk * pieces * PIECE
-    for start in range(first, tl.minimum(first + pieces * PIECE, num_slots), PIECE):
-        slots = start + tl.arange(0, PIECE)
-        ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, slots, num_slots, num_experts, num_local_experts)
-        counts += count_ids(ids, num_local_experts, BINS)
-        tl.store(local_ids_ptr + slots, ids)
-    tl.store(scratch_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+    count_and_fill(
+        tl.program_id(0),
+        tl.num_programs(0),
+        topk_ids_ptr,
+        expert_map_ptr,
+        scratch_ptr,
+        sorted_token_ids_ptr,
+        pieces,
+        num_slots,
+        num_experts,
+        num_local_experts,
+        most_rows,
+        PIECE,
+        BINS,
+    )
 
 
 @triton.jit

@@ -163,7 +163,7 @@ def align_tokens(
             **pdl.arguments(),
         )
         return blocks
-    num_chunks, pieces = _chunks(num_slots)
+    num_chunks, pieces = chunks_of(num_slots)
     count_and_fill_kernel[(num_chunks,)](
         topk_ids,
         expert_map,
@@ -176,8 +176,16 @@ def align_tokens(
         capacity,
         PIECE=PIECE,
         BINS=bins,
-        **_overlap(num_chunks),
+        **overlap(num_chunks),
     )
+    place_chunks(blocks, num_local_experts)
+    return blocks
+
+
+def place_chunks(blocks: TokenBlocks, num_local_experts: int) -> None:
+    """The second launch of path ``chunks``, behind one that has counted and filled as `chunks.count_and_fill` does."""
+    num_chunks, pieces = chunks_of(blocks.num_slots)
+    bins = histogram_bins(num_local_experts)
     place_kernel[(num_chunks,)](
         blocks.scratch,
         blocks.sorted_token_ids,
@@ -186,14 +194,13 @@ def align_tokens(
         blocks.expert_counts,
         num_chunks,
         pieces,
-        num_slots,
+        blocks.num_slots,
         num_local_experts,
-        block_m,
+        blocks.block_m,
         BINS=bins,
         **_placing(bins),
-        **_overlap(num_chunks),
+        **overlap(num_chunks),
     )
-    return blocks
 
 
 def _path(num_slots: int, num_local_experts: int, asked: str | None) -> str:
@@ -219,13 +226,13 @@ def one_launch(num_slots: int) -> dict[str, int]:
     return {"CHUNK": chunk, "num_warps": 8 if chunk > 1024 else 4}
 
 
-def _chunks(num_slots: int) -> tuple[int, int]:
+def chunks_of(num_slots: int) -> tuple[int, int]:
     """CTAs of path ``chunks``, and pieces of `PIECE` slots that each places."""
     pieces = triton.cdiv(num_slots, PIECE * MAX_CHUNKS)
     return int(triton.cdiv(num_slots, PIECE * pieces)), int(pieces)
 
 
-def _overlap(num_chunks: int, several: bool = False) -> dict[str, Any]:
+def overlap(num_chunks: int, several: bool = False) -> dict[str, Any]:
     """`pdl.arguments` for the launches of path ``chunks``."""
     return pdl.arguments(several) if num_chunks <= MOST_OVERLAPPING else pdl.WITHOUT
 
@@ -244,7 +251,7 @@ def _scratch_ints(num_slots: int, num_local_experts: int) -> int:
     if not num_slots:
         return 0
     bins, pieces = histogram_bins(num_local_experts), int(triton.cdiv(num_slots, PIECE))
-    # The most chunks, not those of `_chunks`, which fall where a chunk gets one more piece: memory for a batch must
+    # The most chunks, not those of `chunks_of`, which fall where a chunk gets one more piece: memory for a batch must
     # hold every smaller one.
     num_chunks, padded = min(MAX_CHUNKS, pieces), pieces * PIECE
     return num_chunks * bins + padded

@@ -238,7 +238,7 @@ def align_and_select(
             **pdl.arguments(several=True),
         )
         return selected
-    num_chunks, pieces = align._chunks(num_slots)
+    num_chunks, pieces = align.chunks_of(num_slots)
     count_and_fill_kernel[(num_chunks,)](
         topk_ids,
         expert_map,
@@ -251,7 +251,7 @@ def align_and_select(
         sorted_token_ids.numel(),
         PIECE=align.PIECE,
         BINS=bins,
-        **align._overlap(num_chunks, several=True),
+        **align.overlap(num_chunks, several=True),
     )
     select_and_place_kernel[(num_chunks + 1,)](
         first.scratch,
@@ -266,6 +266,6 @@ def align_and_select(
         BINS=bins,
         **align._placing(bins),
         **constants,
-        **align._overlap(num_chunks, several=True),
+        **align.overlap(num_chunks, several=True),
     )
     return selected

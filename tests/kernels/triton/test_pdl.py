@@ -198,7 +198,7 @@ def test_around_the_cute_kernels_too(small, launches, on_hopper, monkeypatch):
     preparing.prepare(x, quantised, sums, ids, 16, 8, expert_map=None, memory=memory)
     preparing.sum_rows(x, torch.zeros(8, 256, dtype=torch.bfloat16), ids, 8, expert_map=None)
     preparing.narrow_rows(x, sums)
-    before = {"prepare_kernel"} if small else {"quantise_rows_kernel", "align_by_expert_kernel"}
+    before = {"prepare_kernel"} if small else {"count_and_prepare_kernel", "place_kernel"}
     assert names(launches) == with_pdl(launches) == before | {"sum_kernel", "narrow_after_kernel"}
     launches.clear()
     pdl.use("0")
@@ -331,6 +331,7 @@ look("up without", gemm.up_kernel, sizes | tile | dict(PERSISTENT=False), scales
 look("sum", gemm.sum_kernel, dict(TOP_K=8, HIDDEN=2048, SPLIT_K=1, SPLIT_OF=0, BLOCK_H=1024), ("expert_map_ptr", "choice_ptr"))
 look("sum of several", gemm.sum_kernel, dict(TOP_K=8, HIDDEN=2048, SPLIT_K=2, SPLIT_OF=33, BLOCK_H=1024))
 look("prepare", prepare.prepare_kernel, dict(GROUPS=8, CHUNK=256, BINS=128))
+look("count and prepare", prepare.count_and_prepare_kernel, dict(GROUPS=8, PIECE=256, BINS=128))
 look("narrow", prepare.narrow_after_kernel, dict(COLUMNS=2048, BLOCK=1024))
 """
 
@@ -340,8 +341,8 @@ def test_many_chunks_are_launched_one_after_the_other(monkeypatch):
     pdl.use(pdl.EVERYWHERE)
     monkeypatch.setattr(pdl, "_possible", lambda: True)
     for several in (False, True):
-        assert align._overlap(align.MOST_OVERLAPPING, several) is pdl.WITH
-        assert align._overlap(align.MOST_OVERLAPPING + 1, several) is pdl.WITHOUT
+        assert align.overlap(align.MOST_OVERLAPPING, several) is pdl.WITH
+        assert align.overlap(align.MOST_OVERLAPPING + 1, several) is pdl.WITHOUT
 
 
 def test_each_kernel_waits_before_it_touches_memory(tmp_path):
@@ -357,7 +358,7 @@ def test_each_kernel_waits_before_it_touches_memory(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 19
+    assert len(found) == 20
     for built in found:
         assert built["local"] == built["spills"] == 0, built
         assert built["attribute"] == built["pdl"], built
