@@ -1,7 +1,6 @@
 """What a step of the ragged form takes, from a handful of measured points; and what follows for a layer, without a GPU.
 
-The points are of the two-launch kernels of fixed width on an H200 (`NOTES.md`, 1 to 3): until the ragged form itself is measured, all
-that is told from them is a prediction.
+The points are measured on an H200 (`benchmarks/ragged.py --points`, `NOTES.md` 8).
 """
 
 from collections.abc import Sequence
@@ -29,8 +28,8 @@ class Points:
     unit: int
     "Clocks of a unit besides its steps."
     clock_mhz: float = 1755.0
-    launches_us: float = 3.25
-    "Of both GEMMs besides their work: two launches that overlap."
+    launches_us: float = 9.0
+    "Of both GEMMs besides their work: their launches, the split, and the sums of fragments; 7.3 to 10.6 were measured."
 
     @property
     def slope(self) -> float:
@@ -44,8 +43,8 @@ class Points:
 
 
 POINTS = {
-    "fp8": Points(narrow=(64, 1182), wide=(128, 2000), reread_bytes=34.0, unit=1500),
-    "bf16": Points(narrow=(64, 920), wide=(128, 1350), reread_bytes=34.0, unit=1500),
+    "fp8": Points(narrow=(8, 787), wide=(96, 1966), reread_bytes=34.0, unit=3200),
+    "bf16": Points(narrow=(64, 865), wide=(128, 1289), reread_bytes=34.0, unit=2500),
 }
 "Of Hopper; what its memory gives is the device's."
 

@@ -70,7 +70,7 @@ class ExplainRequest:
 @click.option(
     "--ragged",
     is_flag=True,
-    help="also what the CuTe kernels' ragged form would do; a prediction, no plan chooses it yet",
+    help="also what the CuTe kernels' ragged form would do; a prediction; no plan holds it, it is slower than the best config",
 )
 def explain(its: ExplainRequest) -> Answer:
     """Which config a `Dispatcher` would launch for each routing, and why."""
@@ -105,7 +105,7 @@ def _ragged(plan: Plan, histogram: IntArray) -> tuple[dict[str, Any], str]:
     found = costs.explain(shape, histogram.tolist(), device)
     share = float(roofline_us(device, shape, histogram)[0]) / found.us
     values = attrs.asdict(found) | {"roofline_share": share, "predicted": True}
-    return values, f"ragged form, not measured: {found}, {share:.0%} of the roofline"
+    return values, f"ragged form, as predicted: {found}, {share:.0%} of the roofline"
 
 
 def _serving(plan: Plan, kernel: str | None) -> tuple[Policy, str]:
