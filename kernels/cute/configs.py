@@ -244,7 +244,7 @@ class Variant:
 
 RAGGED = {dtype: CuteConfig("ragged", dtype, WIDTHS[dtype][-1], 32, 8, 4) for dtype in DTYPES}
 """The one config of a dtype of the form whose tiles are as wide as each expert's tokens (`schedule`): block_m is the widest. In no
-list, as no GPU has run it yet."""
+list: right, but slower than the best config on all 48 workloads measured (`NOTES.md`, 8)."""
 STREAMS = tuple(Variant(role, CuteConfig("stream", "fp8", 8, 32, 8, 6)) for role in ("stream", "stream_overlapping"))
 """What reads weights and does nothing with them, for `benchmarks/account.py`: part of no layer, and in no library unless asked
 for. Of the config only the stages count."""
