@@ -107,7 +107,7 @@ def await_all(
     Args:
         cells_ptr: of this phase, in this rank's memory.
         header_ptr: of this rank's memory.
-        fault_ptr: int64 [1] that the host reads.
+        fault_ptr: int64 [1] that the host reads: epoch, kind, phase and a bit a rank, from the highest (`host.said_by`).
         epoch: of the step.
         counts: int32 [LANES], tokens that each rank must announce.
         limit_ns: nanoseconds after which the wait ends.
@@ -133,7 +133,7 @@ def await_all(
     wrong = tl.sum(tl.where(other, bits, 0), 0)
     if patient & ((missing | wrong) != 0):
         kind = tl.where(missing != 0, _LATE, _COUNTS).to(tl.int64)
-        fault = (kind << 40) | (PHASE << 32) | tl.where(missing != 0, missing, wrong)
+        fault = (epoch << 32) | (kind << 16) | (PHASE << 8) | tl.where(missing != 0, missing, wrong)
         tl.store(header_ptr + _FAULT, fault)
         tl.store(fault_ptr, fault)
 

@@ -278,13 +278,13 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor, tokens_per_ra
 
 
 def said_by(fault: int, timeout_s: float) -> str | None:
-    """What a value of `Mapped.fault` means, in a sentence; None for zero."""
+    """What a value of `Mapped.fault` means, in a sentence; None for zero. Steps count from `open` or `reset`, the first is 1."""
     if not fault:
         return None
-    kind, phase, bits = fault >> 40, (fault >> 32) & 0xFF, fault & 0xFFFFFFFF
+    epoch, kind, phase, bits = fault >> 32, fault >> 16 & 0xFF, fault >> 8 & 0xFF, fault & 0xFF
     ranks = ", ".join(str(rank) for rank in range(MOST_RANKS) if bits >> rank & 1)
     many = bits & (bits - 1)
-    at = "dispatch" if phase == DISPATCH else "combine"
+    at = f"{'dispatch' if phase == DISPATCH else 'combine'} of step {epoch}"
     if kind == LATE:
         return (
             f"rank{'s' if many else ''} {ranks} did not arrive at {at} within {timeout_s:g} s; see what became of "

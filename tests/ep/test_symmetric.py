@@ -62,8 +62,8 @@ def test_steps_follow_each_other(num_tokens: int, monkeypatch: pytest.MonkeyPatc
     generator = torch.Generator().manual_seed(num_tokens)
     for step in range(3):
         if step == 2:
-            symmetric._mapped.fault.fill_(1 << 40 | 1 << 32 | 1)
-            assert "rank 0 did not arrive at dispatch" in str(symmetric.fault())
+            symmetric._mapped.fault.fill_(3 << 32 | 1 << 16 | 1 << 8 | 1)
+            assert "rank 0 did not arrive at dispatch of step 3" in str(symmetric.fault())
             symmetric.reset(Quiet())  # type: ignore[arg-type]
             assert symmetric.fault() is None and not symmetric._mapped.views["cells"].any()
         hidden = torch.randn(num_tokens, 128, generator=generator).bfloat16()

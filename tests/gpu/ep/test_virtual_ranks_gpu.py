@@ -1,57 +1,99 @@
-"""The kernels of several ranks at once on one GPU, each on a stream of its own: ``pytest -m gpu tests/gpu/ep``. Not run yet.
+"""The kernels of several ranks at once on one GPU, each on a stream of its own: ``pytest -m gpu tests/gpu/ep``.
 
 Their memory is of one GPU, so flags and rows go through its L2 and not over a link; all else is as on several: launches that wait
 for each other, ranks at any distance, steps that follow each other without the host, and the same steps in a CUDA graph.
+
+One process launches for all ranks. While the launch of one rank waits for another, the host must do nothing that may wait for the
+GPU: no loading of a kernel, no allocation, no pageable copy, or the launch that is waited for never comes. So every step is first
+run by each rank alone, with flags of its peers that are written by hand (`Rank.alone`).
 """
+
+# ruff: noqa: N803
 
 import pathlib
 import random
 import runpy
+from collections.abc import Callable, Sequence
 
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
+
+import triton.language as tl
 
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.received import sum_in_order
 from rampwrap.kernels.ep import host
-from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
+from rampwrap.kernels.triton.interpreter import INTERPRETED, downcast
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(INTERPRETED.value, reason="TRITON_INTERPRET is set, nothing would run on the GPU"),
 ]
 HELP = runpy.run_path(str(pathlib.Path(__file__).parent / "on_gpus.py"))
-SHAPE, MOST, STEPS = HELP["SHAPE"], HELP["MOST"], 8
+SHAPE, MOST, STEPS, ROUNDS = HELP["SHAPE"], HELP["MOST"], 8, 12
+LIMIT_S = 2.0
+BLOCK_M = 16
+Batch = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 
 
-class Rank:
-    """One rank: its memory, its stream, and a step of it."""
-
-    def __init__(self, mapped: host.Mapped, owners: Owners) -> None:
-        self.mapped, self.owners, self.stream = mapped, owners, torch.cuda.Stream()
-        self.counts = torch.zeros(owners.num_local_experts, dtype=torch.int32, device="cuda")
-
-    def step(self, brought, counts: list[int], out, masked: bool) -> None:
-        hidden, ids, weights = brought
-        rows = sum(counts)
-        host.dispatch(self.mapped, hidden, ids, weights, counts, masked=masked, expert_counts=self.counts)
-        views = self.mapped.views
-        host.push(self.mapped, experts(views["rows"][:rows], views["topk_ids"][:rows], self.owners), counts)
-        host.add(self.mapped, out, ids, counts)
+@triton.jit
+def experts_kernel(rows_ptr, ids_ptr, expert_map_ptr, y_ptr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """What stands for the experts of one slot: its row times its id and one; NaN where another rank has the expert."""
+    row, slot, column = tl.program_id(0), tl.program_id(1), tl.arange(0, COLUMNS)
+    expert = tl.load(ids_ptr + row * TOP_K + slot)
+    local = tl.load(expert_map_ptr + expert, mask=expert >= 0, other=-1)
+    x = tl.load(rows_ptr + row * COLUMNS + column).to(tl.float32)
+    y = tl.where(local >= 0, x * (expert + 1).to(tl.float32), float("nan"))
+    tl.store(y_ptr + (row * TOP_K + slot) * COLUMNS + column, downcast(y, tl.bfloat16))
 
 
 def experts(rows, ids, owners: Owners):
-    """bf16 [N, top_k, H], NaN in slots of other ranks."""
+    """The same by torch: bf16 [N, top_k, H]."""
     each = (rows.float()[:, None] * (ids[:, :, None] + 1)).bfloat16()
     return torch.where(owners.is_local(ids)[:, :, None], each, torch.nan)
 
 
-def made(num_ranks: int, partials: str) -> list[Rank]:
+class Rank:
+    """One rank: its memory, its stream, and a step of it that allocates nothing."""
+
+    def __init__(self, mapped: host.Mapped, owners: Owners) -> None:
+        self.mapped, self.owners, self.stream = mapped, owners, torch.cuda.Stream()
+        self.counts = torch.zeros(owners.num_local_experts, dtype=torch.int32, device="cuda")
+        rows = mapped.num_ranks * MOST
+        self._y = torch.zeros(rows, SHAPE.top_k, SHAPE.hidden_size, dtype=torch.bfloat16, device="cuda")
+
+    def dispatch(self, brought: Batch, counts: Sequence[int], masked: bool, blocks=None) -> None:
+        host.dispatch(self.mapped, *brought, counts, masked=masked, expert_counts=self.counts, blocks=blocks)
+
+    def step(self, brought: Batch, counts: Sequence[int], out, masked: bool) -> None:
+        self.dispatch(brought, counts, masked)
+        views, rows = self.mapped.views, sum(counts)
+        if rows:
+            experts_kernel[(rows, SHAPE.top_k)](
+                views["rows"], views["topk_ids"], self.mapped.expert_map, self._y, SHAPE.top_k, SHAPE.hidden_size
+            )
+        host.push(self.mapped, self._y[:rows], counts)
+        host.add(self.mapped, out, brought[1], counts)
+
+    def alone(self, counts: Sequence[int], call: Callable[[], None]) -> None:
+        """A step for which all peers seem to have come: it compiles, loads and warms what it launches and waits for nobody."""
+        views = self.mapped.views
+        torch.cuda.synchronize()
+        epoch = int(views["header"][0]) + 1
+        views["cells"].copy_(torch.tensor(counts, device="cuda") + (epoch << 32))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            call()
+        torch.cuda.synchronize()
+
+
+def made(num_ranks: int, partials: str, limit_s: float = LIMIT_S) -> list[Rank]:
     layout = Layout(SHAPE, num_ranks, MOST, partials=partials)
     memories = [torch.zeros(layout.bytes, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)]
     placements = [contiguous(SHAPE.num_experts, num_ranks, rank) for rank in range(num_ranks)]
@@ -72,10 +114,26 @@ def made(num_ranks: int, partials: str) -> list[Rank]:
             owners.rank_of_expert,
             owners.expert_map,
             owners.num_local_experts,
-            20.0,
+            limit_s,
         )
         ranks.append(Rank(mapped, owners))
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
     return ranks
+
+
+def faults(ranks: Sequence[Rank], where: str) -> str:
+    """What the ranks found, each in a sentence; empty where all is well."""
+    said = {its.mapped.rank: host.said_by(int(its.mapped.fault), its.mapped.timeout_s) for its in ranks}
+    return "\n".join(f"{where}: on rank {rank}: {sentence}" for rank, sentence in said.items() if sentence)
+
+
+def same(found, wanted, where: str) -> str:
+    """Where two tensors differ; empty where they do not."""
+    if torch.equal(found, wanted):
+        return ""
+    rows = (found != wanted).any(1).nonzero().flatten().tolist()
+    return f"{where}: rows {rows[:8]} of {len(found)} differ, the first {found[rows[0], :4].tolist()} for {wanted[rows[0], :4].tolist()}"
 
 
 def expected(brought, ranks: list[Rank], dtype):
@@ -93,45 +151,55 @@ def expected(brought, ranks: list[Rank], dtype):
     return out.split([len(its[0]) for its in brought])
 
 
+def drawn(counts: Sequence[int], kind: str, seed: int) -> list[Batch]:
+    return [HELP["batch"](count, kind, seed + rank, "cuda") for rank, count in enumerate(counts)]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize(("partials", "masked"), [("bf16", False), ("fp32", True)])
 def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None:
     """Eager steps with any counts, then a captured one with other routing at each replay, for each rank on its stream."""
     ranks, rng = made(num_ranks, partials), random.Random(num_ranks)
     dtype = ranks[0].mapped.views["partials"].dtype
-    for number in range(20):
+    captured = [8] * num_ranks
+    brought = drawn(captured, "spread", 0)
+    outs = [torch.empty_like(its[0]) for its in brought]
+    for rank, its, out in zip(ranks, brought, outs, strict=True):
+        rank.alone(captured, lambda rank=rank, its=its, out=out: rank.step(its, captured, out, masked))
+    assert not faults(ranks, "alone")
+
+    for number in range(ROUNDS):
         plans = []
         for step in range(STEPS):
             counts = [rng.choice((0, 1, 8, rng.randrange(MOST + 1))) for _ in range(num_ranks)]
-            kind = rng.choice(HELP["KINDS"])
-            seeds = (1000 * number + 10 * step + rank for rank in range(num_ranks))
-            brought = [HELP["batch"](count, kind, seed, "cuda") for count, seed in zip(counts, seeds, strict=True)]
-            plans.append((brought, counts, [torch.empty_like(its[0]) for its in brought]))
+            fresh = drawn(counts, rng.choice(HELP["KINDS"]), 1000 * number + 10 * step)
+            plans.append((fresh, counts, [torch.empty_like(its[0]) for its in fresh]))
         torch.cuda.synchronize()
         for place, rank in enumerate(ranks):
             with torch.cuda.stream(rank.stream):
-                for brought, counts, outs in plans:
+                for fresh, counts, results in plans:
                     if rng.random() < 0.3:
                         torch.cuda._sleep(rng.randrange(500_000))
-                    rank.step(brought[place], counts, outs[place], masked)
+                    rank.step(fresh[place], counts, results[place], masked)
         torch.cuda.synchronize()
-        for rank in ranks:
-            assert host.said_by(int(rank.mapped.fault), 20.0) is None
-        for brought, _, outs in plans:
-            for found, wanted in zip(outs, expected(brought, ranks, dtype), strict=True):
-                assert torch.equal(found, wanted)
+        found = faults(ranks, f"eager round {number}, steps of {[counts for _, counts, _ in plans]} tokens")
+        assert not found, found
+        for step, (fresh, counts, results) in enumerate(plans):
+            for rank, (result, wanted) in enumerate(zip(results, expected(fresh, ranks, dtype), strict=True)):
+                where = f"eager round {number}, step {step} of {counts} tokens, rank {rank}"
+                assert not (text := same(result, wanted, where)), text
 
-    counts = [8] * num_ranks
-    brought = [HELP["batch"](8, "spread", rank, "cuda") for rank in range(num_ranks)]
-    outs = [torch.empty_like(its[0]) for its in brought]
     graphs = []
-    for place, rank in enumerate(ranks):
+    for rank, its, out in zip(ranks, brought, outs, strict=True):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=rank.stream):
-            rank.step(brought[place], counts, outs[place], masked)
+            rank.step(its, captured, out, masked)
         graphs.append(graph)
+    for rank, graph in zip(ranks, graphs, strict=True):
+        rank.alone(captured, graph.replay)
+    assert not faults(ranks, "graphs alone")
     for number in range(50):
-        fresh = [HELP["batch"](8, HELP["KINDS"][number % 5], 77 + number + rank, "cuda") for rank in range(num_ranks)]
+        fresh = drawn(captured, HELP["KINDS"][number % 5], 77 + number)
         for mine, its in zip(brought, fresh, strict=True):
             for tensor, other in zip(mine, its, strict=True):
                 tensor.copy_(other)
@@ -140,5 +208,49 @@ def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None
             with torch.cuda.stream(ranks[place].stream):
                 graphs[place].replay()
         torch.cuda.synchronize()
-        for found, wanted in zip(outs, expected(fresh, ranks, dtype), strict=True):
-            assert torch.equal(found, wanted)
+        found = faults(ranks, f"replay {number}")
+        assert not found, found
+        for rank, (out, wanted) in enumerate(zip(outs, expected(fresh, ranks, dtype), strict=True)):
+            assert not (text := same(out, wanted, f"replay {number}, rank {rank}")), text
+
+
+def test_blocks_of_the_last_cta() -> None:
+    """They are those of a launch that aligns what arrived."""
+    ranks, counts = made(2, "bf16"), [33, 7]
+    brought = drawn(counts, "dropped", 3)
+    local = ranks[0].owners.num_local_experts
+    blocks = [allocate_blocks(sum(counts), SHAPE.top_k, local, BLOCK_M, "cuda") for _ in ranks]
+    for rank, its, memory in zip(ranks, brought, blocks, strict=True):
+        rank.alone(counts, lambda rank=rank, its=its, memory=memory: rank.dispatch(its, counts, False, memory))
+    for rank in ranks:
+        rank.mapped.views["cells"].zero_()
+    torch.cuda.synchronize()
+    for rank, its, memory in zip(ranks, brought, blocks, strict=True):
+        with torch.cuda.stream(rank.stream):
+            rank.dispatch(its, counts, False, memory)
+    torch.cuda.synchronize()
+    found = faults(ranks, "dispatch")
+    assert not found, found
+    ids = torch.cat([its[1] for its in brought])
+    for rank, memory in zip(ranks, blocks, strict=True):
+        wanted = align_tokens(ids, BLOCK_M, local, expert_map=rank.mapped.expert_map)
+        rows = int(wanted.num_tokens_post_padded)
+        assert int(memory.num_tokens_post_padded) == rows
+        assert torch.equal(rank.counts, wanted.expert_counts)
+        assert torch.equal(memory.sorted_token_ids[:rows], wanted.sorted_token_ids[:rows])
+        assert torch.equal(memory.expert_ids[: rows // BLOCK_M], wanted.expert_ids[: rows // BLOCK_M])
+
+
+def test_a_rank_that_does_not_come() -> None:
+    """A launch that waits ends after the limit and says for whom it waited, in which phase of which step."""
+    ranks, counts = made(2, "bf16", limit_s=0.25), [2, 3]
+    brought = drawn(counts, "spread", 1)
+    out = torch.empty_like(brought[0][0])
+    ranks[0].alone(counts, lambda: ranks[0].step(brought[0], counts, out, False))
+    assert not faults(ranks, "alone")
+    ranks[0].step(brought[0], counts, out, False)
+    torch.cuda.synchronize()
+    assert faults(ranks, "late") == (
+        "late: on rank 0: rank 1 did not arrive at dispatch of step 2 within 0.25 s; see what became of it, then call "
+        "reset() on every rank."
+    )

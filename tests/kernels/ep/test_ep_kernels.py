@@ -214,12 +214,12 @@ def test_a_rank_that_does_not_come() -> None:
     host.push(ranks[0], torch.zeros(4, 256), counts)
     host.add(ranks[0], torch.empty(1, 256), brought[0]["topk_ids"], counts)
     assert host.said_by(int(ranks[0].fault), 2.5) == (
-        "rank 1 did not arrive at dispatch within 2.5 s; see what became of it, then call reset() on every rank."
+        "rank 1 did not arrive at dispatch of step 1 within 2.5 s; see what became of it, then call reset() on every rank."
     )
     assert host.said_by(int(ranks[2].fault), 2.5) == host.said_by(int(ranks[0].fault), 2.5)
     assert host.said_by(int(ranks[1].fault), 2.5) is None
-    assert "ranks 0, 2 did not arrive at combine within 1 s; see what became of them" in str(
-        host.said_by(1 << 40 | 2 << 32 | 5, 1.0)
+    assert "ranks 0, 2 did not arrive at combine of step 17 within 1 s; see what became of them" in str(
+        host.said_by(17 << 32 | 1 << 16 | 2 << 8 | 5, 1.0)
     )
 
 
@@ -239,7 +239,7 @@ def test_ranks_that_count_differently() -> None:
             )
     assert int(ranks[0].fault) == 0
     assert host.said_by(int(ranks[1].fault), 1.0) == (
-        "rank 0 came to dispatch with other tokens_per_rank than this rank has; give all ranks the same, then call "
+        "rank 0 came to dispatch of step 1 with other tokens_per_rank than this rank has; give all ranks the same, then call "
         "reset() on every rank."
     )
 
