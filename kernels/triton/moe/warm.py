@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.pool
 import os
 from collections.abc import Iterator, Sequence
 
@@ -39,18 +40,25 @@ def warm(
         For each config None, or why it failed.
     """
     count = min(processes or os.cpu_count() or 1, 16, max(1, len(configs)))
-    # Fork servers start from a process without a CUDA context and pay for importing torch once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rampwrap.kernels.triton.moe.warm"])
     parts = [(shape, list(configs[i::count]), ids_dtype, "cuda", persistent) for i in range(count)]
-    # The setting of this process, not the environment's that the server may have seen: it is part of what is compiled.
-    # All the while: a pool starts processes anew, from a thread, where one has died.
-    with main_hidden(), context.Pool(count, pdl.use, (pdl.setting(),)) as pool:
+    with workers(count) as pool:
         found = pool.starmap(run_once, parts)
     reasons: list[str | None] = [None] * len(configs)
     for i, part in enumerate(found):
         reasons[i::count] = part
     return reasons
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[multiprocessing.pool.Pool]:
+    """Processes that compile as this one would, for `run_once`."""
+    # Fork servers start from a process without a CUDA context and pay for importing torch once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rampwrap.kernels.triton.moe.warm"])
+    # The setting of this process, not the environment's that the server may have seen: it is part of what is compiled.
+    # All the while: a pool starts processes anew, from a thread, where one has died.
+    with main_hidden(), context.Pool(count, pdl.use, (pdl.setting(),)) as pool:
+        yield pool
 
 
 def run_once(

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from rampwrap.cli.main import main
 from rampwrap.engines import installed
 from rampwrap.kernel.device import Device
+from rampwrap.kernels.triton.moe import configs as tuning
 from rampwrap.plan.folder import PLANS, Plans
 
 pytestmark = pytest.mark.gpu
@@ -25,21 +26,26 @@ OLMOE = {
 def test_a_profile_is_foretold_and_found(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the card that is here, with all its properties; a minute."""
+    """On the card that is here, with all its properties. Every eighth config: all 80 take a minute more to compile."""
+    usual = tuning.listed
+    monkeypatch.setattr(tuning, "listed", lambda *its: usual(*its)[::8])
     monkeypatch.setenv(PLANS, str(tmp_path / "plans"))
     monkeypatch.setattr(installed, "_version", lambda engine: "")
     (tmp_path / "config.json").write_text(json.dumps(OLMOE))
 
-    def run(*command: str) -> tuple[int, Any]:
+    def run(*command: str) -> Any:
         capsys.readouterr()
         status = main([*command, "--json"])
-        return status, json.loads(capsys.readouterr().out)
+        said = capsys.readouterr()
+        # 130 is an interruption: of the test's own time limit, where it ends with SIGTERM.
+        assert status == 0 and said.out, f"{command[0]} ended with {status}: {said.out[-500:]} {said.err[-4000:]}"
+        return json.loads(said.out)
 
     profile = ["profile", "--engine", "vllm", "--model", str(tmp_path), "--kernel", "triton_fused_moe", "--quiet"]
-    few = ["--batch-size", "16", "256", "--eval-batch-size", "64", "--rounds", "2", "--most-configs", "8"]
-    _, planned = run(*profile, *few, "--dry-run")
-    status, found = run(*profile, *few)
-    assert status == 0 and planned["shapes"][0]["seconds"] > 0
+    few = ["--batch-size", "16", "256", "--eval-batch-size", "64", "--rounds", "2", "--most-configs", "4"]
+    planned = run(*profile, *few, "--dry-run")
+    found = run(*profile, *few)
+    assert planned["shapes"][0]["seconds"] > 0
     # From the table's phase on, the end was known to 30 s or by half.
     (at, left) = found["foretold"][1]
     took = found["seconds"] - at
@@ -47,8 +53,8 @@ def test_a_profile_is_foretold_and_found(
     ((_, plan),) = Plans.read().found
     here = Device.current()
     assert plan.device == here and here.capability and here.memory_bytes
-    status, said = run("doctor", str(tmp_path))
-    assert status == 0 and said["served"]
+    said = run("doctor", str(tmp_path))
+    assert said["served"]
     (served,) = said["layers"][0]["served"]
     assert served["gpu"] == here.label and served["kernel"] == "triton_fused_moe" and served["source"] == "own"
     # Under another name the same card takes the plan.
