@@ -9,12 +9,13 @@ Arms, each an engine in a process of its own:
     static      vLLM with a table tuned under uniform routing and exported for it (VLLM_TUNED_CONFIG_FOLDER)
     deep_gemm   vLLM told to run its experts on DeepGEMM (with --deep-gemm, which leaves DeepGEMM on in all arms)
     plugin      vLLM with rampwrap and a plan, and nothing else changed
+    plugin_triton  the same without the CuTe kernels, as after 'pip install rampwrap'; only where it is asked for
 
-As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the same
+An engine that does not start is left out, and the others are measured. As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the same
 clocks; only one runs at a time. `--cpus` drives all engines of a turn from the quietest of some CPUs: on a shared host
 the same engine takes 12 or 20 ms a step at 512 sequences, depending on its CPU. `--restart` starts the plugin's engine
 and the installed one once more at the end, each alone on the GPU, for the start-up cost with warm caches and the memory
-that the driver sees. Needs vLLM 0.26 importable; models are spread over the GPUs given with `--gpus`. The FP8 model
+that the driver sees. Needs vLLM importable, 0.26 or later; models are spread over the GPUs given with `--gpus`. The FP8 model
 needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY).
 """
 
@@ -24,6 +25,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from serve_vllm_report import report
-from serve_vllm_setup import ARMS, MODELS, environment_of, free_gb, needed_gb, prepare, requests_of, settings_of
+from serve_vllm_setup import (
+    ARMS,
+    MODELS,
+    PLUGINS,
+    device_on,
+    environment_of,
+    free_gb,
+    match,
+    needed_gb,
+    prepare,
+    requests_of,
+    settings_of,
+)
+
+from rampwrap.kernel.device import Device
 
 PROFILED = 6
 "Steps of a cell that run under torch's profiler."
@@ -90,6 +106,15 @@ class Arm:
 
 def say(start: float, text: str) -> None:
     print(f"[{time.monotonic() - start:4.0f}s] {text}", flush=True)
+
+
+def attached(arm: Arm, device: Device) -> list[str]:
+    """The plans that an engine with the plugin serves; an error with its words where there are none."""
+    engines = [its for its in arm("choices")["engines"] if its["layers"]]
+    if not engines:
+        said = [line for line in arm.log.read_text(errors="replace").splitlines() if "rampwrap" in line]
+        raise RuntimeError(f"{arm.name} attached to no layer: " + "; ".join(said[-3:] or ["it says nothing"]))
+    return [f"{its['layers']} layers, {match(path, device)}" for its in engines for path in its["plans"]]
 
 
 def measure_group(
@@ -182,7 +207,9 @@ def prefill(
             yield {"what": "prefill share", "arm": arm, **where} | arms[arm]("prefill", **where, profile=True)
 
 
-def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, results: dict[str, Any]) -> None:
+def run_model(
+    name: str, gpu: str, arguments: argparse.Namespace, start: float, results: dict[str, Any], failures: list[str]
+) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         made = prepare(name, folder, arguments, gpu)
@@ -191,7 +218,9 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
         fit = max(1, int(0.95 * free_gb(gpu) // needed_gb(made, settings["plugin"])))
         fit = min(fit, arguments.concurrent or fit)
         # The pair that matters most shares the clocks, if only two fit.
-        wanted = [arm for arm in ("plugin", "deep_gemm", "static", "installed") if arm in arguments.arms]
+        wanted = [
+            arm for arm in ("plugin", "deep_gemm", "static", "plugin_triton", "installed") if arm in arguments.arms
+        ]
         groups = [wanted[i : i + fit] for i in range(0, len(wanted), fit)]
         say(
             start, f"{name} on GPU {gpu}: {made['shape']}, vLLM ships {made['shipped'] or 'no table'}; engines {groups}"
@@ -200,7 +229,9 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
         starts: dict[str, Any] = {}
         choices: dict[str, Any] = {}
         memory: dict[str, Any] = {}
+        served: dict[str, list[str]] = {}
         results[name] = {
+            "served": served,
             "rows": rows,
             "starts": starts,
             "memory": memory,
@@ -214,15 +245,17 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
             deadline = time.monotonic() + share
             arms = {a: Arm(a, settings[a], environments[a], logs / f"{name}-{a}.log") for a in group}
             try:
-                for arm, engine in arms.items():
-                    starts[arm] = engine.started()
-                    say(start, f"{name}: {arm} is up after {starts[arm]['wall_s']:.0f} s")
-                if "plugin" in arms and not any(its["layers"] for its in arms["plugin"]("choices")["engines"]):
-                    log = (logs / f"{name}-plugin.log").read_text(errors="replace")
-                    said = [line for line in log.splitlines() if "rampwrap" in line]
-                    raise RuntimeError(
-                        "the plugin attached to no layer: " + "; ".join(said[-3:] or ["it says nothing"])
-                    )
+                for arm, engine in list(arms.items()):
+                    try:
+                        starts[arm] = engine.started()
+                        say(start, f"{name}: {arm} is up after {starts[arm]['wall_s']:.0f} s")
+                        if arm in PLUGINS:
+                            served[arm] = attached(engine, device_on(gpu))
+                            say(start, f"{name}: {arm} serves by {'; '.join(served[arm])}")
+                    except RuntimeError as error:
+                        failures.append(f"{name}: {error}")
+                        say(start, failures[-1])
+                        arms.pop(arm).stop()
                 measure_group(name, arms, arguments, deadline, start, rows)
                 memory |= {arm: engine("memory") for arm, engine in arms.items()}
                 if "plugin" in arms:
@@ -243,7 +276,7 @@ def run_model(name: str, gpu: str, arguments: argparse.Namespace, start: float, 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", default=["olmoe"], choices=sorted(MODELS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm != "plugin_triton"], choices=ARMS)
     parser.add_argument(
         "--shipped-plans", action="store_true", help="the plugin has no plans but those that come with rampwrap"
     )
@@ -295,16 +328,25 @@ def main() -> int:
         own = argparse.Namespace(**vars(arguments) | {"cpus": arguments.cpus[place :: len(gpus)]})
         for name in arguments.models[place :: len(gpus)]:
             try:
-                run_model(name, gpus[place], own, start, results)
+                run_model(name, gpus[place], own, start, results, failures)
             except Exception as error:
                 failures.append(f"{name}: {error}")
                 print(f"{name}: {error}", file=sys.stderr, flush=True)
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(gpus))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def ended(number: int, frame: object) -> None:
+        raise TimeoutError("ended by SIGTERM; what was measured by then is reported")
+
+    # A time limit from outside: `timeout 200 python ...` ends the engines too.
+    signal.signal(signal.SIGTERM, ended)
+    threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(len(gpus))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except TimeoutError as error:
+        failures.append(str(error))
+        print(error, file=sys.stderr, flush=True)
     for name, result in results.items():
         if result["rows"]:
             result["gains"] = report(name, result, arguments)

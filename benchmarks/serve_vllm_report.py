@@ -69,6 +69,9 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
     """Prints the table; gains by routing, as geometric means over batches of 64 and more and over all."""
     rows = result["rows"]
     arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    others = [arm for arm in OTHERS if arm in arms]
+    for arm, plans in result["served"].items():
+        print(f"  {arm} serves by {'; '.join(plans)}")
     print(f"\n{name}: medians over rounds; tok/s, p50 / p99 ms per token")
     gains: dict[str, Any] = {}
     cells = [("decode", batch) for batch in arguments.batch_size] + ([("mixed", None)] if arguments.mixed else [])
@@ -76,7 +79,7 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
         print(
             f"  {routing:16s}"
             + "".join(f"{arm:>30s}" for arm in arms)
-            + "   tok/s over installed, static, DeepGEMM    GPU time over the same    MoE share, MoE time over installed"
+            + f"   plugin's tok/s over {', '.join(others)}    GPU time over the same    MoE share, MoE time over installed"
         )
         ratios: dict[str, dict[Any, float]] = {arm: {} for arm in arms}
         on_gpu: dict[str, dict[Any, float]] = {arm: {} for arm in arms}
@@ -88,19 +91,19 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
                 p50, p99 = (pooled(rows, percent, arm=arm, **where) for percent in (50, 99))
                 line += f"{speed[arm]:14.0f} {p50:7.2f}/{p99:7.2f}"
                 ratios[arm][batch or what] = ratio(rows, arm, **where)
-            for arm in OTHERS:
+            for arm in others:
                 line += f"{ratios.get(arm, {}).get(batch or what, float('nan')):15.3f}x"
             if batch:
                 at = {"what": "share", "routing": routing, "batch": batch}
                 us, moe = ({a: median_of(rows, f, arm=a, **at) for a in arms} for f in ("gpu_us", "moe_us"))
                 for arm in arms:
                     on_gpu[arm][batch] = us[arm] / us.get("plugin", math.nan)
-                line += "".join(f"{on_gpu.get(arm, {}).get(batch, math.nan):15.3f}x" for arm in OTHERS)
+                line += "".join(f"{on_gpu.get(arm, {}).get(batch, math.nan):15.3f}x" for arm in others)
                 if {"plugin", "installed"} <= set(arms):
                     line += f"{moe['installed'] / us['installed']:14.1%}{moe['installed'] / moe['plugin']:10.3f}x"
             print(line)
         gains[routing] = {}
-        for arm in OTHERS:
+        for arm in others:
             its = {key: value for key, value in ratios.get(arm, {}).items() if not math.isnan(value)}
             large = [value for key, value in its.items() if isinstance(key, int) and key >= 64]
             gains[routing][arm] = {

@@ -13,16 +13,22 @@ import attrs
 
 from rampwrap.adapters.vllm_fused_moe import config_file, config_file_name
 from rampwrap.checkpoint.model import read_layers
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.build.library import VARIABLE
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
-from rampwrap.plan.folder import DISABLE, PLANS
+from rampwrap.plan.folder import DISABLE, PLANS, SHIPPED, Plans
 from rampwrap.plan.make import make_plan
+from rampwrap.plan.plan import Plan
 from rampwrap.policy.static import static_table, write_static
 
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_TOKENS = 8192
 "Of a step."
-ARMS = ("installed", "static", "deep_gemm", "plugin")
+ARMS = ("installed", "static", "deep_gemm", "plugin_triton", "plugin")
+PLUGINS = ("plugin_triton", "plugin")
+"With rampwrap; plugin_triton has no CuTe kernels, as after 'pip install rampwrap' and nothing else."
 COMMON = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
@@ -137,7 +143,9 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
     if arguments.profile_budget:
         profiled(folder, arguments, gpu, timings.kernel)
-    elif not arguments.shipped_plans:  # which serve beside an empty folder
+    elif arguments.shipped_plans:  # which serve beside an empty folder
+        stand_in(shape, folder / "plans", device_on(gpu))
+    else:
         make_plan(timings, source=" + ".join(table.name for table in tables)).save(
             folder / "plans" / f"{name}.plan.json"
         )
@@ -149,6 +157,35 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
         "[vllm.general_plugins]\nrampwrap = rampwrap.engines.vllm:register\n"
     )
     return {"config": config, "shape": shape, "shipped": str(config_file(shape, device) or "")}
+
+
+def stand_in(shape: MoEShape, folder: pathlib.Path, device: Device) -> None:
+    """Where rampwrap brings no plan for a layer on this GPU, those for another one, under this one's name."""
+    shipped = Plans.read(SHIPPED)
+    if any(plan.shape == shape and plan.device.same_kind(device) for _, plan in shipped.found):
+        return
+    for path, plan in shipped.found:
+        if plan.shape == shape:
+            print(f"rampwrap brings no plan for {device.label}; {pathlib.Path(path).name} stands in", flush=True)
+            attrs.evolve(plan, device=device).save(folder / pathlib.Path(path).name)
+
+
+def device_on(gpu: str) -> Device:
+    """That of another process: this one needs no GPU."""
+    code = "import attrs, json; from rampwrap.kernel.device import Device; print(json.dumps(attrs.asdict(Device.current())))"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpu}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return Device(**json.loads(done.stdout))
+
+
+def match(path: str, device: Device) -> str:
+    """Which plan an engine serves, where it was measured, and why it was taken for this GPU."""
+    plan = Plan.load(path)
+    tables = plan.provenance.get("table", "?")
+    where = "comes with rampwrap" if pathlib.Path(path).parent == SHIPPED else "is in the folder of the run"
+    how = "the GPU's name" if plan.device.label == device.label else f"properties alike: of {plan.device.label}"
+    return f"{pathlib.Path(path).name}, which {where}, matched by {how} ({device.label}), of {tables}"
 
 
 def profiled(folder: pathlib.Path, arguments: argparse.Namespace, gpu: str, kernel: str) -> None:
@@ -193,7 +230,9 @@ def environment_of(arm: str, folder: pathlib.Path, gpu: str, deep_gemm: bool = F
     out.pop("VLLM_TUNED_CONFIG_FOLDER", None)
     if arm == "static":
         out["VLLM_TUNED_CONFIG_FOLDER"] = str(folder / "static")
-    if arm == "plugin":
+    if arm == "plugin_triton":
+        out[VARIABLE] = str(folder / "no kernels")
+    if arm in PLUGINS:
         out[PLANS] = str(folder / "plans")
     else:
         out[DISABLE] = "1"

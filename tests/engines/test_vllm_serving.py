@@ -17,9 +17,11 @@ from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.checkpoint.model import read_layers
 from rampwrap.engines import vllm_layer
+from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
+from rampwrap.plan import folder
 
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 if not (FOLDER / "serve_vllm.py").exists():
@@ -216,3 +218,67 @@ def test_gains_of_prefill_compare_turns(scripts, capsys):
     gains = scripts["serve_vllm_report"].report_prefill(rows, ["installed", "plugin"], arguments)
     assert gains["uniform"]["installed"] == pytest.approx({"tokens/s": 1.25, "worst": 1.25, "GPU time": 1.1})
     assert "1.250x" in capsys.readouterr().out
+
+
+class FakeArm:
+    """An engine that answers at once, the plugin's 10 % faster; one name does not start."""
+
+    def __init__(self, name, settings, environment, log):
+        self.name, self.log = name, log
+        log.write_text("rampwrap leaves vLLM's MoE layers as they are\n")
+        self._plans = environment.get(folder.PLANS)
+        self._speed = 1100.0 if self._plans else 1000.0
+
+    def started(self):
+        if self.name == "deep_gemm":
+            raise RuntimeError("the engine of arm 'deep_gemm' ended with 1")
+        return {"wall_s": 40.0, "engine_s": 30.0, "plugin_s": 1.0, "card_gb": 80.0}
+
+    def __call__(self, do, **more):
+        if do == "choices":
+            plans = [path for path, _ in folder.Plans.read(self._plans).found] if self._plans else []
+            return {"engines": [{"layers": 16, "plans": plans[:1]}] if plans else []}
+        if do == "memory":
+            return {"reserved_gb": 1.0, "allocated_gb": 1.0, "peak_gb": 1.0, "card_gb": 80.0}
+        us = 1e6 / self._speed
+        return {"tokens_per_s": self._speed, "ms": [1.0], "gpu_us": us, "moe_us": us / 2}
+
+    def stop(self):
+        pass
+
+
+def test_a_run_says_which_plan_serves_and_goes_on_without_an_engine(scripts, monkeypatch, tmp_path, capsys):
+    """On a GPU that no plan of rampwrap is for, others stand in under its name, and the run says so."""
+    serve, setup = scripts["serve_vllm"], scripts["serve_vllm_setup"]
+    here = Device("A GPU", 132)
+    monkeypatch.setattr(serve, "Arm", FakeArm)
+    for module in (serve, setup):
+        monkeypatch.setattr(module, "device_on", lambda gpu: here)
+    monkeypatch.setattr(serve, "free_gb", lambda gpu: 900.0)
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--shipped-plans", "--models", "olmoe", "--batch-size", "64"])
+    sys.argv += ["--arms", *setup.ARMS, "--routing", "uniform", "--rounds", "1", "--turns", "2", "--prompts", "512"]
+    sys.argv += ["--logs", str(tmp_path / "logs"), "--out", str(tmp_path / "out.json")]
+    assert serve.main() == 1  # an engine did not start
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["failures"] == ["olmoe: the engine of arm 'deep_gemm' ended with 1"]
+    served = found["models"]["olmoe"]["served"]
+    assert (
+        set(served) == {"plugin", "plugin_triton"}
+        and "matched by the GPU's name (A GPU (132 SMs))" in served["plugin"][0]
+    )
+    gains = found["models"]["olmoe"]["gains"]["uniform"]
+    assert gains["installed"]["all"] == pytest.approx(1.1) and gains["plugin_triton"]["GPU time"] == pytest.approx(1.0)
+    said = capsys.readouterr().out
+    assert "rampwrap brings no plan for A GPU (132 SMs); portfolio-triton_fused_moe+cute_moe-NVIDIA_H200" in said
+    assert "16 layers, " in said and "prefill, uniform" in said
+    environment = setup.environment_of("plugin_triton", tmp_path, "0")
+    assert environment[setup.VARIABLE] != os.environ.get(setup.VARIABLE) and setup.PLANS in environment
+
+
+def test_plans_that_rampwrap_brings_need_no_stand_in(scripts, tmp_path):
+    setup = scripts["serve_vllm_setup"]
+    h200, shape = Device("NVIDIA H200", 132), MoEShape(64, 8, 2048, 1024)
+    setup.stand_in(shape, tmp_path, h200)
+    assert not list(tmp_path.iterdir())
+    fit = folder.Plans.read(folder.SHIPPED).find(shape, h200, ("triton_fused_moe",))
+    assert "comes with rampwrap, matched by the GPU's name" in setup.match(fit.path, h200)
