@@ -30,6 +30,7 @@ from rampwrap.kernels.cute.configs import (
     why_illegal,
 )
 from rampwrap.kernels.cute.costs import Costs, known
+from rampwrap.kernels.cute.defaults import default
 from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
 from rampwrap.kernels.cute.host.ragged import Line, run_ragged, with_fragments
 from rampwrap.kernels.triton.align.host import TokenBlocks
@@ -98,15 +99,8 @@ class CuteFusedMoE(LayerKernel):
         return Line.of(self.shape, Costs.of(known(device_of(self)), self.shape.dtype))
 
     def default_config(self, num_tokens: int) -> Config:
-        """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
-        per_expert = num_tokens * self.shape.top_k / self.shape.num_experts
-        want = (min(64, 8 * max(1, -(-int(per_expert) // 8))), 32, 8, 4, 1 if per_expert < 16 else 8)
-
-        def distance(config: Config) -> tuple[int, ...]:
-            have = (config["block_m"], config["block_n"], config["warp_n"], config["stages"], config["group_m"])
-            return tuple(abs(a - b) for a, b in zip(have, want, strict=True))
-
-        return min(self.configs, key=distance)
+        """The config that serves `num_tokens` tokens of a routing that nobody knows (`rampwrap.kernels.cute.defaults`)."""
+        return self.configs[default(self.configs, self.shape, num_tokens)]
 
     def supports(self, config: Config, shape: MoEShape) -> str | None:
         """Why `config` cannot run `shape`, in a sentence; None if it can."""

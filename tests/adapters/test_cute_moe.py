@@ -30,6 +30,7 @@ from rampwrap.kernels.common.reference import activate, dequantise, quantise, we
 from rampwrap.kernels.cute.build.library import Library
 from rampwrap.kernels.cute.configs import all_variants
 from rampwrap.kernels.cute.costs import Costs, works_of
+from rampwrap.kernels.cute.defaults import default
 from rampwrap.kernels.cute.host.ragged import Line
 from rampwrap.kernels.cute.schedule import pieces
 from rampwrap.kernels.triton.align.host import align_tokens
@@ -350,15 +351,12 @@ def test_shares_a_portfolio_with_triton():
     assert error(out, triton.reference(BF16, inputs)) < 1e-2
 
 
-def test_default_config_follows_the_batch():
+def test_a_dispatcher_without_a_plan_serves_the_default():
     kernel = kernel_of(FP8)
-    sizes = [kernel.default_config(tokens)["block_m"] for tokens in (1, 64, 4096)]
-    assert sizes == [8, 16, 64] and kernel.default_config(4096)["group_m"] == 8
-    for tokens in (*range(0, 300, 3), 1000):  # two of eight experts each: a quarter of the tokens an expert
-        height = next((size for size in range(8, 64, 8) if size >= tokens // 4), 64)
-        config = kernel.default_config(tokens)
-        assert (config["block_m"], config["group_m"]) == (height, 8 if tokens >= 64 else 1), tokens
-        assert (config["block_n"], config["warp_n"]) == (32, 8)
+    policy = Dispatcher(kernel).policy
+    for tokens in (1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 96, 128, 4096):
+        chosen = policy.configs[policy.table.index(tokens)]
+        assert chosen == kernel.default_config(tokens) == kernel.configs[default(kernel.configs, FP8, tokens)]
 
 
 @pytest.mark.parametrize(

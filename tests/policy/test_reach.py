@@ -115,6 +115,6 @@ def test_defaults_tuned_for_another_gpu_break_nothing() -> None:
 
     kernel = Larger(MoEShape(64, 8, 2048, 1024))
     table = default_table(kernel)
-    assert table.source == "default (10 of 17 cannot run here, the nearest configs serve)"
+    assert table.source == "default (20 of 32 cannot run here, the nearest configs serve)"
     assert kernel.configs[table.index(4096)] == {"block_m": 128, "block_n": 256, "stages": 4}
     assert isinstance(table, StaticTable) and Dispatcher(kernel).select(expert_counts=[8] * 64).config["block_m"] == 16

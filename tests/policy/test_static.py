@@ -115,6 +115,6 @@ def test_a_default_that_cannot_run_here_is_told_and_the_nearest_serves(sim_kerne
             return {"block_m": 7}
 
     found = default_table(Strays(sim_kernel.shape))
-    assert "17 of 17 cannot run here" in found.source
+    assert "32 of 32 cannot run here" in found.source
     nearest = min(sim_kernel.configs[index]["block_m"] for index in found.indices)
     assert nearest == min(config["block_m"] for config in sim_kernel.configs)

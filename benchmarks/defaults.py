@@ -1,0 +1,114 @@
+"""What the CuTe kernels' defaults lose where no plan chooses, judged on the measured tables here; no GPU.
+
+    python benchmarks/defaults.py
+
+For each table and span of token counts, the time of the default config of `rampwrap.kernels.cute.defaults` over the best config of
+each workload, geometric mean and worst, beside that of the rule which served until 2026-11-27 (`before`) and of the best config
+for each token count in hindsight. The rule's constants come from the tables called *fit*; *held out* took no part. Then the best
+config of another kernel on the same workloads over the default: above 1 the default is ahead even of that.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rampwrap.kernel.protocol import Config
+from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.defaults import default
+from rampwrap.measure.timings import Timings
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+FIT = ("h200-v2-cute-olmoe-bf16", "h200-v2-cute-qwen3-30b-bf16", "h200-v2-cute-qwen3-30b-fp8")
+HELD_OUT = (
+    *("h200-portfolio-cute-olmoe-bf16", "h200-portfolio-cute-olmoe-fp8", "h200-sweep-cute-qwen3-30b-fp8"),
+    "h100-portfolio-deepgemm-qwen3-30b-fp8-cute_moe",
+)
+OTHERS = (
+    ("h200-sweep-cute-qwen3-30b-fp8", "h200-sweep-vllm-qwen3-30b-fp8"),
+    ("h200-portfolio-cute-olmoe-fp8", "h200-portfolio-vllm-olmoe-fp8"),
+    ("h200-v2-cute-qwen3-30b-bf16", "h200-vllm_fused_moe-qwen3-30b-bf16"),
+    ("h200-v2-cute-olmoe-bf16", "h200-vllm_fused_moe-olmoe-bf16"),
+    ("h200-v2-cute-qwen3-30b-fp8", "h200-v2-triton-qwen3-30b-fp8"),
+    ("h200-v2-cute-qwen3-30b-bf16", "h200-v2-triton-qwen3-30b-bf16"),
+    ("h200-v2-cute-olmoe-bf16", "h200-v2-triton-olmoe-bf16"),
+)
+"Tables of the CuTe kernels and of another kernel, with workloads in common; bf16 ones of vLLM are of another run."
+SPANS = ((1, 8), (9, 64), (65, 512), (513, 1 << 62))
+Rule = Callable[[Sequence[Config], MoEShape, int], int]
+
+
+def before(configs: Sequence[Config], shape: MoEShape, num_tokens: int) -> int:
+    """The rule until 2026-11-27, into which nothing measured went."""
+    mean = num_tokens * shape.top_k / shape.num_experts
+    want = {
+        "block_m": min(64, 8 * max(1, -(-int(mean) // 8))),
+        "block_n": 32,
+        "warp_n": 8,
+        "stages": 4,
+        "group_m": 1 if mean < 16 else 8,
+    }
+    return min(range(len(configs)), key=lambda i: tuple(abs(configs[i][key] - value) for key, value in want.items()))
+
+
+def regret(table: Timings, rule: Rule = default) -> np.ndarray:
+    """Time over the best config of each workload, NaN where the chosen one did not run."""
+    chosen = np.array([rule(table.configs, table.shape, int(tokens)) for tokens in table.num_tokens])
+    return np.asarray(table.us[np.arange(len(table.us)), chosen] / np.nanmin(table.us, axis=1))
+
+
+def hindsight(table: Timings) -> np.ndarray:
+    """The same of the best config for each token count."""
+    over = table.us / np.nanmin(table.us, axis=1, keepdims=True)
+    out = np.empty(len(over))
+    for tokens in np.unique(table.num_tokens):
+        rows = table.num_tokens == tokens
+        out[rows] = over[rows][:, np.nanargmin(np.log(over[rows]).mean(axis=0))]
+    return out
+
+
+def ahead(table: Timings, other: Timings) -> tuple[np.ndarray, np.ndarray]:
+    """Token counts of the workloads in common, and the best of the other table over the default of the first."""
+    place = {counts.tobytes(): row for row, counts in enumerate(other.counts)}
+    pairs = [(row, place[key]) for row, its in enumerate(table.counts) if (key := its.tobytes()) in place]
+    rows, theirs = np.array(pairs).T
+    us = regret(table)[rows] * np.nanmin(table.us[rows], axis=1)
+    return table.num_tokens[rows], np.nanmin(other.us[theirs], axis=1) / us
+
+
+def load(name: str) -> Timings:
+    """A table, without workloads on which nothing ran."""
+    table = Timings.load(RESULTS / f"{name}.npz")
+    return table.take(np.flatnonzero(np.isfinite(table.us).any(axis=1)))
+
+
+def cell(values: np.ndarray, worst: Callable[..., float] = np.nanmax) -> str:
+    """Geometric mean and worst of ratios."""
+    return f"{np.exp(np.nanmean(np.log(values))):.3f} ({worst(values):.2f})" if len(values) else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    head = " | ".join(f"{low}-{high}" if high < 1 << 62 else f"from {low}" for low, high in SPANS)
+    print(f"| table | time over the best of each workload | {head} |")
+    for part, names in (("fit", FIT), ("held out", HELD_OUT)):
+        for name in names:
+            table = load(name)
+            for what, over in (
+                ("before", regret(table, before)),
+                ("default", regret(table)),
+                ("hindsight", hindsight(table)),
+            ):
+                spans = [over[(table.num_tokens >= low) & (table.num_tokens <= high)] for low, high in SPANS]
+                print(f"| {name}, {part} | {what} | {' | '.join(map(cell, spans))} |")
+    print(f"\n| table | best of another kernel over the default | {head} |")
+    for name, other in OTHERS:
+        tokens, ratios = ahead(load(name), load(other))
+        spans = [ratios[(tokens >= low) & (tokens <= high)] for low, high in SPANS]
+        print(f"| {name} | {other} | {' | '.join(cell(its, np.nanmin) for its in spans)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The default: which config serves a layer and a number of tokens where no plan chooses.
+
+A rule of few constants by the mean number of tokens of an expert, for a skew that nobody knows: tiles are two to three times as
+wide as the mean, since the experts that decide have more. It was fitted to tables of two layers on an H200 and is judged on
+others by `benchmarks/defaults.py`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from rampwrap.kernel.shape import MoEShape
+
+SMS = 132
+"Of an H100 or H200."
+
+
+@attrs.frozen
+class Tile:
+    """What a CTA takes: block_n, warp_n and stages, and block_m by the mean number of tokens of an expert."""
+
+    block_n: int
+    warp_n: int
+    stages: int
+    least: float
+    "Of block_m, for an expert without tokens."
+    slope: float = 0.0
+    "Of block_m, for each token of the mean."
+    most: int = 8
+
+    def keys(self, mean: float) -> dict[str, int]:
+        """Of the config, with block_m a multiple of 8."""
+        block_m = min(self.most, 8 * max(1, math.ceil((self.least + self.slope * mean) / 8)))
+        return {"block_m": block_m, "block_n": self.block_n, "warp_n": self.warp_n, "stages": self.stages}
+
+
+@attrs.frozen
+class Rule:
+    """The default of a dtype."""
+
+    one_to: float
+    """Mean tokens of an expert up to which one launch serves: it adds its output tiles in memory, more of them the more tokens
+    share the weights that it reads, of which FP8 has half the bytes."""
+    prefill_from: float
+    "Mean from which the prefill form serves."
+    narrow: Tile
+    "Of one launch while wider tiles would leave a quarter of the SMs idle."
+    one: Tile
+    two: Mapping[float, Tile]
+    "By the least mean that each is for, ascending."
+
+
+PREFILL = Tile(256, 8, 4, 128, most=128)
+RULES = {
+    "fp8": Rule(2, 24, Tile(16, 4, 6, 8), Tile(32, 4, 4, 8), {0: Tile(64, 4, 4, 16, 1.5, 56)}),
+    "bf16": Rule(
+        *(4, 192, Tile(16, 4, 6, 8), Tile(32, 4, 6, 8, 2, 48)),
+        {0: Tile(32, 4, 6, 24, 3, 88), 48: Tile(32, 8, 4, 112, most=112), 120: Tile(32, 8, 4, 144, most=144)},
+    ),
+}
+
+
+def default(configs: Sequence[Mapping[str, Any]], shape: MoEShape, num_tokens: int) -> int:
+    """Index of the one among configs of the adapter that serves `num_tokens` tokens of a layer; of every rank with experts here."""
+    rule, forms = RULES[shape.dtype], {config["form"] for config in configs}
+    mean = num_tokens * shape.top_k / shape.num_experts
+    form, tile = _choose(rule, forms, shape, mean)
+    want = {"form": form, **tile.keys(mean)}
+    return min(range(len(configs)), key=lambda index: _apart(configs[index], want))
+
+
+def _choose(rule: Rule, forms: set[str], shape: MoEShape, mean: float) -> tuple[str, Tile]:
+    if "prefill" in forms and (mean >= rule.prefill_from or forms == {"prefill"}):
+        return "prefill", PREFILL
+    if "one" in forms and (mean <= rule.one_to or "two" not in forms):
+        slots = mean * shape.num_local_experts
+        tiles = slots * 2 * shape.intermediate_size / (rule.one.block_n * rule.one.warp_n)
+        return "one", rule.narrow if tiles < 0.75 * SMS else rule.one
+    return "two", [tile for least, tile in rule.two.items() if least <= mean][-1]
+
+
+def _apart(config: Mapping[str, Any], want: Mapping[str, Any]) -> tuple[float, ...]:
+    """How far a config is from a wanted one: 8 tokens of a tile cost as much as another count of warps."""
+    same = {key: config[key] == value for key, value in want.items()}
+    tile = abs(config["block_m"] - want["block_m"]) / 8 + 2 * (not same["block_n"]) + (not same["warp_n"])
+    return not same["form"], tile + 0.5 * abs(config["stages"] - want["stages"]), config["group_m"]

@@ -1,0 +1,48 @@
+"""The defaults on the committed tables: how far from the best of each workload, and never behind vLLM's best in FP8."""
+
+import numpy as np
+import pytest
+
+# Geometric mean and worst over the best of each workload, a hundredth above what the rule has.
+BOUNDS = {
+    "h200-v2-cute-olmoe-bf16": (1.03, 1.15),
+    "h200-v2-cute-qwen3-30b-bf16": (1.03, 1.29),
+    "h200-v2-cute-qwen3-30b-fp8": (1.03, 1.16),
+    "h200-portfolio-cute-olmoe-bf16": (1.04, 1.18),
+    "h200-portfolio-cute-olmoe-fp8": (1.05, 1.27),
+    "h200-sweep-cute-qwen3-30b-fp8": (1.06, 1.19),
+    "h100-portfolio-deepgemm-qwen3-30b-fp8-cute_moe": (1.02, 1.06),
+}
+
+
+@pytest.fixture
+def defaults(script):
+    return script("defaults")
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_regret_stays_within_bounds(defaults, name):
+    table = defaults.load(name)
+    over, was = defaults.regret(table), defaults.regret(table, defaults.before)
+    mean, worst = BOUNDS[name]
+    assert not np.isnan(over).any()
+    assert np.exp(np.log(over).mean()) <= mean and over.max() <= worst
+    # And better than the rule before by more than a hundredth, on what was held out too.
+    assert np.log(over).mean() < np.nanmean(np.log(was)) - 0.01
+
+
+def test_every_table_is_judged(defaults):
+    assert set(BOUNDS) == {*defaults.FIT, *defaults.HELD_OUT}
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+def test_in_fp8_no_workload_is_slower_than_vllm_at_its_best(defaults, pair):
+    tokens, ratios = defaults.ahead(*map(defaults.load, defaults.OTHERS[pair]))
+    assert len(tokens) > 20 and ratios.min() > 1.05
+
+
+def test_says_both(defaults, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["defaults.py"])
+    defaults.main()
+    said = capsys.readouterr().out
+    assert said.count("| hindsight |") == 7 and said.count("h200-v2-triton") == 3

@@ -1,0 +1,104 @@
+"""The default config: legal for every layer, by the mean tokens of an expert alone, and what kernels of few configs fall back on."""
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rampwrap.kernel.shape import SHAPES, MoEShape
+from rampwrap.kernels.cute.configs import FORMS, GROUP_MS, all_configs, why_illegal
+from rampwrap.kernels.cute.defaults import RULES, default
+
+LAYERS = [attrs.evolve(shape, dtype=dtype) for shape in SHAPES.values() for dtype in RULES]
+
+
+def listed(shape, forms=FORMS):
+    """Configs of the adapter for a layer."""
+    legal = [c for form in forms for c in all_configs(form, shape.dtype) if why_illegal(c, shape) is None]
+    return [config.keys(group_m) for config in legal for group_m in GROUP_MS]
+
+
+# A config runs a layer or not whatever the tokens, and the kernel's own list holds none that does not.
+CONFIGS = {shape: configs for shape in LAYERS if (configs := listed(shape))}
+
+
+def chosen(shape, num_tokens, configs=None):
+    configs = CONFIGS[shape] if configs is None else configs
+    return configs[default(configs, shape, num_tokens)]
+
+
+def test_most_layers_have_configs():
+    without = {str(shape) for shape in LAYERS} - {str(shape) for shape in CONFIGS}
+    assert without == {str(attrs.evolve(SHAPES["gpt-oss-120b"], dtype="fp8"))}
+
+
+@given(st.sampled_from(sorted(CONFIGS, key=str)), st.integers(0, 1 << 17))
+def test_is_the_same_each_time_and_of_the_order_that_shares_no_weights(shape, num_tokens):
+    config = chosen(shape, num_tokens)
+    assert config == chosen(shape, num_tokens, CONFIGS[shape][::-1]) and config["group_m"] == 1
+
+
+@given(st.sampled_from(sorted(CONFIGS, key=str)), st.integers(0, 1 << 14), st.integers(0, 1 << 14))
+def test_forms_follow_each_other_and_tiles_grow(shape, first, second):
+    """One launch, two, prefill, never back; more tokens never take a smaller block_m of a form."""
+    order = ("one", "two", "prefill")
+    low, high = (chosen(shape, tokens) for tokens in sorted((first, second)))
+    assert order.index(low["form"]) <= order.index(high["form"])
+    assert low["form"] != high["form"] or low["block_m"] <= high["block_m"]
+
+
+@given(st.sampled_from(sorted(CONFIGS, key=str)), st.integers(0, 1 << 14), st.data())
+def test_few_configs_serve_too(shape, num_tokens, data):
+    """A kernel with some of the configs runs the nearest of them; with the one that the whole list would run, that one."""
+    configs = CONFIGS[shape]
+    few = data.draw(st.lists(st.sampled_from(configs), min_size=1, max_size=5))
+    found, whole = chosen(shape, num_tokens, few), chosen(shape, num_tokens)
+    assert found in few
+    if whole in few:
+        assert found == whole
+    forms = {config["form"] for config in few}
+    assert whole["form"] not in forms or found["form"] == whole["form"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_alone_serves_every_batch(form):
+    for dtype in RULES:
+        shape = attrs.evolve(SHAPES["olmoe"], dtype=dtype)
+        configs = listed(shape, (form,))
+        assert {chosen(shape, tokens, configs)["form"] for tokens in (0, 1, 64, 4096, 1 << 16)} == {form}
+
+
+def short(config):
+    return "{form} {block_m}x{block_n}x{warp_n} {stages}".format(**config)
+
+
+def test_what_serves_by_the_tokens_of_an_expert():
+    """The rule in full, of a layer with eight tokens of the batch for each of an expert."""
+    fp8, bf16 = (attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in ("fp8", "bf16"))
+    means = (0.25, 2, 2.5, 8, 12, 23, 24, 4096)
+    assert [short(chosen(fp8, int(8 * mean))) for mean in means] == [
+        *("one 8x32x4 4", "one 8x32x4 4", "two 24x64x4 4", "two 32x64x4 4", "two 40x64x4 4", "two 56x64x4 4"),
+        *("prefill 128x256x8 4", "prefill 128x256x8 4"),
+    ]
+    means = (0.25, 4, 5, 20, 47, 48, 119, 120, 191, 192, 4096)
+    assert [short(chosen(bf16, int(8 * mean))) for mean in means] == [
+        *("one 16x32x4 6", "one 16x32x4 6", "two 40x32x4 6", "two 88x32x4 6", "two 88x32x4 6", "two 112x32x8 4"),
+        *("two 112x32x8 4", "two 144x32x8 4", "two 144x32x8 4", "prefill 128x256x8 4", "prefill 128x256x8 4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "narrow"),
+    [
+        (MoEShape(128, 8, 2048, 768, "fp8"), 1),
+        (MoEShape(64, 8, 2048, 1024, "fp8"), 0),
+        (MoEShape(256, 8, 7168, 256, "fp8"), 3),
+        # A quarter of the experts here, so a quarter of the tiles.
+        (MoEShape(256, 8, 7168, 256, "fp8", 64), 12),
+        (MoEShape(8, 2, 4096, 14336), 0),
+    ],
+)
+def test_few_tokens_take_narrow_tiles_where_wide_ones_leave_sms_idle(shape, narrow):
+    configs = listed(shape)
+    its = [tokens for tokens in range(1, 33) if chosen(shape, tokens, configs)["block_n"] == 16]
+    assert its == list(range(1, narrow + 1))
