@@ -6,7 +6,9 @@ of one process: importing torch takes seconds.
 
 import functools
 import io
+import math
 import os
+import pathlib
 import pickle
 import runpy
 import socket
@@ -145,10 +147,13 @@ def script(group: dist.ProcessGroup, path: str, function: str, arguments: list[A
 
 
 def benchmark(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
-    """Rows and table of benchmarks/ep.py."""
+    """Rows of benchmarks/ep.py, of phases and of layers, and as lines."""
+    sys.path.insert(0, str(pathlib.Path(path).parent))
     its = runpy.run_path(path)
-    rows = its["measure"](group, its["arguments"]().parse_args(arguments))
-    return rows, its["table"](rows)
+    given, device = its["arguments"]().parse_args(arguments), torch.device("cpu")
+    phases = list(its["phases"](group, given, device, math.inf))
+    layers = list(its["ep_layer"].layers(group, given, device, math.inf))
+    return phases, layers, [*map(its["line"], phases), *map(its["ep_layer"].line, layers)]
 
 
 OTHERS: dict[int, dist.ProcessGroup] = {}

@@ -20,9 +20,12 @@ def test_the_benchmark(ranks: Any) -> None:
     script = str(ROOT / "benchmarks/ep.py")
     if not pathlib.Path(script).exists():
         pytest.skip("the benchmarks are not beside these tests")
-    first, second = ranks.run(
-        2, "benchmark", script, ["--device", "cpu", "--hidden-size", "256", "--tokens", "1", "4", "--replays", "2"]
-    )
-    assert first == second and len(first[0]) == 4 and len(first[1].splitlines()) == 5
-    assert [(row["payload"], row["tokens"]) for row in first[0]] == [(p, t) for p in ("fp8", "bf16") for t in (1, 4)]
-    assert all(row["ours_us"] > 0 and row["rival_us"] > 0 for row in first[0])
+    arguments = ["--device", "cpu", "--hidden-size", "256", "--tokens", "1", "4", "--replays", "2"]
+    arguments += ["--layer-tokens", "2", "--layer-shape", "4", "1", "128", "128", "--routing", "uniform"]
+    first, second = ranks.run(2, "benchmark", script, arguments)
+    assert first == second
+    phases, layers, lines = first
+    assert [(row["payload"], row["tokens"]) for row in phases] == [(p, t) for p in ("fp8", "bf16") for t in (0, 1, 4)]
+    assert [row["dtype"] for row in layers] == ["bf16", "fp8"]
+    assert all(row["ours_us"] > 0 and row["rival_us"] > 0 for row in [*phases, *layers] if row["tokens"])
+    assert len(lines) == 8

@@ -155,7 +155,7 @@ def drawn(counts: Sequence[int], kind: str, seed: int) -> list[Batch]:
     return [HELP["batch"](count, kind, seed + rank, "cuda") for rank, count in enumerate(counts)]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, 4], ids=["two", "four"])
 @pytest.mark.parametrize(("partials", "masked"), [("bf16", False), ("fp32", True)])
 def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None:
     """Eager steps with any counts, then a captured one with other routing at each replay, for each rank on its stream."""
