@@ -8,15 +8,18 @@ Arms, each an engine in a process of its own:
     installed   vLLM as it comes, with the table it ships for the shape where there is one
     static      vLLM with a table tuned under uniform routing and exported for it (VLLM_TUNED_CONFIG_FOLDER)
     deep_gemm   vLLM told to run its experts on DeepGEMM (with --deep-gemm, which leaves DeepGEMM on in all arms)
+    vllm_triton vLLM told to run its experts on Triton: its own choice but for FP8 by channel and experts over ranks
+    plugin_triton  as plugin, without the CuTe kernels: after 'pip install rampwrap' and nothing else
     plugin      vLLM with rampwrap and a plan, and nothing else changed
-    plugin_triton  the same without the CuTe kernels, as after 'pip install rampwrap'; only where it is asked for
 
-An engine that does not start is left out, and the others are measured. As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the same
-clocks; only one runs at a time. `--cpus` drives all engines of a turn from the quietest of some CPUs: on a shared host
+vllm_triton and plugin_triton run where they are asked for. An engine that does not start is left out, and the others are
+measured. As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the
+same clocks; only one runs at a time. `--cpus` drives all engines of a turn from the quietest of some CPUs: on a shared host
 the same engine takes 12 or 20 ms a step at 512 sequences, depending on its CPU. `--restart` starts the plugin's engine
 and the installed one once more at the end, each alone on the GPU, for the start-up cost with warm caches and the memory
-that the driver sees. Needs vLLM importable, 0.26 or later; models are spread over the GPUs given with `--gpus`. The FP8 model
-needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY).
+that the driver sees. Needs vLLM importable, 0.26 or later; models are spread over the GPUs given with `--gpus`. The model
+with FP8 blocks needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY), the one with FP8 channels a plan
+that is made in the run (`--profile-budget 60`).
 """
 
 import argparse
@@ -219,7 +222,9 @@ def run_model(
         fit = min(fit, arguments.concurrent or fit)
         # The pair that matters most shares the clocks, if only two fit.
         wanted = [
-            arm for arm in ("plugin", "deep_gemm", "static", "plugin_triton", "installed") if arm in arguments.arms
+            arm
+            for arm in ("plugin", "deep_gemm", "vllm_triton", "static", "plugin_triton", "installed")
+            if arm in arguments.arms
         ]
         groups = [wanted[i : i + fit] for i in range(0, len(wanted), fit)]
         say(
@@ -276,7 +281,7 @@ def run_model(
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", default=["olmoe"], choices=sorted(MODELS))
-    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm != "plugin_triton"], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=["installed", "static", "deep_gemm", "plugin"], choices=ARMS)
     parser.add_argument(
         "--shipped-plans", action="store_true", help="the plugin has no plans but those that come with rampwrap"
     )

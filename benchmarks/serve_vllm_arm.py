@@ -28,15 +28,18 @@ POOL = 32768  # choices a layer; 64 windows of 512 tokens before one repeats
 STRIDE = 7919
 WARM = 8  # tokens of each request before a batch is measured
 # Kernels between the router and the sum over experts: vLLM's, our Triton kernels, and our CuTe kernels, whose names
-# begin with the function of the DSL and the module of their class. vLLM's own CUTLASS is cutlass::device_kernel.
+# begin with the function of the DSL and the module of their class. vLLM's own CUTLASS is cutlass::device_kernel, of experts
+# with a group GEMM in it, around which are a sort, two permutations and the sizes of the problems.
 MOE_KERNELS = re.compile(
     r"fused_moe|moe_align|count_and_sort_expert|act_and_mul|silu_and_mul_per_block_quant|moe_sum"
     r"|up_kernel|down_kernel|up_merged|down_merged|^sum_kernel|^prepare_kernel|^sum_after_kernel|^narrow_after_kernel"
     r"|align_by_expert|count_chunks|scan_chunks|place_chunks|select_by_expert|select_chunks|quantise_rows"
     r"|^kernel_cutlass_\w*rampwrap"
+    r"|cutlass_3x_group_gemm|preprocessTopkId|RadixSort|ExpertFirstTokenOffset|expandInputRows|finalizeMoeRouting"
+    r"|compute_problem_sizes|compute_expert_offsets"
 )
 # Of dense layers too: they are the experts' where the next kernel is, as the quantisation of their input is in vLLM.
-SHARED_KERNELS = re.compile(r"per_token_group_quant|FillFunctor|^Memset")
+SHARED_KERNELS = re.compile(r"per_token_group_quant|per_token_scaled_fp8_quant|FillFunctor|^Memset")
 ROUTER_KERNELS = re.compile(r"take_choices")
 
 

@@ -26,7 +26,7 @@ from rampwrap.policy.static import static_table, write_static
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_TOKENS = 8192
 "Of a step."
-ARMS = ("installed", "static", "deep_gemm", "plugin_triton", "plugin")
+ARMS = ("installed", "static", "deep_gemm", "vllm_triton", "plugin_triton", "plugin")
 PLUGINS = ("plugin_triton", "plugin")
 "With rampwrap; plugin_triton has no CuTe kernels, as after 'pip install rampwrap' and nothing else."
 COMMON = {
@@ -66,6 +66,21 @@ BLOCK_FP8 = {
     "weight_block_size": [128, 128],
     "modules_to_not_convert": ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(48))],
 }
+# As checkpoints that are called FP8-dynamic have it.
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+CHANNEL_FP8 = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**_FP8, "strategy": "channel", "dynamic": False},
+            "input_activations": {**_FP8, "strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": BLOCK_FP8["modules_to_not_convert"],
+}
 
 
 @attrs.frozen
@@ -74,9 +89,10 @@ class Model:
 
     config: dict[str, Any]
     timings: tuple[str, ...]
-    "Of our kernels, for the plan."
+    "Of our kernels, for the plan; none where it is profiled in the run."
     static: str
-    "Of vLLM's kernel, for the static table: a timing table, or the results of the race that was triton_vs_vllm.py."
+    """Of vLLM's kernel, for the static table: a timing table, or the results of the race that was triton_vs_vllm.py; "" for
+    none."""
     kv_gb: float
 
 
@@ -112,6 +128,7 @@ MODELS = {
         "benchmarks/results/h200-sweep-vllm-qwen3-30b-fp8.npz",
         9.0,
     ),
+    "qwen3-30b-fp8-channel": Model(QWEN3_30B | {"quantization_config": CHANNEL_FP8}, (), "", 9.0),
 }
 
 
@@ -139,19 +156,21 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (shape,) = read_layers(folder / "model").shapes
     tables = arguments.timings or [ROOT / table for table in model.timings]
-    timings = join([Timings.load(table) for table in tables])
-    assert timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
+    timings = join([Timings.load(table) for table in tables]) if tables else None
+    assert timings is None or timings.shape == shape, f"{timings.shape} was profiled, {name} has {shape}"
     if arguments.profile_budget:
-        profiled(folder, arguments, gpu, timings.kernel)
+        profiled(folder, arguments, gpu, timings.kernel if timings is not None else "triton_fused_moe")
     elif arguments.shipped_plans:  # which serve beside an empty folder
         stand_in(shape, folder / "plans", device_on(gpu))
     else:
+        assert timings is not None, f"no table of {name} is here; add --profile-budget 60"
         make_plan(timings, source=" + ".join(table.name for table in tables)).save(
             folder / "plans" / f"{name}.plan.json"
         )
-    device = timings.device.name
-    table = folder / "static" / config_file_name(shape, device)
-    table.write_text(static_file(ROOT / model.static, name))
+    device = timings.device.name if timings is not None else device_on(gpu).name
+    if model.static:
+        table = folder / "static" / config_file_name(shape, device)
+        table.write_text(static_file(ROOT / model.static, name))
     (folder / "site/rampwrap-0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: rampwrap\nVersion: 0\n")
     (folder / "site/rampwrap-0.dist-info/entry_points.txt").write_text(
         "[vllm.general_plugins]\nrampwrap = rampwrap.engines.vllm:register\n"
@@ -253,6 +272,9 @@ def settings_of(
         options["cudagraph_capture_sizes"] = arguments.capture_sizes
     if arm == "deep_gemm":
         options["moe_backend"] = "deep_gemm"
+    # vLLM runs these with its CUTLASS where nothing is said, and the plugin leaves them to it.
+    if arm == "vllm_triton" or (arm in PLUGINS and shape.scales == "channel"):
+        options["moe_backend"] = "triton"
     kv_gb = MODELS[name].kv_gb * config["num_hidden_layers"] / MODELS[name].config["num_hidden_layers"]
     return {
         "model": str(folder / "model"),
@@ -263,7 +285,7 @@ def settings_of(
         "vocabulary": config["vocab_size"],
         "max_tokens": MAX_TOKENS,
         "max_seqs": max(512, *arguments.batch_size),
-        "max_model_len": max(2048, *(prompt + 8 for prompt in arguments.prompts)),
+        "max_model_len": max([2048, *(prompt + 8 for prompt in arguments.prompts)]),
         "kv_bytes": int(kv_gb * 1e9),
         "share": 0.1,
         "options": options,
