@@ -1,5 +1,7 @@
 """`GraphDispatcher`: a kernel and a plan whose choice is made on the GPU, so that it lives inside a CUDA graph.
 
+Without a plan each token count has one config, the kernel's default.
+
 Called like `kernel.launch` without its config, in eager mode and under capture alike. For each token count it takes
 from the plan the one to four configs that are worth choosing from, the cost of choosing included; one means that
 nothing is added to the graph. Modes:
@@ -50,7 +52,7 @@ class GraphDispatcher:
 
     Args:
         kernel: as for `Dispatcher`; a choice inside the graph needs a member ``launch_candidates``.
-        plan: a `Plan` or the path of one, with the model ``wave``.
+        plan: a `Plan` or the path of one, with the model ``wave``; None serves the kernel's defaults.
         max_tokens: the largest batch; memory is `GraphDispatcher.memory_bytes`.
         mode: one of `MODES`.
         costs: microseconds by number of candidates, as `graph_lists.COSTS`; None takes the shortlists that the plan
@@ -67,7 +69,7 @@ class GraphDispatcher:
     def __init__(
         self,
         kernel: Kernel,
-        plan: Plan | str | os.PathLike[str],
+        plan: Plan | str | os.PathLike[str] | None = None,
         *,
         max_tokens: int,
         mode: str = "graph",
@@ -83,7 +85,7 @@ class GraphDispatcher:
         if mode not in MODES:
             raise InputError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}.")
         self.kernel, self.max_tokens, self.mode = kernel, max_tokens, mode
-        self.plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+        self.plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
         self._dispatcher = Dispatcher(kernel, self.plan, shape=shape, device=device, strict=strict)
         self.shape = self._dispatcher.shape
         self.policy = policy = self._dispatcher.policy
@@ -91,7 +93,7 @@ class GraphDispatcher:
         where = torch.device(where or ("cuda" if torch.cuda.is_available() else "cpu"))
         chooses = mode == "graph" and chooses_in_graph(kernel)
         # The whole plan once: a poisoned coefficient is refused before anything is captured.
-        if routed and mode == "graph":
+        if self.plan is not None and routed and mode == "graph":
             for index in range(len(self.plan.configs)):
                 pack(self.plan.model.take((index,)))
         self._spans = Spans(self.plan, policy, chooses, costs, max_candidates, where)

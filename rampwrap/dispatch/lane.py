@@ -32,7 +32,7 @@ class Served:
     """What all lanes of a graph dispatcher share.
 
     Attributes:
-        kernel, plan, dispatcher, shape: as of the graph dispatcher.
+        kernel, plan, dispatcher, shape: as of the graph dispatcher; the plan is there wherever something chooses.
         spans: what serves each token count.
         mode: as asked for; ``lagged`` only where the plan may choose.
         max_tokens: the largest batch.
@@ -43,7 +43,7 @@ class Served:
     """
 
     kernel: Kernel
-    plan: Plan
+    plan: Plan | None
     dispatcher: Dispatcher
     shape: MoEShape
     spans: Spans
@@ -136,6 +136,7 @@ class Lane:
             if self._memory is None:
                 self._no_allocation("memory for alignment")
                 # Four candidates at the most, and the list of block heights may be longer.
+                assert served.plan is not None
                 heights = sorted(grid.block_m for grid in served.plan.grids)
                 extremes = (*heights[:1] * (MAX_IN_GRAPH // 2), *heights[-1:] * (MAX_IN_GRAPH // 2))
                 ints = selection_ints(served.max_tokens, shape.top_k, shape.num_local_experts, extremes)
@@ -307,6 +308,7 @@ class Layer:
         if counts is not None:
             sums = self._sums.get(span.position)
             if sums is None:
+                assert served.plan is not None
                 sums = self._sums[span.position] = Sums(*served.plan.model.profiled)
             sums.add(counts)
         static: StaticTable = policy.static  # type: ignore[attr-defined]  # of WaveCost, beyond the plan's reach too

@@ -5,7 +5,7 @@ bounded by the plan, however many batch sizes an engine runs.
 """
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -33,10 +33,10 @@ class Prepared:
 
 
 class Spans:
-    """All spans of a plan for one kernel.
+    """All spans of a plan for one kernel, or of a policy without one.
 
     Args:
-        plan: whose model and shortlists serve.
+        plan: whose model and shortlists serve; None serves the policy's table.
         policy: of the host; anything but `WaveCost` serves static configs alone.
         chooses: whether the GPU may choose; one config serves each span elsewhere.
         costs: microseconds by number of candidates; None takes the plan's own shortlists where it has them, and
@@ -47,7 +47,7 @@ class Spans:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | None,
         policy: Policy,
         chooses: bool,
         costs: Mapping[int, float] | None,
@@ -57,10 +57,13 @@ class Spans:
         self._plan, self._policy, self._device, self._max_candidates = plan, policy, device, max_candidates
         routed = isinstance(policy, WaveCost)
         self._costs = (COSTS if costs is None else costs) if routed and chooses else {}
-        lists = plan.in_graph
-        stored = costs is None and max_candidates >= max((len(its.candidates) for its in lists), default=9)
         self._lists: tuple[Shortlist | Span, ...]
-        if routed and stored and (chooses or all(len(its.candidates) == 1 for its in lists)):
+        lists = () if plan is None else plan.in_graph
+        stored = costs is None and max_candidates >= max((len(its.candidates) for its in lists), default=9)
+        if plan is None:
+            table = _table(policy, plan)
+            self._lists = _alone(sorted(_changes(table)), table, f"there is no plan, its {table.source} serves")
+        elif routed and stored and (chooses or all(len(its.candidates) == 1 for its in lists)):
             self._lists = lists
         else:
             # A kernel that cannot choose has one config a span too: the best over skews, not the uniform-tuned one.
@@ -97,10 +100,12 @@ class Spans:
     def _make(self, position: int) -> Prepared:
         its, plan = self._lists[position], self._plan
         if isinstance(its, Span):
+            assert plan is not None
             its = in_graph(plan.model, plan.shape, its, self._costs, self._max_candidates)
         configs = tuple(self._policy.configs[index] for index in its.candidates)
         if len(configs) == 1:
             return Prepared(position, its, configs, None)
+        assert plan is not None
         from rampwrap.kernels.triton.select.host import Candidates
 
         packed = pack(plan.model.take(its.candidates), margin_steps=len(plan.model.local_error))
@@ -113,16 +118,30 @@ def _within(lists: "tuple[Shortlist | Span, ...]", reach: Reach, static: StaticT
     edges = [*(its.first for its in lists[1:]), reach.high + 1]
     reaching = [its for its, end in zip(lists, edges, strict=True) if end > at_low and its.first <= reach.high]
     inside = [attrs.evolve(its, first=max(its.first, at_low)) for its in reaching]
-    firsts = {static.span(place)[0] for place in range(len(static.token_counts))} | {0, reach.high + 1}
+    firsts = _changes(static) | {reach.high + 1}
     far = sorted(first for first in firsts if not reach.inside(first) and (first or reach.low > 1))
-    why, at = reach.beyond(), static.index
-    few = [Shortlist(first, max(first, 1), (at(first),), at(first), None, None, why) for first in far]
-    return tuple(sorted([*inside, *few], key=lambda its: its.first))
+    return tuple(sorted([*inside, *_alone(far, static, reach.beyond())], key=lambda its: its.first))
 
 
-def _table(policy: Policy, plan: Plan) -> Any:
+def _changes(static: StaticTable) -> set[int]:
+    """0, and every token count from which on a table has another config."""
+    indices = static.indices
+    later = (place for place in range(1, len(indices)) if indices[place] != indices[place - 1])
+    return {0, *(static.span(place)[0] for place in later)}
+
+
+def _alone(firsts: Iterable[int], static: StaticTable, why: str) -> "tuple[Shortlist, ...]":
+    """One config of a table for each span."""
+    at = static.index
+    return tuple(Shortlist(first, max(first, 1), (at(first),), at(first), None, None, why) for first in firsts)
+
+
+def _table(policy: Policy, plan: Plan | None) -> StaticTable:
     """The static table in the policy's own numbering."""
-    return policy.table if isinstance(policy, Static) else plan.static
+    if isinstance(policy, Static):
+        return policy.table
+    assert plan is not None  # without one a dispatcher's policy is static
+    return plan.static
 
 
 def capturing() -> bool:

@@ -50,6 +50,7 @@ def ensure_compiled(graph_dispatcher: GraphDispatcher, path: str) -> bool:
     if not torch.cuda.is_available():
         return False
     compiled = False
+    assert graph_dispatcher.plan is not None
     try:
         # Not only what its spans launch: in mode lagged the host may choose any.
         for kernel, configs in by_member(graph_dispatcher.kernel, graph_dispatcher.plan.configs):
@@ -119,6 +120,7 @@ def compile_plan(graph_dispatcher: GraphDispatcher) -> list[str]:
     Of a portfolio all configs of the plan: in mode lagged the host may choose any, and in graphs it never chooses.
     """
     reasons: list[str | None] = []
+    assert graph_dispatcher.plan is not None
     for kernel, configs in by_member(graph_dispatcher.kernel, graph_dispatcher.plan.configs):
         if kernel.name == "cute_moe":
             its: Any = kernel

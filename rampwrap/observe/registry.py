@@ -80,7 +80,7 @@ def stats() -> dict[str, Any]:
 
     Returns:
         ``{"rampwrap": version, "sources": [...]}``, a source for each that launched something: ``kernel``, ``shape``,
-        ``kind``, ``number`` (its own as long as the process lives), ``plan`` and ``layers``, an entry for each layer,
+        ``kind``, ``number`` (its own as long as the process lives), ``plan`` (None without one) and ``layers``, an entry for each layer,
         bucket of token counts and mode. In it ``configs`` (``config``, ``launches``, ``share``, ``static``), ``observed``
         (launches whose routing was seen: all that the GPU counted, what reached the host in lagged modes) and over these
         the means ``active_experts`` and ``concentration``, ``outside`` (share beyond what was profiled) and ``drift``
@@ -154,9 +154,8 @@ def _of_graph_dispatcher(graph_dispatcher: Any, number: int) -> dict[str, Any]:
             entry |= {name: getattr(row, name) / row.steps for name in ("static_us", "chosen_us")}
             entry["predicted_gain"] = gain
         layers.append(entry)
-    return _source(
-        graph_dispatcher, number, "graph dispatcher", {**plan.provenance, "device": plan.device.name}, layers
-    )
+    made = None if plan is None else {**plan.provenance, "device": plan.device.name}
+    return _source(graph_dispatcher, number, "graph dispatcher", made, layers)
 
 
 def _static(policy: Any) -> Any:

@@ -29,6 +29,8 @@ from rampwrap.kernels.triton.select.host import Candidates, align_and_select
 from rampwrap.model.features import Geometry, pass_over
 from rampwrap.model.in_graph import pack
 from rampwrap.model.wave import Wave
+from rampwrap.observe import registry
+from rampwrap.observe.registry import stats
 from rampwrap.observe.tally import Telemetry
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.graph_lists import COSTS, Shortlist, all_in_graph, in_graph, serving, token_spans
@@ -399,6 +401,46 @@ def test_operator(kernel, plan):
 
     whole = torch.compile(lambda *args: layer(*args) + 1, fullgraph=True, backend=backend)
     assert torch.equal(whole(*args), want + 1) and len(graphs) == 1
+
+
+class Defaults(Small):
+    """Whose default changes between 12 and 16 tokens."""
+
+    def default_config(self, num_tokens):
+        return self.configs[0 if num_tokens >= 16 else 2]
+
+
+def test_without_a_plan_the_defaults_serve(monkeypatch):
+    """In graphs too: one config for each token count, memory made before the capture, a record of each layer."""
+    kernel = Defaults()
+    graph_dispatcher = GraphDispatcher(kernel, max_tokens=40)
+    ran = []
+    monkeypatch.setattr(
+        kernel, "launch", lambda config, **its: ran.append(config) or Small.launch(kernel, config, **its)
+    )
+    layer = graph_dispatcher.layer("layer")
+    for tokens in (1, 12, 13, 14, 15, 16, 40):
+        inputs = kernel.inputs(SHAPE, ids_with(8, tokens))
+        assert torch.equal(layer(**inputs), Small.launch(kernel, kernel.default_config(tokens), **inputs))
+        assert graph_dispatcher.selection(tokens) is None and graph_dispatcher.prepared(tokens).candidates is None
+    # The nearest of 12 and 16, on a tie the lower one.
+    assert ran == [kernel.configs[0 if tokens > 14 else 2] for tokens in (1, 12, 13, 14, 15, 16, 40)]
+    assert sum(row.steps for row in graph_dispatcher.telemetry()) == len(ran)
+    assert "there is no plan, its default serves" in graph_dispatcher.explain()
+    monkeypatch.setattr(lane, "capturing", lambda: True)
+    layer(**kernel.inputs(SHAPE, ids_with(3, 16, seed=1)))
+    with pytest.raises(CaptureError, match="17 tokens were not compiled"):
+        layer(**kernel.inputs(SHAPE, ids_with(8, 17)))
+    (found,) = [its for its in stats()["sources"] if its["number"] == dict(registry._sources)[graph_dispatcher]]
+    assert found["plan"] is None and {entry["layer"] for entry in found["layers"]} == {"layer"}
+
+
+@pytest.mark.parametrize("mode", ["graph", "lagged"])
+def test_the_operator_runs_without_a_plan(mode):
+    kernel = Defaults()
+    graph_dispatcher = GraphDispatcher(kernel, max_tokens=16, mode=mode)
+    inputs = kernel.inputs(SHAPE, ids_with(4, 12))
+    assert torch.equal(compiled(graph_dispatcher)(**inputs), kernel.launch(kernel.configs[2], **inputs))
 
 
 def test_operator_needs_its_graph_dispatcher(kernel, plan):
