@@ -135,7 +135,7 @@ def peer_bandwidth(group: dist.ProcessGroup, device: torch.device) -> float:
     """Bytes in a microsecond of large copies into the memory of a peer, all ranks at once, the slowest of them."""
     with ExpertParallel(group, MoEShape(128, 8, 7168, 128), 512, backend="symmetric", device=device) as ep:
         assert ep._movers is not None
-        handle = ep._movers[0]._kept[1]  # type: ignore[attr-defined]
+        handle = ep._movers[0]._kept.handle  # type: ignore[attr-defined]
         size = ep.layout.bytes  # 29 MB on two GPUs
         to = handle.get_buffer((ep.rank + 1) % ep.num_ranks, (size,), torch.uint8)
         data = torch.zeros(size, dtype=torch.uint8, device=device)

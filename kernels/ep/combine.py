@@ -66,11 +66,12 @@ def push_kernel(
     CELLS_AT: tl.constexpr,
     PARTIALS_AT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVERY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One CTA for each token of the fullest rank along axis 0, the source along axis 1; ids and weights are those received.
 
-    `y_ptr` points at rows that are summed already, or BY_SLOT at one row a slot: weighted and added here in the order of
+    EVERY pushes all rows, by a caller who knows no owners: without ids, and summed. `y_ptr` points at rows that are summed already, or BY_SLOT at one row a slot: weighted and added here in the order of
     slots, in float32.
     """
     wait_for_launch_before(PDL)
@@ -81,8 +82,10 @@ def push_kernel(
     token = tl.program_id(0)
     if token < num_tokens:
         row = (first + token).to(tl.int64)
-        _ids, local = owner_of(topk_ids_ptr, expert_map_ptr, row * TOP_K, num_experts, TOP_K, SLOTS)
-        here = (local >= 0).to(tl.int32)
+        here = tl.full((SLOTS,), 1, tl.int32)
+        if not EVERY:
+            _ids, local = owner_of(topk_ids_ptr, expert_map_ptr, row * TOP_K, num_experts, TOP_K, SLOTS)
+            here = (local >= 0).to(tl.int32)
         if tl.max(here, 0) > 0:
             to = peer_at(
                 bases_ptr,
@@ -107,6 +110,14 @@ def push_kernel(
     if is_last(ticket_ptr):
         _first, own = first_row(counts, rank, RANKS)
         tell_all(bases_ptr, CELLS_AT, rank, next_epoch(header_ptr), own, RANKS, LANES)
+
+
+@triton.jit
+def has_sum(owners, peer, EVERY: tl.constexpr):
+    """Whether a rank has a sum for a token."""
+    if EVERY:
+        return tl.full((), 1, tl.int1)
+    return tl.max((owners == peer).to(tl.int32), 0) > 0
 
 
 @triton.jit(
@@ -144,9 +155,10 @@ def sum_kernel(
     COLUMNS: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EVERY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Any number of CTAs, which share this rank's tokens; ids are those that the rank sent."""
+    """Any number of CTAs, which share this rank's tokens; ids are those that the rank sent. EVERY adds those of all ranks."""
     wait_for_launch_before(PDL)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     epoch = next_epoch(header_ptr)
@@ -154,13 +166,15 @@ def sum_kernel(
     await_all(cells_ptr, header_ptr, fault_ptr, epoch, expected, limit_ns, _COMBINE, RANKS, LANES)
     _first, num_tokens = first_row(counts, rank, RANKS)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        _ids, owners = owner_of(topk_ids_ptr, rank_of_expert_ptr, token * TOP_K, num_experts, TOP_K, SLOTS)
+        owners = tl.full((SLOTS,), -1, tl.int32)
+        if not EVERY:
+            _ids, owners = owner_of(topk_ids_ptr, rank_of_expert_ptr, token * TOP_K, num_experts, TOP_K, SLOTS)
         for start in tl.static_range(0, COLUMNS, BLOCK):
             column = start + tl.arange(0, BLOCK)
             mask = column < COLUMNS
             total = tl.zeros((BLOCK,), tl.float32)
             for peer in tl.static_range(RANKS):
-                if tl.max((owners == peer).to(tl.int32), 0) > 0:
+                if has_sum(owners, peer, EVERY):
                     at = (tl.cast(peer, tl.int64) * MAX_TOKENS + token) * COLUMNS + column
                     total += tl.load(partials_ptr + at, mask=mask, other=0.0).to(tl.float32)
             at = tl.cast(token, tl.int64) * COLUMNS + column

@@ -19,6 +19,7 @@ from rampwrap.kernels.ep import dispatch as kernels
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COUNTS, DISPATCH, LATE, MOST_RANKS
+from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.align import host as align
 from rampwrap.kernels.triton.align.host import ALIGNED, TokenBlocks
@@ -42,7 +43,7 @@ class Mapped:
         offsets: bytes from the start of the memory to each region.
         ticket: int32 [1] on the GPU, zero.
         fault: int64 [1] that both the GPU and the host reach, zero.
-        rank_of_expert, expert_map: int32 [num_experts] on the GPU.
+        rank_of_expert, expert_map: int32 [num_experts] on the GPU; None where rows go to every rank (`gather`).
         num_local_experts: of this rank.
         timeout_s: seconds that a rank is waited for on the GPU.
     """
@@ -54,8 +55,8 @@ class Mapped:
     offsets: Mapping[str, int]
     ticket: torch.Tensor
     fault: torch.Tensor
-    rank_of_expert: torch.Tensor
-    expert_map: torch.Tensor
+    rank_of_expert: torch.Tensor | None
+    expert_map: torch.Tensor | None
     num_local_experts: int
     timeout_s: float
 
@@ -66,31 +67,37 @@ class Mapped:
 
     @property
     def top_k(self) -> int:
-        return self.views["topk_ids"].shape[1]
+        return self.views["topk_ids"].shape[1] if self.expert_map is not None else 1
 
     @property
     def hidden_size(self) -> int:
-        return self.views["rows"].shape[1]
+        return self.views["partials"].shape[2]
 
     @property
     def max_tokens(self) -> int:
         return self.views["partials"].shape[1]
 
-    def _shared(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
+    def _between(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
         """Arguments of every kernel."""
         counts = [*tokens_per_rank, *[0] * (MOST_RANKS - self.num_ranks)]
         return {
             "rank": self.rank,
-            "num_experts": self.expert_map.numel(),
             **{f"count_{rank}": count for rank, count in enumerate(counts)},
             "RANKS": self.num_ranks,
             "LANES": triton.next_power_of_2(self.num_ranks),
+            **pdl.arguments(),
+        }
+
+    def _shared(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
+        """Arguments of every kernel that knows experts."""
+        return {
+            **self._between(tokens_per_rank),
+            "num_experts": 0 if self.expert_map is None else self.expert_map.numel(),
             "TOP_K": self.top_k,
             "SLOTS": triton.next_power_of_2(self.top_k),
             "COLUMNS": self.hidden_size,
             # Sums in the order of the path over torch.distributed, product and sum rounded each: the same bits.
             "enable_fp_fusion": False,
-            **pdl.arguments(),
         }
 
     def _cells(self, phase: int) -> tuple[torch.Tensor, int]:
@@ -219,6 +226,48 @@ def _packed(candidates: Candidates | None) -> dict[str, int]:
     return {"C": len(packed.block_ms), "S": packed.points, "LAUNCHES": packed.launches, "MARGINS": packed.margins}
 
 
+def gather(
+    mapped: Mapped,
+    fields: Sequence[torch.Tensor],
+    places: Sequence[int],
+    tokens_per_rank: Sequence[int],
+    *,
+    waits: bool = True,
+    sends: bool = True,
+) -> None:
+    """One launch: the rows of several tensors to every rank, by rank and token.
+
+    Args:
+        mapped: the memory.
+        fields: int32 [T, words], contiguous, up to `MOST_FIELDS`.
+        places: bytes from the start of the memory to where each of them goes.
+        tokens_per_rank: of every rank.
+        waits, sends: one of them off, where ranks are emulated one after the other.
+    """
+    its = mapped
+    cells, cells_at = its._cells(DISPATCH)
+    given: dict[str, Any] = {}
+    for number in range(MOST_FIELDS):
+        here = number < len(fields)
+        given[f"field_{number}_ptr"] = fields[number] if here else None
+        given[f"WORDS_{number}"] = fields[number].shape[1] if here else 0
+        given[f"AT_{number}"] = places[number] if here else 0
+    gather_kernel[(max(1, tokens_per_rank[its.rank]) if sends else 1, 1)](
+        bases_ptr=its.bases,
+        cells_ptr=cells,
+        header_ptr=its.views["header"],
+        fault_ptr=its.fault,
+        ticket_ptr=its.ticket,
+        limit_ns=int(its.timeout_s * 1e9),
+        **given,
+        CELLS_AT=cells_at,
+        SENDS=sends,
+        WAITS=waits,
+        num_warps=8,
+        **its._between(tokens_per_rank),
+    )
+
+
 def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:
     """The first launch of a combine: sums of all received rows, to their sources.
 
@@ -232,8 +281,8 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
     push_kernel[(max(1, *tokens_per_rank), its.num_ranks)](
         its.bases,
         expert_output,
-        its.views["topk_ids"],
-        its.views["topk_weights"],
+        its.views.get("topk_ids"),
+        its.views.get("topk_weights"),
         its.expert_map,
         its.views["header"],
         its.ticket,
@@ -244,18 +293,19 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
         CELLS_AT=cells_at,
         PARTIALS_AT=its.offsets["partials"],
         BLOCK=min(1024, triton.next_power_of_2(its.hidden_size)),
+        EVERY=its.expert_map is None,
         num_warps=4,
         **its._shared(tokens_per_rank),
     )
 
 
-def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:
+def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens_per_rank: Sequence[int]) -> None:
     """The second launch of a combine, and the end of the step: `out` [T, H] becomes the sums of the ranks, by rank.
 
     Args:
         mapped: the memory.
         out: [T, H], contiguous, written.
-        topk_ids: those that this rank sent.
+        topk_ids: those that this rank sent; None where every rank has a sum for every token.
         tokens_per_rank: of every rank.
     """
     its = mapped
@@ -272,6 +322,7 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor, tokens_per_ra
         limit_ns=int(its.timeout_s * 1e9),
         MAX_TOKENS=its.max_tokens,
         BLOCK=min(1024, triton.next_power_of_2(its.hidden_size)),
+        EVERY=its.expert_map is None,
         num_warps=4,
         **its._shared(tokens_per_rank),
     )

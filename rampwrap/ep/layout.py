@@ -1,6 +1,6 @@
 """`Layout`: the memory of a rank that its peers write into, region by region."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 import torch
@@ -34,6 +34,24 @@ class Region:
     def bytes(self) -> int:
         """Without what pads it to the next region."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Bytes to the next region."""
+        return self.offset + -(-self.bytes // ALIGNED) * ALIGNED
+
+
+def placed(wanted: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[Region, ...]:
+    """Names, types and shapes in the order of memory, each at a multiple of 256 bytes."""
+    regions: list[Region] = []
+    for name, dtype, shape in wanted:
+        regions.append(Region(name, dtype, shape, regions[-1].end if regions else 0))
+    return tuple(regions)
+
+
+def views_of(regions: Iterable[Region], memory: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """The regions of uint8 memory, by name."""
+    return {its.name: memory[its.offset : its.offset + its.bytes].view(its.dtype).view(its.shape) for its in regions}
 
 
 @attrs.frozen
@@ -108,21 +126,13 @@ class Layout:
         ]
         if self.payload == "fp8":
             wanted.insert(-1, ("scales", torch.float32, (rows, columns // GROUP)))
-        regions, offset = [], 0
-        for name, dtype, its in wanted:
-            regions.append(Region(name, dtype, its, offset))
-            offset += -(-regions[-1].bytes // ALIGNED) * ALIGNED
-        return tuple(regions)
+        return placed(wanted)
 
     @property
     def bytes(self) -> int:
         """Of one rank's memory."""
-        last = self.regions[-1]
-        return last.offset + -(-last.bytes // ALIGNED) * ALIGNED
+        return self.regions[-1].end
 
     def views(self, memory: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """The regions of uint8 memory of `bytes`, by name; "scales" only where rows travel in FP8."""
-        return {
-            its.name: memory[its.offset : its.offset + its.bytes].view(its.dtype).view(its.shape)
-            for its in self.regions
-        }
+        return views_of(self.regions, memory)

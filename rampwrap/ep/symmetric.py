@@ -16,7 +16,7 @@ from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
 from rampwrap.ep.received import Blocks, Received
 from rampwrap.ep.sent import Sent
-from rampwrap.errors import GroupError
+from rampwrap.ep.shared import Shared
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.host import Mapped
 from rampwrap.kernels.triton.align.host import alignment_ints, blocks_in
@@ -68,31 +68,14 @@ class Symmetric:
         Raises:
             GroupError: a rank found no memory or no way to its peers; every rank raises it.
         """
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        memory: torch.Tensor | None = None
-        reason = None
-        try:
-            memory = symmetric_memory.empty(layout.bytes, dtype=torch.uint8, device=device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            reason = f"{layout.bytes} bytes of shared memory were refused ({str(error).splitlines()[0][:100]})"
-        _all_or_none(board, "allocated", reason)
-        assert memory is not None
-        try:
-            handle = symmetric_memory.rendezvous(memory, group.group_name)
-            # Pointers are of allocations, and a pool may put a tensor anywhere in one.
-            inside = memory.data_ptr() - handle.buffer_ptrs[owners.rank]
-        except RuntimeError as error:
-            reason, inside = f"its memory was not mapped ({str(error).splitlines()[0][:100]})", -1
-        where = [its for its, _ in _all_or_none(board, "mapped", reason, inside)]
-        bases = [pointer + its for pointer, its in zip(handle.buffer_ptrs, where, strict=True)]
+        shared = Shared.mapped(group, layout.bytes, device, board)
         own = torch.zeros(own_ints(layout, owners.num_local_experts), dtype=torch.int32, device=device)
         at = _ticket_at(owners.num_local_experts)
         mapped = Mapped(
             rank=owners.rank,
             num_ranks=owners.num_ranks,
-            bases=torch.tensor(bases, dtype=torch.int64, device=device),
-            views=layout.views(memory),
+            bases=torch.tensor(shared.bases, dtype=torch.int64, device=device),
+            views=layout.views(shared.memory),
             offsets={its.name: its.offset for its in layout.regions},
             ticket=own[at : at + 1],
             fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
@@ -101,12 +84,8 @@ class Symmetric:
             num_local_experts=owners.num_local_experts,
             timeout_s=board.timeout_s,
         )
-        opened = cls(mapped, owners, layout, own, (memory, handle))
-        # Stale rows are never read, but some kernels multiply what they mask.
-        memory.zero_()
         torch.cuda.synchronize(device)
-        board.exchange("zeroed", None)
-        return opened
+        return cls(mapped, owners, layout, own, shared)
 
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks) -> Received:
         """One launch; two or three where there are too many slots for its last CTA to align."""
@@ -177,13 +156,3 @@ class Symmetric:
         """Lets go of the memory; what was launched has ended."""
         self._settle()
         self._kept = None
-
-
-def _all_or_none(board: Board, phase: str, reason: str | None, more: int = 0) -> list[tuple[int, str | None]]:
-    said = [tuple(its) for its in board.exchange(phase, [more, reason])]
-    for rank, (_, why) in enumerate(said):
-        if why is not None:
-            raise GroupError(
-                f"rank {rank} cannot share memory: {why}; free some memory or use the backend 'collectives'."
-            )
-    return said

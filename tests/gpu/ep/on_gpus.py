@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.received import Received
 from rampwrap.errors import GroupError
@@ -146,7 +147,7 @@ def aligned(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2
         ep.check()
 
 
-def late(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2) -> None:
+def late(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 1) -> None:
     """The last rank comes too late: all others are told so, none hangs, and after a reset all is well. Counts, likewise."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     counts = [2] * ranks
@@ -173,6 +174,59 @@ def late(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2) -
         ep.check()
 
 
+def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 300) -> None:
+    """Rows to every rank and sums back by `Gathered`, for any counts, in graphs too; each rank draws what all bring."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    most, hidden = 64, SHAPE.hidden_size
+    sizes = {"token_bytes": 4 * hidden, "hidden_size": hidden, "dtype": torch.bfloat16}
+    ours = Gathered.open(group, torch.device(device), timeout_s=15.0, max_tokens_per_rank=most, **sizes)
+
+    def drawn(counts: list[int], seed: int) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
+        generator = torch.Generator(device).manual_seed(seed)
+        batches, total = [], sum(counts)
+        for count in counts:
+            row, weights = (torch.randn(count, size, generator=generator, device=device) for size in (hidden, 8))
+            ids = torch.randint(0, 99, (count, 8), generator=generator, device=device)
+            odd = torch.randint(0, 99, (count, 3), generator=generator, device=device).int()
+            batches.append([row.bfloat16() if seed % 2 else row.to(torch.float8_e4m3fn), weights, ids, odd])
+        y = [torch.randn(total, hidden, generator=generator, device=device).bfloat16() for _ in counts]
+        return batches, y
+
+    def compare(found: list[torch.Tensor], out: torch.Tensor, drew: Any, counts: list[int], where: str) -> None:
+        for field, wanted in zip(found, map(torch.cat, zip(*drew[0], strict=True)), strict=True):
+            assert torch.equal(field.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)), where
+        total = torch.zeros(drew[1][0].shape, device=device)
+        for its in drew[1]:
+            total += its.float()
+        assert torch.equal(out, total.bfloat16().split(counts)[rank]), where
+
+    random_counts = random.Random(3)
+    for number in range(rounds):
+        counts = [random_counts.choice((0, 1, 8, most, random_counts.randrange(most + 1))) for _ in range(ranks)]
+        drew = drawn(counts, number)
+        found = ours.gather(drew[0][rank], counts)
+        out = ours.scatter(drew[1][rank], counts)
+        compare(found, out, drew, counts, f"round {number} of {counts} tokens: {ours.fault()}")
+
+    counts = [8] * ranks
+    mine = drawn(counts, 1)
+    given = [*mine[0][rank], mine[1][rank]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ours.gather(given[:-1], counts)
+        out = ours.scatter(given[-1], counts)
+    for number in range(1, rounds, 2):
+        drew = drawn(counts, number)
+        for its, other in zip(given, [*drew[0][rank], drew[1][rank]], strict=True):
+            its.copy_(other)
+        graph.replay()
+        compare(found, out, drew, counts, f"replay {number}: {ours.fault()}")
+    torch.cuda.synchronize()
+    assert ours.fault() is None
+    dist.barrier(group)
+    ours.close()
+
+
 def said(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -181,7 +235,7 @@ def said(call: Callable[[], Any]) -> str:
     return ""
 
 
-CHECKS: dict[str, Callable[..., Any]] = {"soak": soak, "aligned": aligned, "late": late}
+CHECKS: dict[str, Callable[..., Any]] = {"soak": soak, "aligned": aligned, "late": late, "gathered": gathered}
 
 
 def serve(rank: int, ranks: int, port: int, its: argparse.Namespace) -> None:

@@ -304,7 +304,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernels.ep import combine, dispatch
+from rampwrap.kernels.ep import combine, dispatch, gather
 from rampwrap.kernels.triton import interpreter
 import triton.language as tl
 
@@ -340,9 +340,14 @@ quantises = send | dict(QUANTISES=True, ROW_BYTES=7168, MAKES=2)
 build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr", *select), x="bf16", ids="i64", num_warps=8)
 chooses = send | dict(ROW_BYTES=7168, MAKES=3, C=2, S=32, LAUNCHES=2, MARGINS=32)
 build("dispatch chooses", dispatch.dispatch_kernel, chooses, num_warps=8)
-push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=1024)
+push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=1024, EVERY=False)
 build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=4)
 build("sum", combine.sum_kernel, push, num_warps=4)
+every = push | dict(EVERY=True, TOP_K=1, SLOTS=1, BY_SLOT=False)
+build("push every", combine.push_kernel, every, ("topk_ids_ptr", "topk_weights_ptr", "expert_map_ptr"), num_warps=4)
+build("sum every", combine.sum_kernel, every, ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=4)
+rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024, AT_1=1 << 24, AT_2=1 << 25, AT_3=1 << 26, AT_4=0)
+build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8)
 """
 
 

@@ -1,0 +1,68 @@
+"""`Shared`: memory of one rank that all ranks of a host map and write into."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from rampwrap.ep.board import Board
+from rampwrap.errors import GroupError
+
+
+@attrs.frozen(eq=False)
+class Shared:
+    """It is mapped for as long as this lives.
+
+    Attributes:
+        memory: uint8, this rank's own, zero.
+        bases: where each rank's memory begins, in this rank's addresses.
+        handle: of torch's symmetric memory.
+    """
+
+    memory: torch.Tensor
+    bases: Sequence[int]
+    handle: Any
+
+    @classmethod
+    def mapped(cls, group: dist.ProcessGroup, num_bytes: int, device: torch.device, board: Board) -> "Shared":
+        """Allocates on every rank and maps; all ranks call it together, and none returns before all memory is zero.
+
+        Raises:
+            GroupError: a rank found no memory or no way to its peers; every rank raises it.
+        """
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        rank = dist.get_rank(group)
+        memory: torch.Tensor | None = None
+        reason = None
+        try:
+            memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            reason = f"{num_bytes} bytes of shared memory were refused ({str(error).splitlines()[0][:100]})"
+        _all_or_none(board, "allocated", reason)
+        assert memory is not None
+        try:
+            handle = symmetric_memory.rendezvous(memory, group.group_name)
+            # Pointers are of allocations, and a pool may put a tensor anywhere in one.
+            inside = memory.data_ptr() - handle.buffer_ptrs[rank]
+        except RuntimeError as error:
+            reason, inside = f"its memory was not mapped ({str(error).splitlines()[0][:100]})", -1
+        where = [its for its, _ in _all_or_none(board, "mapped", reason, inside)]
+        bases = [pointer + its for pointer, its in zip(handle.buffer_ptrs, where, strict=True)]
+        # Stale rows are never read, but some kernels multiply what they mask.
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        board.exchange("zeroed", None)
+        return cls(memory, bases, handle)
+
+
+def _all_or_none(board: Board, phase: str, reason: str | None, more: int = 0) -> list[tuple[int, str | None]]:
+    said = [tuple(its) for its in board.exchange(phase, [more, reason])]
+    for rank, (_, why) in enumerate(said):
+        if why is not None:
+            raise GroupError(
+                f"rank {rank} cannot share memory: {why}; free some memory or use the backend 'collectives'."
+            )
+    return said
