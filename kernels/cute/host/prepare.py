@@ -41,38 +41,6 @@ GROUPS = 64
 GROUPS_BEHIND = 8
 
 
-@triton.jit have no Python types, and their constants are upper case.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
-# ruff: noqa: N803
-
-import torch
-import triton
-import triton.language as tl
-
-from rampwrap.kernels.common.fp8 import GROUP
-from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align.by_expert import ids_and_histogram, place_expert
-from rampwrap.kernels.triton.align.chunks import count_and_fill
-from rampwrap.kernels.triton.align.host import (
-    PIECE,
-    TokenBlocks,
-    chunks_of,
-    fits_one_launch,
-    histogram_bins,
-    one_launch,
-    overlap,
-    place_chunks,
-)
-from rampwrap.kernels.triton.interpreter import downcast
-from rampwrap.kernels.triton.moe.gemm import sum_kernel
-from rampwrap.kernels.triton.pdl import wait_for_launch_before
-from rampwrap.kernels.triton.quantise import quantise_at, quantise_rows
-
-# Groups of 128 columns of a CTA that quantises or zeroes: few CTAs, so that all run beside those that align, of which
-# three fit on an SM (74 registers x 256 threads). With 8 instead of 32 it takes 5.8 us for 4.3 (OLMoE, 256 tokens).
-GROUPS = 32
-
-
 @triton.jit
 def prepare_groups(program, x_ptr, q_ptr, scale_ptr, zero_ptr, num_groups, GROUPS: tl.constexpr):
     """Quantises x and zeroes the output, GROUPS groups of 128 columns; whatever of these has memory."""
