@@ -59,8 +59,7 @@ for batch in (8, 64, 256):
 from rampwrap.engines import vllm as plugin
 
 for engine in plugin.engines():
-    print(
-        f"rampwrap serves {engine['layers']} layers of {engine['model']} by {', '.join(engine['plans']) or 'no plan'}"
-    )
+    by = ", ".join([*engine["plans"], *(f"the defaults for {shape}" for shape in engine["defaults"])])
+    print(f"rampwrap serves {engine['layers']} layers of {engine['model']} by {by or 'no plan'}")
 for graph_dispatcher in plugin.graph_dispatchers():
     print(graph_dispatcher.explain())

@@ -1,14 +1,15 @@
 """vLLM: its Triton fused-MoE layers run the config that is fastest for each step's routing, with no line of it changed.
 
 vLLM finds `register` by the entry point group ``vllm.general_plugins``. It changes one function, the constructor of
-`FusedMoEKernel`: a kernel that is made for a layer with a plan (`rampwrap.plan.folder` says where those lie) gets our
+`FusedMoEKernel`: a kernel that is made for a layer with a plan (`rampwrap.plan.folder` says where those lie) or defaults gets our
 launch in place of its own `_fused_experts`; all others stay as they are. A layer is taken where
 
 - vLLM itself runs it with `TritonExperts` (its choice on Hopper; elsewhere start it with ``--moe-backend triton``),
 - it is gated by SiLU, with a limit or as SwiGLU-OAI or not, or by GELU-tanh, without biases and LoRA,
 - in bf16, fp16 or FP8 with scales for blocks of 128, 64 or 32, channels or tensors and activations quantised as they come,
 - a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set. Where plans of
-  several kernels do, `preference` says which serves; one whose kernel cannot run here is passed over with a warning.
+  several kernels do, `preference` says which serves; one whose kernel cannot run here is passed over with a warning. Where
+  none does, the CuTe kernels' defaults serve on sm_90 (`rampwrap.engines.defaults`).
 
 With tensor parallelism the shape is that of a rank's slice, with expert parallelism the histogram is that of the local
 experts. The choice is made on the GPU, so it lives in full and piecewise CUDA graphs as in eager mode: vLLM runs every
@@ -29,10 +30,12 @@ import torch
 
 from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
 from rampwrap.engines import vllm_contract
+from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
 from rampwrap.engines.prepare import ensure_compiled
 from rampwrap.engines.vllm_experts import Experts
 from rampwrap.engines.vllm_layer import Refusal, by_another, command, layer_shape, preference, unlike
 from rampwrap.kernel.device import Device
+from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import start_log
 from rampwrap.plan.folder import DISABLE, Fit, OneWarning, Plans, disabled, made_elsewhere
@@ -101,6 +104,10 @@ class _Engine:
         parallel = getattr(config, "parallel_config", None)
         self.ubatches = bool(getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False))
         self.graph_dispatchers: dict[str, GraphDispatcher] = {}
+        "By the plan's path."
+        self.defaults: dict[MoEShape, GraphDispatcher] = {}
+        "Of layers without a plan."
+        self._kernels: dict[MoEShape, Kernel | str] = {}
         self._fits: dict[tuple[MoEShape, Device], Fit | None] = {}
         self.layers = 0
         self.seconds = 0.0
@@ -115,6 +122,26 @@ class _Engine:
         if key not in self._fits:
             self._fits[key] = self.plans.find(shape, device, preference(shape))
         return self._fits[key]
+
+    @property
+    def every(self) -> list[GraphDispatcher]:
+        """Of layers with a plan and without."""
+        return [*self.graph_dispatchers.values(), *self.defaults.values()]
+
+    def kernel_without_plan(self, shape: MoEShape, device: Device) -> Kernel | str:
+        """The kernel whose defaults serve a shape, or why none does; found out once."""
+        if shape not in self._kernels:
+            self._kernels[shape] = kernel_without_plan(shape, device)
+        return self._kernels[shape]
+
+    def without_plan(self, kernel: Kernel, shape: MoEShape, device: Device, most_tokens: int) -> GraphDispatcher:
+        """The graph dispatcher of a kernel's defaults, made for the first layer of a shape."""
+        found = self.defaults.get(shape)
+        if found is None or found.max_tokens < most_tokens:
+            found = GraphDispatcher(kernel, max_tokens=most_tokens, shape=shape, device=device)
+            self.defaults[shape] = found
+            start_log()
+        return found
 
     def graph_dispatcher(self, fit: Fit, shape: MoEShape, device: Device, most_tokens: int) -> GraphDispatcher:
         """The graph dispatcher of a plan, made for the first layer that has it."""
@@ -165,26 +192,22 @@ def _attach(kernel: Any) -> None:
         _warn(shape.reason, "rampwrap leaves a layer to vLLM: %s.", shape.reason, level=shape.level)
         return
     engine, device = _engine(), Device.current()
-    fit = engine.fit(shape, device)
-    if fit is None:
-        if config.tp_rank == config.ep_rank == config.dp_rank == 0:
-            remedy = engine.plans.remedy(command(engine.model, config, shape))
-            _warn(
-                remedy,
-                "rampwrap leaves vLLM's MoE layers (%s) as they are: %s; %s.",
-                shape,
-                engine.plans.why_not(shape, device, preference(shape)),
-                remedy,
-            )
-        return
-    if config.tp_rank == config.ep_rank == config.dp_rank == 0:
-        for sentence in fit.passed_over:
-            _warn(sentence, "rampwrap passes over a plan: %s; it chooses by %s instead.", sentence, fit.path)
-    if (refusal := _refusal(impl, experts, shape, engine)) is not None:
-        _warn(refusal.reason, "rampwrap leaves a layer with a plan to vLLM: %s.", refusal.reason, level=refusal.level)
-        return
     tokens = config.max_num_tokens * max(1, config.dp_size)
-    graph_dispatcher = engine.graph_dispatcher(fit, shape, device, tokens)
+    fit, refusal = engine.fit(shape, device), _refusal(impl, experts, shape, engine)
+    if fit is None:
+        found = _without_plan(engine, config, shape, device, refusal)
+        if found is None:
+            return
+        graph_dispatcher = engine.without_plan(found, shape, device, tokens)
+    else:
+        if _is_first(config):
+            for sentence in fit.passed_over:
+                _warn(sentence, "rampwrap passes over a plan: %s; it chooses by %s instead.", sentence, fit.path)
+        if refusal is not None:
+            said = "rampwrap leaves a layer with a plan to vLLM: %s."
+            _warn(refusal.reason, said, refusal.reason, level=refusal.level)
+            return
+        graph_dispatcher = engine.graph_dispatcher(fit, shape, device, tokens)
     if shape.dtype == "fp8":
         kind: Any = type(experts)
         experts.__class__ = _deferring(kind)
@@ -193,8 +216,34 @@ def _attach(kernel: Any) -> None:
     engine.seconds += time.perf_counter() - start
 
 
+def _is_first(config: Any) -> bool:
+    """Whether this rank speaks for all."""
+    return bool(config.tp_rank == config.ep_rank == config.dp_rank == 0)
+
+
+def _without_plan(
+    engine: _Engine, config: Any, shape: MoEShape, device: Device, refusal: Refusal | None
+) -> Kernel | None:
+    """The kernel whose defaults serve a layer without a plan; None leaves it to vLLM. A line says which."""
+    kernel = engine.kernel_without_plan(shape, device) if refusal is None else refusal.reason
+    if _is_first(config):
+        why_not = engine.plans.why_not(shape, device, preference(shape))
+        remedy = engine.plans.remedy(command(engine.model, config, shape))
+        if isinstance(kernel, str):
+            said = "rampwrap leaves vLLM's MoE layers (%s) as they are: %s, nor do defaults serve (%s); %s."
+            _warn(remedy, said, shape, why_not, kernel, remedy)
+        else:
+            said = (
+                "rampwrap runs the default configs of %s for layers of %s: %s; %s, or set %s=1 to leave them to vLLM."
+            )
+            # Whoever has made plans wants to know that they do not serve.
+            level = logging.WARNING if engine.plans.found else logging.INFO
+            _warn(f"{remedy} {shape}", said, kernel.name, shape, why_not, remedy, PLANS_ONLY, level=level)
+    return None if isinstance(kernel, str) else kernel
+
+
 def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refusal | None:
-    """What stands against our launch in a layer that has a plan."""
+    """What stands against our launch in a layer."""
     triton = importlib.import_module(f"{_PACKAGE}.experts.triton_moe").TritonExperts
     if type(experts) is not triton:
         return by_another(type(experts).__name__)
@@ -213,13 +262,15 @@ def _deferring(experts: Any) -> type:
 
 
 def engines() -> list[dict[str, Any]]:
-    """What was attached in this process, one entry for each engine: layers, plans, kernels and seconds spent at start."""
+    """What was attached in this process, one entry for each engine: layers, plans, shapes without one that defaults serve,
+    kernels and seconds spent at start."""
     return [
         {
             "model": its.model,
             "layers": its.layers,
             "plans": sorted(its.graph_dispatchers),
-            "kernels": sorted({graph_dispatcher.kernel.name for graph_dispatcher in its.graph_dispatchers.values()}),
+            "defaults": sorted(map(str, its.defaults)),
+            "kernels": sorted({graph_dispatcher.kernel.name for graph_dispatcher in its.every}),
             "seconds": its.seconds,
         }
         for _, its in _engines.values()
@@ -228,4 +279,4 @@ def engines() -> list[dict[str, Any]]:
 
 def graph_dispatchers() -> list[GraphDispatcher]:
     """Those of all engines in this process, for `GraphDispatcher.explain` and `GraphDispatcher.telemetry`."""
-    return [graph_dispatcher for _, its in _engines.values() for graph_dispatcher in its.graph_dispatchers.values()]
+    return [graph_dispatcher for _, its in _engines.values() for graph_dispatcher in its.every]

@@ -58,7 +58,7 @@ class Experts:
             self._warn("capture", "rampwrap leaves a captured step to vLLM: %s", error)
         except RampwrapError as error:
             self._given_up = True
-            self._warn(str(error), "rampwrap leaves a layer with a plan to vLLM: %s", error)
+            self._warn(str(error), "rampwrap leaves a layer to vLLM from here on: %s", error)
         return self._own(**call)
 
     def _runnable(self, call: Mapping[str, Any]) -> bool:

@@ -25,6 +25,7 @@ if importlib.util.find_spec("vllm") is None:
 import attrs
 
 from rampwrap.engines import vllm as plugin
+from rampwrap.engines.defaults import PLANS_ONLY, default_configs
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.activation import SWIGLU_OAI, Activation
 from rampwrap.kernel.catalog import make_kernel
@@ -398,7 +399,7 @@ prompts = [{"prompt_token_ids": [7 + i, 11, 13 + i]} for i in range(40)] + [{"pr
 outputs = llm.generate(prompts, params, use_tqdm=False)
 assert all(len(output.outputs[0].token_ids) == 24 for output in outputs)
 from rampwrap.engines import vllm as plugin
-rows = [row for _, its in plugin._engines.values() for s in its.graph_dispatchers.values() for row in s.telemetry()]
+rows = [row for _, its in plugin._engines.values() for s in its.every for row in s.telemetry()]
 print("FOUND", json.dumps({
     "engines": plugin.engines(),
     "names": sorted({row.layer for row in rows}),
@@ -527,10 +528,27 @@ def test_engine_with_scales_by_channel(tmp_path, backend):
     assert ("--moe-backend triton" in text) == (backend == "auto")
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_engine_without_a_plan(tmp_path, dtype):
+    """The CuTe kernels' defaults serve both layers, in graphs, with one line that holds the command."""
+    shape = attrs.evolve(SHAPE, dtype=dtype)
+    kernel = need_cute(shape)
+    if kernel.must_compile(default_configs(kernel)):
+        pytest.skip("defaults serve where 'rampwrap build-kernels' ran")
+    found, text = run_engine(tmp_path, False, shape=shape, **{places.OWN_PLANS: "1"})
+    (engine,) = found["engines"]
+    assert (engine["layers"], engine["plans"], engine["defaults"]) == (2, [], [str(shape)])
+    assert engine["kernels"] == ["cute_moe"] and found["modes"] == ["single"] and found["on_host"] > 0
+    said = [line for line in text.splitlines() if "rampwrap" in line]
+    assert sum("default configs of cute_moe" in line for line in said) == 1
+    assert not any("rampwrap leaves" in line for line in said)
+
+
 @pytest.mark.parametrize("case", ["no plan", "kill switch", "batch invariant"])
 def test_engine_without_us(tmp_path, case):
     """vLLM as it was; without a plan one warning that holds the command."""
-    environment = {"kill switch": {places.DISABLE: "1"}, "batch invariant": {"VLLM_BATCH_INVARIANT": "1"}}.get(case, {})
+    environments = {"kill switch": {places.DISABLE: "1"}, "batch invariant": {"VLLM_BATCH_INVARIANT": "1"}}
+    environment = environments.get(case, {PLANS_ONLY: "1"})
     found, text = run_engine(tmp_path, case != "no plan", options={"enforce_eager": True}, **environment)
     assert not any(engine["layers"] for engine in found["engines"])
     said = [line for line in text.splitlines() if "make a plan" in line]
