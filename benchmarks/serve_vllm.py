@@ -112,12 +112,17 @@ def say(start: float, text: str) -> None:
 
 
 def attached(arm: Arm, device: Device) -> list[str]:
-    """The plans that an engine with the plugin serves; an error with its words where there are none."""
+    """The plans, or defaults, that an engine with the plugin serves; an error with its words where there are none."""
     engines = [its for its in arm("choices")["engines"] if its["layers"]]
     if not engines:
         said = [line for line in arm.log.read_text(errors="replace").splitlines() if "rampwrap" in line]
         raise RuntimeError(f"{arm.name} attached to no layer: " + "; ".join(said[-3:] or ["it says nothing"]))
-    return [f"{its['layers']} layers, {match(path, device)}" for its in engines for path in its["plans"]]
+    by_plans = [f"{its['layers']} layers, {match(path, device)}" for its in engines for path in its["plans"]]
+    return by_plans + [
+        f"defaults of {' and '.join(its['kernels'])} for {shape} on {device.label}, without a plan"
+        for its in engines
+        for shape in its.get("defaults", ())
+    ]
 
 
 def measure_group(
@@ -284,6 +289,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["installed", "static", "deep_gemm", "plugin"], choices=ARMS)
     parser.add_argument(
         "--shipped-plans", action="store_true", help="the plugin has no plans but those that come with rampwrap"
+    )
+    parser.add_argument(
+        "--stand-in", action="store_true", help="with it, a plan shipped for another GPU where none is for this one"
     )
     parser.add_argument("--batch-size", nargs="+", type=int, default=[8, 32, 64, 128, 256, 512])
     parser.add_argument(

