@@ -14,19 +14,21 @@ from rampwrap.cli.types import positive, seconds
 from rampwrap.kernel.protocol import format_config
 from rampwrap.measure.session import PATIENCE_S
 
+ROUNDS = 4
+
 
 @attrs.frozen
 class MeasuringRequest:
     """How a kernel is timed."""
 
-    rounds: int = 4
+    rounds: int | None = None
     quiet: bool = False
     replace: bool = False
     patience: float = PATIENCE_S
 
     def arguments(self, out: str | None, seed: int) -> dict[str, Any]:
         """Those of `rampwrap.profile`."""
-        its = {"out": out, "rounds": self.rounds, "quiet": self.quiet, "seed": seed}
+        its = {"out": out, "rounds": self.rounds or ROUNDS, "quiet": self.quiet, "seed": seed}
         return {**its, "replace": self.replace, "patience_s": self.patience}
 
 

@@ -45,7 +45,7 @@ from rampwrap.kernel import catalog
     "--most-configs",
     type=positive,
     metavar="N",
-    help="keep N configs of each kernel after a short sweep; all by default, 40 with --engine and no --budget",
+    help="keep N configs of each kernel after a short sweep; all by default; with --engine and no --budget 24, in 3 rounds",
 )
 @click.option(
     "--ignore-engine",

@@ -126,7 +126,7 @@ def _profile_shape(
     if (missing := no_gpu()) and not isinstance(getattr(kernel, "device", None), Device):
         said = f"there is no GPU here ({missing}); kernel {kernel.name!r} is timed on the CPU, by the clock"
         print(f"rampwrap: {said} unless it returns a number of microseconds.", file=sys.stderr)
-    common = its.measuring.arguments(out, its.seed)
+    common = {**its.measuring.arguments(out, its.seed), "rounds": its.rounds}
     kept = pathlib.Path(f"{out.removesuffix('.npz')}.sweep.npz")
     before = None if its.measuring.replace or not sweeps else finished(out, kernel, shape, workloads)
     if before is not None:  # another sweep might keep other configs
@@ -189,11 +189,11 @@ def _projected(
     from rampwrap.measure.sweep import sweep_workloads
 
     if most is None:
-        projected = plan_profile(kernel, shape, workloads, rounds=its.measuring.rounds)
+        projected = plan_profile(kernel, shape, workloads, rounds=its.rounds)
         return {**attrs.asdict(projected), "text": f"{kernel.name}: {projected}"}
     first = plan_profile(kernel, shape, sweep_workloads(workloads, its.seed), rounds=1)
     kept = [config for index, config in enumerate(kernel.configs) if index not in first.refused][:most]
-    projected = plan_profile(kernel, shape, workloads, configs=kept, rounds=its.measuring.rounds, compiled=True)
+    projected = plan_profile(kernel, shape, workloads, configs=kept, rounds=its.rounds, compiled=True)
     text = f"{kernel.name}: a sweep of {first}; then {projected}"
     return {**attrs.asdict(projected), "sweep": attrs.asdict(first), "text": text}
 

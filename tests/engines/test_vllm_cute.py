@@ -443,7 +443,7 @@ def test_default_kernel_of_the_command_line(monkeypatch, built, tmp_path, capsys
         return shape["configs"], shape.get("sweep", {}).get("configs")
 
     every = len(cute_moe.CuteFusedMoE(FP8).configs)
-    assert configs() == (40, every), "an engine's profile begins with a sweep"
+    assert configs() == (24, every), "an engine's profile begins with a sweep"
     assert configs("--most-configs", "10000") == (every, None)
     assert configs("--kernel", "triton_fused_moe")[1] not in (None, every)
 
