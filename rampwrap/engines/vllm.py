@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
-from rampwrap.engines import vllm_contract
+from rampwrap.engines import vllm_contract, vllm_gather
 from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
 from rampwrap.engines.prepare import ensure_compiled
 from rampwrap.engines.vllm_experts import Experts
@@ -65,6 +65,7 @@ def register() -> None:
         said = "rampwrap serves vLLM %s, newer than the last one read, %s: its sources have all that it relies on, and no more."
         _once(version, said, vllm_contract.NEWEST)
     install(importlib.import_module(f"{_PACKAGE}.modular_kernel"))
+    vllm_gather.register(pathlib.Path(vllm.__path__[0]))
 
 
 def _once(version: str, text: str, more: str, level: int = logging.INFO) -> None:

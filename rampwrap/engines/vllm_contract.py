@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -210,8 +210,36 @@ class _Sources:
         return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
 
 
-def _faults(files: _Sources) -> Iterator[str]:
-    for (file, owner, name), expected in SIGNATURES.items():
+def class_faults(
+    root: pathlib.Path,
+    file: str,
+    owner: str,
+    signatures: Mapping[str, tuple[str, ...]],
+    optional: Mapping[str, tuple[str, ...]],
+    members: Collection[str],
+) -> list[str]:
+    """What a class has changed in, as `faults`.
+
+    Args:
+        root: the folder ``vllm`` of a release.
+        file, owner: where the class is, and its name.
+        signatures: by method its parameters after self, all of them.
+        optional: likewise, of methods that may be absent.
+        members: of the class, all that are known.
+    """
+    files = _Sources(root)
+    node = files.owner(file, owner)
+    if node is None:
+        return [f"{owner} is not in {file}"]
+    expected = dict(signatures) | {name: its for name, its in optional.items() if _parameters(node, name) is not None}
+    found = list(_signatures(files, {(file, owner, name): its for name, its in expected.items()}))
+    if new := sorted(one for one in _members(node) if one not in members):
+        found.append(f"{owner} has {', '.join(new)}, which rampwrap does not know")
+    return found
+
+
+def _signatures(files: _Sources, signatures: Mapping[tuple[str, str, str], tuple[str, ...]]) -> Iterator[str]:
+    for (file, owner, name), expected in signatures.items():
         found = _parameters(files.owner(file, owner), name)
         of = f"{owner}.{name}" if owner else name
         if found is None:
@@ -220,6 +248,10 @@ def _faults(files: _Sources) -> Iterator[str]:
             new = [one for one in found if one not in expected]
             gone = [one for one in expected if one not in found]
             yield f"{of} {_difference('takes', new, gone) or 'takes its arguments in another order'}"
+
+
+def _faults(files: _Sources) -> Iterator[str]:
+    yield from _signatures(files, SIGNATURES)
     yield from _calls(files)
     for (file, owner), expected in BASES.items():
         node = files.owner(file, owner)

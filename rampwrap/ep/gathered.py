@@ -84,6 +84,11 @@ class Gathered:
         board.exchange("open to all", None)
         return cls(mapped, shared)
 
+    @property
+    def hidden_size(self) -> int:
+        """Columns of the rows that are scattered."""
+        return self._mapped.hidden_size
+
     def refusal(self, fields: Sequence[torch.Tensor], tokens_per_rank: Sequence[int]) -> str | None:
         """Why a step cannot go this way, in a sentence: the same on every rank, where all bring tensors of the same kinds."""
         its = self._mapped
