@@ -15,7 +15,9 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 WANTED = ("vllm/distributed/device_communicators/", "vllm/__init__.py", "vllm/_version.py")
 RELEASES = [pytest.param(one, marks=pytest.mark.slow) for one in ("0.26.0", "0.33.0")]
-RELEASES += [pytest.param(one, marks=pytest.mark.release) for one in ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")]
+RELEASES += [
+    pytest.param(one, marks=pytest.mark.release) for one in ("0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+]
 # vLLM's class as far as the contract reads it.
 SOURCE = """
 class AgRsAll2AllManager(All2AllManagerBase):
