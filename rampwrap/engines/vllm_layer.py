@@ -44,10 +44,10 @@ def preference(shape: MoEShape) -> tuple[str, ...]:
 
 @attrs.frozen
 class Refusal:
-    """Why a layer stays with vLLM; `level` says who needs to know."""
+    """Why a layer stays with vLLM; `level` says who needs to know: a warning is for what a flag or a plan could change."""
 
     reason: str
-    level: int = logging.DEBUG
+    level: int = logging.INFO
 
 
 def by_another(name: str) -> Refusal:
@@ -78,7 +78,7 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
     else:
         return Refusal(f"it is quantised as {quant.weight_quant_dtype} with {quant.quant_dtype} activations")
     if (reason := _strange(config, quant)) is not None:
-        return Refusal(reason, logging.INFO)
+        return Refusal(reason)
     return MoEShape(
         config.num_experts,
         config.experts_per_token,
@@ -140,18 +140,14 @@ def unlike(experts: Any, shape: MoEShape) -> Refusal | None:
         for field, (_, _, name) in _SCALED.items():
             its, ours = getattr(told, name, None), getattr(shape.activation, field)
             if its != ours:
-                return Refusal(f"its activation has {name}={its}, not {ours}", logging.INFO)
+                return Refusal(f"its activation has {name}={its}, not {ours}")
         names = [name for _, _, name in _SCALED.values()]
         if (reason := strange("ApplyMoEActivationConfig", told, names)) is not None:
-            return Refusal(reason, logging.INFO)
+            return Refusal(reason)
     if getattr(experts, "quantization_emulation", False):
-        return Refusal("its quantisation is emulated", logging.INFO)
+        return Refusal("its quantisation is emulated")
     wide = getattr(experts, "output_hidden_dim", lambda size: size)(shape.hidden_size)  # from 0.33 on
-    return (
-        None
-        if wide == shape.hidden_size
-        else Refusal(f"its output is {wide} wide, not {shape.hidden_size}", logging.INFO)
-    )
+    return None if wide == shape.hidden_size else Refusal(f"its output is {wide} wide, not {shape.hidden_size}")
 
 
 def command(model: str, config: Any, shape: MoEShape | None = None) -> str:
