@@ -2,7 +2,7 @@
 
     RAMPWRAP_PLANS_ONLY 1 serves plans alone: without one vLLM keeps its layers, and transformers gets our Triton kernel
 
-On the tables of an H200 the defaults are ahead of vLLM's Triton kernel at its best for each workload: 1.09-1.50x in the mean at
+transformers' layers are served by the Triton kernel's defaults otherwise. On the tables of an H200 the defaults are ahead of vLLM's Triton kernel at its best for each workload: 1.09-1.50x in the mean at
 every token count in FP8, 1.02-1.25x in bf16 (`benchmarks/defaults.py`). No engine was measured with them yet.
 """
 
@@ -17,6 +17,8 @@ from rampwrap.plan.folder import enabled
 from rampwrap.policy.static import default_table
 
 PLANS_ONLY = "RAMPWRAP_PLANS_ONLY"
+ENGINES = ("vllm", "transformers")
+"Whose hooks serve them."
 KERNEL = "cute_moe"
 _HOPPER = {"H100", "H200"}
 "In the names of devices that say nothing of their capability, as those in plans made elsewhere."

@@ -12,6 +12,8 @@ from rampwrap.checkpoint.model import Alike, Layers, Ranks, layers_of
 from rampwrap.checkpoint.quantisation import FORMS
 from rampwrap.engines import sglang
 from rampwrap.engines.backends import TRITON, Backend, backend_for
+from rampwrap.engines.defaults import ENGINES as DEFAULTS_SERVE
+from rampwrap.engines.defaults import kernel_without_plan
 from rampwrap.engines.installed import NAMES, Installed, installed
 from rampwrap.engines.profile import kernels_of
 from rampwrap.engines.vllm_layer import by_another
@@ -29,8 +31,8 @@ class Served:
     Attributes:
         gpu: its label; "" where there is neither a GPU here nor a plan for any.
         shape: of the layer.
-        kernel, plan: ours and the plan's file; "" where the engine's own runs it.
-        source: ``own`` for a plan of the user's, ``rampwrap`` for one that came with it.
+        kernel, plan: ours and the plan's file; "" where the engine's own runs it, or where there is no plan.
+        source: ``own`` for a plan of the user's, ``rampwrap`` for one that came with it, ``defaults`` for the kernel's without one.
         reason: why none does, or what else is to be said of the plan, as clauses.
         remedy: what to do about it, with the exact command.
     """
@@ -47,6 +49,8 @@ class Served:
         where = f"on {self.gpu}: " if self.gpu else ""
         if not self.kernel:
             return f"{where}not served: {self.reason}; {self.remedy}"
+        if self.source == "defaults":
+            return f"{where}{self.kernel} by its defaults: {self.reason}; {self.remedy}"
         brought = ", which came with rampwrap" if self.source == "rampwrap" else ""
         more = f" ({self.reason})" if self.reason else ""
         return f"{where}{self.kernel} by {self.plan}{brought}{more}"
@@ -210,8 +214,14 @@ def _served(
         said = [*passed_over, *filter(None, [made_elsewhere(plan, device).removeprefix(", ")])]
         source = "rampwrap" if pathlib.Path(path).parent == SHIPPED else "own"
         return Served(gpu, shape, plan.kernel, path, source, "; ".join(said))
-    reason = usable.why_not(here, device or SIMULATED, kernels)
-    return Served(gpu, shape, reason=reason, remedy=plans.remedy(command))
+    reason, kernel = usable.why_not(here, device or SIMULATED, kernels), ""
+    if device is not None and engine in DEFAULTS_SERVE:
+        default = kernel_without_plan(here, device)
+        if not isinstance(default, str):
+            kernel = default.name
+        elif engine == "vllm":  # transformers' layers run the Triton kernel's
+            reason += f", nor do defaults serve ({default})"
+    return Served(gpu, shape, kernel, "", "defaults" if kernel else "", reason, plans.remedy(command))
 
 
 def _plan(

@@ -1,4 +1,4 @@
-"""transformers: experts layers in bf16 run rampwrap's Triton kernel, with the config that a plan picks for each batch.
+"""transformers: experts layers in bf16 run rampwrap's kernels, with the config that a plan picks for each batch.
 
     from transformers.integrations.moe import ExpertsInterface
     from rampwrap.engines.transformers import experts_forward
@@ -7,8 +7,8 @@
     model.set_experts_implementation("rampwrap")
 
 `register` does the same and says where the plans are; otherwise it is $RAMPWRAP_PLANS, a plan file or a folder of
-them. Layers that no plan fits run the kernel's default configs, with one warning that holds the command which makes a
-plan. Layers that the kernel cannot run, and training, go to transformers' own ``grouped_mm``, with the reason said
+them. Layers that no plan fits run default configs, of the CuTe kernels on sm_90 where they are built and of the Triton kernel
+elsewhere, with one warning that holds the command which makes a plan. Layers that the kernel cannot run, and training, go to transformers' own ``grouped_mm``, with the reason said
 once. One operator, `rampwrap::experts`, is all that `torch.compile` sees.
 """
 
@@ -26,9 +26,11 @@ from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
+from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
 from rampwrap.engines.transformers_layer import CHECKED, mismatch, refusal
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
+from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.folder import HOOK_KERNELS, OneWarning, Plans, made_elsewhere
 from rampwrap.plan.plan import shape_arguments
@@ -38,6 +40,9 @@ KERNELS = HOOK_KERNELS["transformers"]
 "Whose plans serve."
 MAX_TOKENS = 4096
 "Tokens of a batch above which the plan's static configs serve: scratch memory grows with it, to 200 MB for OLMoE."
+MANY_TOKENS = 1536
+"""From which the Triton kernel's default serves in place of the CuTe kernels': on an H200 it is 2-10 % ahead of their two-launch form
+there, and behind by 1-8 % in the mean below. Beside the prefill form it was not timed."""
 # Layers that keep a record of their own; weights that move, as in offloading to the host, would make ever more of them.
 MAX_LAYERS = 1024
 
@@ -87,8 +92,10 @@ class Service:
         # Under expert parallelism the ids are local and those of other ranks equal the number of experts here: the
         # layer is one of few experts, whose ids may be out of range, which the kernel skips.
         self.shape = MoEShape(experts, top_k, hidden, rows // 2)
-        self.kernel = TritonFusedMoE(self.shape)
+        self.kernel: Kernel = TritonFusedMoE(self.shape)
         self.dispatcher = Dispatcher(self.kernel, None, shape=self.shape)
+        # In place of the CuTe kernels': many tokens, and tensors that do not start at a multiple of 16 bytes.
+        self._triton: Dispatcher | None = None
         self.graph_dispatcher: GraphDispatcher | None = None
         self._layers: dict[int, Layer] = {}
         self._warmed: set[int] = set()
@@ -97,13 +104,22 @@ class Service:
             device = Device.current()
         fit = serving.plans.find(self.shape, device, KERNELS)
         if fit is None:
+            more = ""
+            # Its one-launch form adds in no fixed order.
+            if not torch.are_deterministic_algorithms_enabled():
+                found = kernel_without_plan(self.shape, device)
+                if not isinstance(found, str):
+                    self.kernel, self._triton = found, self.dispatcher
+                    self.dispatcher = Dispatcher(found, None, shape=self.shape)
+                    more = f", or set {PLANS_ONLY}=1 for those of {TritonFusedMoE.name}"
             _warn(
                 f"no plan {self.shape}",
-                "rampwrap runs the default configs of %s for %s: %s; %s.",
+                "rampwrap runs the default configs of %s for %s: %s; %s%s.",
                 self.kernel.name,
                 self.shape,
                 serving.plans.why_not(self.shape, device, KERNELS),
                 serving.plans.remedy(f"rampwrap profile --engine transformers {shape_arguments(self.shape)}"),
+                more,
             )
             return
         plan = fit.plan
@@ -122,7 +138,11 @@ class Service:
         """[T, H] of the layer whose arguments, as of `TritonFusedMoE.launch`, are given."""
         num_tokens = len(inputs["topk_ids"])
         if self.graph_dispatcher is None or num_tokens > self._serving.max_tokens:
-            out: torch.Tensor = self.dispatcher(**inputs)
+            dispatcher = self.dispatcher
+            if self._triton is not None:
+                odd = any(inputs[name].data_ptr() & 15 for name in ("w13", "w2", "hidden_states"))
+                dispatcher = self._triton if odd or num_tokens >= MANY_TOKENS else dispatcher
+            out: torch.Tensor = dispatcher(**inputs)
             return out
         layer = self.layer(inputs["w13"])
         if num_tokens not in self._ready and not capturing():

@@ -45,4 +45,4 @@ def test_says_both(defaults, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["defaults.py"])
     defaults.main()
     said = capsys.readouterr().out
-    assert said.count("| hindsight |") == 7 and said.count("h200-v2-triton") == 3
+    assert said.count("| hindsight |") == 7 and said.count("h200-v2-triton") == 6

@@ -16,6 +16,7 @@ from rampwrap.cli.main import main
 from rampwrap.engines import installed as installing
 from rampwrap.engines import vllm_contract
 from rampwrap.engines.backends import _ROWS, backend_of
+from rampwrap.engines.defaults import PLANS_ONLY
 from rampwrap.engines.installed import Installed
 from rampwrap.kernel.device import SIMULATED, Device
 from rampwrap.kernel.shape import MoEShape
@@ -72,6 +73,8 @@ def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     monkeypatch.setattr("rampwrap.engines.doctor.SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(installing, "_version", lambda engine: "")
     monkeypatch.delenv(folder.DISABLE, raising=False)
+    monkeypatch.delenv(PLANS_ONLY, raising=False)
+    monkeypatch.setenv("RAMPWRAP_CUTE_LIBRARY", str(tmp_path / "nowhere"))
     return tmp_path / "model"
 
 
@@ -109,6 +112,32 @@ def test_the_command_it_names_makes_what_is_missing(model: pathlib.Path, ask: An
     assert obey(text.splitlines()[2]) == 0
     status, found, _ = ask(TINY, "--tp-size", "2")
     assert status == 0 and found["layers"][0]["served"][0]["gpu"] == SIMULATED.label
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_defaults_serve_without_a_plan(
+    model: pathlib.Path, ask: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """On a Hopper whose CuTe kernels are built, unless the switch is set; a plan goes first."""
+    status, found, text = ask(TINY, "--engine", engine, "--gpu", "H200")
+    assert status == 1 and ("nor do defaults serve" in text) == (engine == "vllm")
+
+    class Built:
+        name = "cute_moe"
+
+    asked: list[tuple[MoEShape, str]] = []
+    monkeypatch.setattr(
+        "rampwrap.engines.doctor.kernel_without_plan",
+        lambda shape, device: (asked.append((shape, device.name)), Built)[1],
+    )
+    status, found, text = ask(TINY, "--engine", engine, "--gpu", "H200")
+    (served,) = found["layers"][0]["served"]
+    assert status == 0 and found["served"] and asked[0] == (SHAPE, "NVIDIA H200")
+    assert (served["kernel"], served["plan"], served["source"]) == ("cute_moe", "", "defaults")
+    assert "there is no plan" in served["reason"] and f"rampwrap profile --engine {engine}" in served["remedy"]
+    assert "cute_moe by its defaults: there is no plan in" in text and "every layer is served on NVIDIA H200" in text
+    attrs.evolve(plan, device=H200).save(model.parent / "plans" / "a.plan.json")
+    assert ask(TINY, "--engine", engine, "--gpu", "H200")[1]["layers"][0]["served"][0]["source"] == "own"
 
 
 def test_one_gpu_of_several(model: pathlib.Path, ask: Any, plan: Plan) -> None:
