@@ -114,10 +114,10 @@ def push_kernel(
 
 @triton.jit
 def has_sum(owners, peer, EVERY: tl.constexpr):
-    """Whether a rank has a sum for a token."""
+    """1 where a rank has a sum for a token, else 0."""
     if EVERY:
-        return tl.full((), 1, tl.int1)
-    return tl.max((owners == peer).to(tl.int32), 0) > 0
+        return tl.full((), 1, tl.int32)
+    return tl.max((owners == peer).to(tl.int32), 0)
 
 
 @triton.jit(
@@ -173,10 +173,12 @@ def sum_kernel(
             column = start + tl.arange(0, BLOCK)
             mask = column < COLUMNS
             total = tl.zeros((BLOCK,), tl.float32)
+            # Masks and no branches, so that the loads of all ranks are under way together.
             for peer in tl.static_range(RANKS):
-                if has_sum(owners, peer, EVERY):
-                    at = (tl.cast(peer, tl.int64) * MAX_TOKENS + token) * COLUMNS + column
-                    total += tl.load(partials_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                here = has_sum(owners, peer, EVERY)
+                at = (tl.cast(peer, tl.int64) * MAX_TOKENS + token) * COLUMNS + column
+                part = tl.load(partials_ptr + at, mask=column < COLUMNS * here, other=0.0).to(tl.float32)
+                total = tl.where(here > 0, total + part, total)
             at = tl.cast(token, tl.int64) * COLUMNS + column
             tl.store(out_ptr + at, downcast(total, out_ptr.dtype.element_ty), mask=mask)
     if is_last(ticket_ptr):

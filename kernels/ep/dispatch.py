@@ -131,6 +131,7 @@ def make_blocks(
     capacity,
     fallback,
     MAKES: tl.constexpr,
+    COUNTS: tl.constexpr,
     PIECE: tl.constexpr,
     BINS: tl.constexpr,
     IDS: tl.constexpr,
@@ -141,15 +142,19 @@ def make_blocks(
     MARGINS: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """Histogram, M blocks and choice, as `align` and `select` make them, by one CTA."""
+    """Histogram, M blocks and choice, as `align` and `select` make them, by one CTA.
+
+    COUNTS slots are counted at a time, each of which costs a trip to memory and back.
+    """
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), dtype=tl.int32)
-    for start in range(0, num_slots, PIECE):
-        slots = start + tl.arange(0, PIECE)
+    pieces = (num_slots + PIECE - 1) // PIECE
+    for start in range(0, num_slots, COUNTS):
+        slots = start + tl.arange(0, COUNTS)
         ids = local_expert_ids(topk_ids_ptr, expert_map_ptr, slots, num_slots, num_experts, num_local_experts)
         counts += count_ids(ids, num_local_experts, BINS)
         if MAKES != _COUNT:
-            tl.store(scratch_ptr + BINS + slots, ids)
+            tl.store(scratch_ptr + BINS + slots, ids, mask=slots < pieces * PIECE)
     tl.store(expert_counts_ptr + bins, counts, mask=bins < num_local_experts)
     if MAKES == _SELECT:
         tables = load_tables(ints_ptr, reals_ptr, C, S, LAUNCHES, MARGINS)
@@ -173,7 +178,6 @@ def make_blocks(
     if MAKES != _COUNT:
         fill(sorted_token_ids_ptr, 0, capacity, num_slots, 1024, 1024)
         tl.debug_barrier()  # sentinels before the slots that replace some, and ids before they are read
-        pieces = (num_slots + PIECE - 1) // PIECE
         place_chunk(
             0,
             counts,
@@ -264,6 +268,7 @@ def dispatch_kernel(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     MAKES: tl.constexpr,
+    COUNTS: tl.constexpr,
     PIECE: tl.constexpr,
     BINS: tl.constexpr,
     IDS: tl.constexpr,
@@ -354,6 +359,7 @@ def dispatch_kernel(
                 capacity,
                 fallback,
                 MAKES,
+                COUNTS,
                 PIECE,
                 BINS,
                 IDS,

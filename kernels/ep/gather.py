@@ -22,7 +22,8 @@ MOST_FIELDS = 5
 @triton.jit
 def send_row(bases_ptr, field_ptr, token, row, rank, RANKS: tl.constexpr, WORDS: tl.constexpr, AT: tl.constexpr):
     """Copies a token's WORDS int32 of one tensor, read once, to a row of the region AT bytes into each rank's memory."""
-    block: tl.constexpr = 64 if WORDS <= 64 else 1024
+    # A whole row at once: loads of a next piece would wait for the stores of the one before, which may alias.
+    block: tl.constexpr = 64 if WORDS <= 64 else 1024 if WORDS <= 1024 else 4096
     for start in tl.static_range(0, WORDS, block):
         word = start + tl.arange(0, block)
         data = tl.load(field_ptr + token * WORDS + word, mask=word < WORDS, other=0)

@@ -187,9 +187,10 @@ def dispatch(
         WEIGHTS_AT=offsets["topk_weights"],
         ROWS_AT=offsets["rows"],
         SCALES_AT=offsets.get("scales", 0),
-        BLOCK=min(1024, triton.next_power_of_2(words)),
-        GROUPS=min(16, triton.next_power_of_2(-(-hidden // GROUP))),  # 8 values a thread: stores of 8 bytes
+        BLOCK=min(4096, triton.next_power_of_2(words)),
+        GROUPS=min(64, triton.next_power_of_2(-(-hidden // GROUP))),
         MAKES=makes,
+        COUNTS=align.PIECE if num_slots <= align.PIECE else 2048,
         PIECE=align.PIECE,
         BINS=bins,
         IDS=32,
@@ -292,9 +293,8 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
         MAX_TOKENS=its.max_tokens,
         CELLS_AT=cells_at,
         PARTIALS_AT=its.offsets["partials"],
-        BLOCK=min(1024, triton.next_power_of_2(its.hidden_size)),
+        **_row_at_once(its.hidden_size),
         EVERY=its.expert_map is None,
-        num_warps=4,
         **its._shared(tokens_per_rank),
     )
 
@@ -321,11 +321,16 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
         its.ticket,
         limit_ns=int(its.timeout_s * 1e9),
         MAX_TOKENS=its.max_tokens,
-        BLOCK=min(1024, triton.next_power_of_2(its.hidden_size)),
+        **_row_at_once(its.hidden_size),
         EVERY=its.expert_map is None,
-        num_warps=4,
         **its._shared(tokens_per_rank),
     )
+
+
+def _row_at_once(columns: int) -> dict[str, int]:
+    """A CTA has a whole row under way: loads of a next piece would wait for the stores of the one before, which may alias."""
+    block = min(8192, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}
 
 
 def said_by(fault: int, timeout_s: float) -> str | None:

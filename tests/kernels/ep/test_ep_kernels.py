@@ -181,6 +181,21 @@ def test_rows_and_sums(num_ranks: int, counts: list[int], payload: str, masked: 
             assert int(its.fault) == 0 and int(its.views["header"][0]) == step + 1 and int(its.ticket) == 0
 
 
+@pytest.mark.parametrize("counts", [[60, 40], [1, 600]], ids=str)
+def test_more_slots_than_are_counted_at_a_time(counts: list[int]) -> None:
+    """Blocks and histogram of several pieces, by the last CTA alone."""
+    ranks, brought = made(Layout(SHAPE, 2, max(counts)), PLACEMENTS[2]), drawn(counts, 8, torch.int32)
+    found, blocks = sent(ranks, brought, counts, block_m=8, masked=True)
+    ids = torch.cat([its["topk_ids"] for its in brought])
+    for its, histogram, made_here in zip(ranks, found, blocks, strict=True):
+        wanted = align_tokens(ids, 8, its.num_local_experts, expert_map=its.expert_map)
+        assert torch.equal(histogram, wanted.expert_counts)
+        post = int(wanted.num_tokens_post_padded)
+        assert int(made_here.num_tokens_post_padded) == post
+        assert torch.equal(made_here.sorted_token_ids, wanted.sorted_token_ids)
+        assert torch.equal(made_here.expert_ids[: post // 8], wanted.expert_ids[: post // 8])
+
+
 def test_e4m3_rows_with_scales_are_copied() -> None:
     ranks, counts = made(Layout(SHAPE, 2, 4, payload="fp8"), PLACEMENTS[2]), [3, 1]
     brought = drawn(counts, 4)
@@ -332,7 +347,7 @@ def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
 ranks = 4
 shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512)
 send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, ROWS_AT=17408, SCALES_AT=1 << 33,
-    BLOCK=1024, GROUPS=16, MAKES=1, PIECE=256, BINS=64, IDS=32, TILE=64, C=1, S=1, LAUNCHES=1, MARGINS=1, STRIDE=4)
+    BLOCK=4096, GROUPS=64, MAKES=1, COUNTS=2048, PIECE=256, BINS=64, IDS=32, TILE=64, C=1, S=1, LAUNCHES=1, MARGINS=1, STRIDE=4)
 select = ("record_ptr", "tally_ptr", "ints_ptr", "reals_ptr")
 blocks = ("scratch_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "post_padded_ptr")
 build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr", *select, *blocks), num_warps=8)
@@ -340,12 +355,12 @@ quantises = send | dict(QUANTISES=True, ROW_BYTES=7168, MAKES=2)
 build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr", *select), x="bf16", ids="i64", num_warps=8)
 chooses = send | dict(ROW_BYTES=7168, MAKES=3, C=2, S=32, LAUNCHES=2, MARGINS=32)
 build("dispatch chooses", dispatch.dispatch_kernel, chooses, num_warps=8)
-push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=1024, EVERY=False)
-build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=4)
-build("sum", combine.sum_kernel, push, num_warps=4)
+push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=8192, EVERY=False)
+build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=8)
+build("sum", combine.sum_kernel, push, num_warps=8)
 every = push | dict(EVERY=True, TOP_K=1, SLOTS=1, BY_SLOT=False)
-build("push every", combine.push_kernel, every, ("topk_ids_ptr", "topk_weights_ptr", "expert_map_ptr"), num_warps=4)
-build("sum every", combine.sum_kernel, every, ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=4)
+build("push every", combine.push_kernel, every, ("topk_ids_ptr", "topk_weights_ptr", "expert_map_ptr"), num_warps=8)
+build("sum every", combine.sum_kernel, every, ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=8)
 rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024, AT_1=1 << 24, AT_2=1 << 25, AT_3=1 << 26, AT_4=0)
 build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8)
 """
