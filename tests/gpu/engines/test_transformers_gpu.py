@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import transformers as engine
+from rampwrap.engines.defaults import PLANS_ONLY
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
@@ -64,13 +65,17 @@ def model() -> Any:
     return transformers.OlmoeForCausalLM(config).to("cuda", torch.bfloat16).eval()
 
 
-@pytest.fixture(params=[False, True], ids=["default", "plan"])
-def planned(request: pytest.FixtureRequest, tmp_path: pathlib.Path, model: Any) -> bool:
-    if request.param:
+@pytest.fixture(params=["defaults", "plans only", "plan"])
+def planned(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """A plan, or none: then defaults, of the CuTe kernels where they are built and of the Triton kernel where those may not serve."""
+    if request.param == "plan":
         plan_in(tmp_path)
+    monkeypatch.setenv(PLANS_ONLY, "1" if request.param == "plans only" else "")
     engine.register(tmp_path, model=model)
     torch._dynamo.reset()
-    return bool(request.param)
+    return bool(request.param == "plan")
 
 
 def tokens(rows: int, length: int = 1) -> torch.Tensor:

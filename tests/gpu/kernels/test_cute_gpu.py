@@ -20,6 +20,7 @@ import attrs
 
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.portfolio import Portfolio
@@ -241,6 +242,28 @@ def test_a_graph_follows_the_routing(form, dtype):
                 assert torch.equal(replayed, eager)
             else:
                 assert error(replayed, eager.double()) < stress.BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_graphs_without_a_plan(dtype):
+    """The default of each size, captured after one eager step and replayed with other routing: one, two and prefill launches."""
+    shape = attrs.evolve(SHAPE, dtype=dtype)
+    kernel = make(shape, "both")
+    layer = GraphDispatcher(kernel, max_tokens=4096).layer("layer")
+    forms = set()
+    for tokens in (1, 2, 16, 48, 300, 4096):
+        inputs = kernel.inputs(shape, uniform(shape, tokens).clone())
+        forms.add(kernel.default_config(tokens)["form"])
+        layer(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(**inputs)
+        for seed in range(2):
+            few = torch.arange(shape.top_k).expand(tokens, shape.top_k)
+            inputs["topk_ids"].copy_(uniform(shape, tokens, seed) if seed else few)
+            graph.replay()
+            assert error(out, kernel.reference(shape, inputs)) < stress.BOUND[dtype], (tokens, seed)
+    assert forms == {"one", "two", "prefill"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
