@@ -178,13 +178,23 @@ def plan_profile(
         # Measured: 0.06 ms a launch and its bookkeeping; what a kernel on the CPU takes is not known.
         seconds = 6e-5 * rounds * len(counts) * usable if stated else None
     else:
-        # Set-up of a cell (eager launch, two captures) 10 ms, a compilation 1.5 s, four replays of 0.4 ms or two
-        # launches a round; the average config is 2.5 times the roofline.
+        # Set-up of a cell (eager launch, two captures) 10 ms, four replays of 0.4 ms or two launches a round; the average
+        # config is 2.5 times the roofline.
         launch = 2.5e-6 * roofline_us(device, shape, counts)
-        seconds = usable * (
-            (0.0 if compiled else 1.5) + float(np.sum(0.01 + 4 * rounds * np.maximum(4e-4, 2 * launch)))
-        )
+        seconds = usable * float(np.sum(0.01 + 4 * rounds * np.maximum(4e-4, 2 * launch)))
+        seconds += 0.0 if compiled else compiling_s(kernel, [its for i, its in enumerate(configs) if i not in refused])
     return ProfilePlan(len(counts), len(configs), refused, len(counts) * usable, shape.weight_bytes, seconds)
+
+
+def compiling_s(kernel: Kernel, configs: Sequence[Config]) -> float:
+    """Seconds that compiling configs takes, by a kernel's members ``precompile`` and ``must_compile`` where it has them."""
+    must = getattr(kernel, "must_compile", None)
+    if must is not None and not must(configs):
+        return 0.0
+    if not hasattr(kernel, "precompile") or len(configs) < 2:
+        return 1.5 * len(configs)
+    # Beside an H100 16 processes took 40 s for 200 configs of our Triton kernel, 10 s of it until they were there.
+    return 10.0 + 2.4 * len(configs) / min(len(configs), os.cpu_count() or 1, 16)
 
 
 def roofline_us(device: Device, shape: MoEShape, counts: npt.ArrayLike) -> FloatArray:

@@ -21,7 +21,7 @@ from rampwrap.kernel.device import find_device
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure import session
-from rampwrap.measure.full import plan_profile, profile, roofline_us
+from rampwrap.measure.full import compiling_s, plan_profile, profile, roofline_us
 from rampwrap.measure.graph_timer import default_timer
 from rampwrap.measure.journal import journal_path, read_journal
 from rampwrap.measure.session import Bench
@@ -408,6 +408,20 @@ class TestPlan:
         assert "6 workloads x 8 configs = 36 cells (2 configs refused)" in str(plan)
         real = plan_profile(kernel, SHAPE, WORKLOADS, device=find_device("h200")).seconds
         assert plan.seconds is not None and real is not None and 0 < plan.seconds < real
+
+    def test_compilations_count_as_the_kernel_makes_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One after the other, in as many processes as there are cores, or not at all where a library has them."""
+        monkeypatch.setattr("os.cpu_count", lambda: 8)
+        kernel: Any = Recording()
+        assert compiling_s(kernel, CONFIGS) == 1.5 * len(CONFIGS)
+        many = [{"i": i} for i in range(80)]
+        kernel.precompile = lambda configs, **_: [None] * len(configs)
+        assert compiling_s(kernel, many) == 10 + 2.4 * 10 and compiling_s(kernel, many[:1]) == 1.5
+        kernel.must_compile = lambda configs: len(configs) > 2
+        assert compiling_s(kernel, many[:2]) == 0 and compiling_s(kernel, many) == 34
+        asked = {"device": find_device("h200"), "configs": CONFIGS}
+        cold, warm = (plan_profile(kernel, SHAPE, WORKLOADS, compiled=its, **asked).seconds for its in (False, True))
+        assert cold is not None and warm is not None and cold - warm == pytest.approx(compiling_s(kernel, CONFIGS))
 
     def test_roofline(self) -> None:
         """OLMoE in bf16 on an H200: 805 MB at 4.3 TB/s for one token an expert; compute for many."""
