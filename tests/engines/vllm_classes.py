@@ -6,11 +6,13 @@ python vllm_classes.py FOLDER VERSION PLANS
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "adapters"))
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import vllm_alone
 
 vllm_alone.install(pathlib.Path(sys.argv[1]), sys.argv[2])
 
+import test_cute_moe as cute
 import test_vllm as tests
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -27,9 +29,11 @@ from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPr
 from vllm.v1.worker import workspace
 
 import rampwrap.dispatch.lane
+from rampwrap.adapters import cute_moe
 from rampwrap.engines import vllm as plugin
 from rampwrap.engines import vllm_experts, vllm_layer
 from rampwrap.kernel.activation import SWIGLU_OAI
+from rampwrap.kernel.device import Device
 from rampwrap.plan.make import make_plan
 
 FP8 = tests.MoEShape(8, 2, 128, 128, "fp8")
@@ -201,6 +205,27 @@ def check_forms():
             assert float((out.double() - want).norm() / want.norm()) < 2e-2
 
 
+def check_defaults():
+    """Layers without a plan on a Hopper: the CuTe kernels' defaults, on stand-ins of the compiled ones, in vLLM's own memory."""
+    library, ids = cute.StandIns(), tests.inputs(8)["topk_ids"]
+    cute_moe.load = lambda path=None: library
+    workspace.reset_workspace_manager()
+    workspace.init_workspace_manager(torch.device("cpu"))
+    Device.current = classmethod(lambda cls: Device("NVIDIA H200", 132, capability="9.0"))
+    for dtype in ("bf16", "fp8"):
+        shape = tests.MoEShape(8, 2, 256, 256, dtype)
+        its = cute.kernel_of(shape).inputs(shape, ids)
+        its["w1"], quant = its["w13"], plain()
+        if dtype == "fp8":
+            scales = {"w1_scale": its["w13_scale"], "w2_scale": its["w2_scale"]}
+            quant = fp8_w8a8_moe_quant_config(**scales, block_shape=[128, 128])
+        layer = kernel(quant, hidden_dim=256, intermediate_size=256)
+        out, want = apply(layer, its), cute.kernel_of(shape).reference(shape, its)
+        assert ours(layer) and library.calls and float((out.double() - want).norm() / want.norm()) < 1e-2, dtype
+        library.calls.clear()
+    assert len(plugin.engines()[0]["defaults"]) == 2
+
+
 def main():
     make_plan(tests.timings_of(tests.SHAPE)).save(pathlib.Path(sys.argv[3]) / "tiny.plan.json")
     make_plan(tests.timings_of(FP8)).save(pathlib.Path(sys.argv[3]) / "fp8.plan.json")
@@ -217,6 +242,7 @@ def main():
     check_memory()
     check_settings()
     check_forms()
+    check_defaults()
     print("ran in vLLM", sys.argv[2])
 
 
