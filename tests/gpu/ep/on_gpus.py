@@ -204,7 +204,8 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
     for number in range(rounds):
         counts = [random_counts.choice((0, 1, 8, most, random_counts.randrange(most + 1))) for _ in range(ranks)]
         drew = drawn(counts, number)
-        found = ours.gather(drew[0][rank], counts)
+        # Copies: once the sums are sent, the next gather of a peer may overwrite the rows.
+        found = [its.clone() for its in ours.gather(drew[0][rank], counts)]
         out = ours.scatter(drew[1][rank], counts)
         compare(found, out, drew, counts, f"round {number} of {counts} tokens: {ours.fault()}")
 
@@ -213,7 +214,7 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
     given = [*mine[0][rank], mine[1][rank]]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = ours.gather(given[:-1], counts)
+        found = [its.clone() for its in ours.gather(given[:-1], counts)]
         out = ours.scatter(given[-1], counts)
     for number in range(1, rounds, 2):
         drew = drawn(counts, number)
