@@ -109,6 +109,8 @@ class _Engine:
         self.defaults: dict[MoEShape, GraphDispatcher] = {}
         "Of layers without a plan."
         self._kernels: dict[MoEShape, Kernel | str] = {}
+        # Saying why takes 20 ms for each plan that is near, and models have 48 layers.
+        self.told: set[tuple[MoEShape, str]] = set()
         self._fits: dict[tuple[MoEShape, Device], Fit | None] = {}
         self.layers = 0
         self.seconds = 0.0
@@ -227,7 +229,9 @@ def _without_plan(
 ) -> Kernel | None:
     """The kernel whose defaults serve a layer without a plan; None leaves it to vLLM. A line says which."""
     kernel = engine.kernel_without_plan(shape, device) if refusal is None else refusal.reason
-    if _is_first(config):
+    told = shape, kernel if isinstance(kernel, str) else ""
+    if _is_first(config) and told not in engine.told:
+        engine.told.add(told)
         why_not = engine.plans.why_not(shape, device, preference(shape))
         remedy = engine.plans.remedy(command(engine.model, config, shape))
         if isinstance(kernel, str):
