@@ -1,15 +1,14 @@
 """Whole layers over several GPUs: dispatch, experts and combine of ours, against all-gather, experts and reduce-scatter.
 
 Part of `ep.py`. The experts are our Triton kernel with one config, the same on both sides: of its default configs the fastest
-with uniform routing. What differs is how rows travel, that the dispatch aligns on the way, and that FP8 rows are quantised on the
-way; the other side quantises in a launch of its own and aligns in one. "apart" is ours with a launch that aligns. Both outputs
-are compared.
+with uniform routing. What differs is how rows travel, and that FP8 rows are quantised on the way; the other side quantises in a
+launch of its own. Both outputs are compared.
 """
 
 import argparse
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -27,7 +26,7 @@ from rampwrap.kernels.common.reference import random_weights
 from rampwrap.kernels.triton.quantise import quantise_rows
 from rampwrap.routing.workloads import Routing
 
-HEADER = "layer dtype routing       tokens block_m | ours us spread   apart  NCCL us  faster | error"
+HEADER = "layer dtype routing       tokens block_m | ours us spread  NCCL us  faster | error"
 MOST_ERROR = 0.03
 "Of the largest output: sums of two ranks in bf16 are rounded at other places."
 
@@ -37,20 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer-shape", type=int, nargs=4, default=[128, 8, 2048, 768], help="E top_k H I; Qwen3-30B")
     parser.add_argument("--layer-dtype", nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--routing", nargs="+", default=["uniform", "dirichlet:0.1"])
-
-
-@attrs.frozen(eq=False)
-class Static:
-    """The experts with one config; whoever dispatches aligns for it."""
-
-    kernel: TritonFusedMoE
-    config: Config
-
-    def selection(self, num_tokens: int) -> int:
-        return int(self.config["block_m"])
-
-    def __call__(self, **operands: Any) -> torch.Tensor:
-        return self.kernel.launch(self.config, **operands)
 
 
 def layers(
@@ -68,12 +53,19 @@ def layers(
                 if not in_time(group, until):
                     return
                 batch = Batch.drawn(ep, tokens, "uniform")
-                run = Static(kernel, fastest(group, kernel, batch, weights, ep.num_ranks * tokens))
+                config = fastest(group, kernel, batch, weights, ep.num_ranks * tokens)
                 for routing in its.routing:
                     if not in_time(group, until):
                         return
+                    run = functools.partial(kernel.launch, config)
                     found = one(group, ep, run, Batch.drawn(ep, tokens, routing), weights, its.replays)
-                    yield {"ranks": ep.num_ranks, "dtype": dtype, "routing": routing, "tokens": tokens} | found
+                    yield {
+                        "ranks": ep.num_ranks,
+                        "dtype": dtype,
+                        "routing": routing,
+                        "tokens": tokens,
+                        "config": dict(config),
+                    } | found
 
 
 @attrs.frozen(eq=False)
@@ -130,7 +122,12 @@ def fastest(
 
 
 def one(
-    group: dist.ProcessGroup, ep: ExpertParallel, run: Static, batch: Batch, weights: dict[str, Any], replays: int
+    group: dist.ProcessGroup,
+    ep: ExpertParallel,
+    run: Callable[..., torch.Tensor],
+    batch: Batch,
+    weights: dict[str, Any],
+    replays: int,
 ) -> dict[str, Any]:
     """Times of both sides, and how far their outputs are apart, as a share of the largest.
 
@@ -159,22 +156,18 @@ def one(
         rival.gather()
         rival.scatter(run(**gathered, expert_map=batch.expert_map, **weights), their_out)
 
-    def apart() -> None:
-        ep.layer(aligns, batch.hidden, batch.ids, batch.weights, tokens_per_rank=counts, out=out, **weights)
-
-    aligns = functools.partial(run.kernel.launch, run.config)
-    calls = {"apart": apart, "ours": ours, "rival": theirs}
+    calls = {"ours": ours, "rival": theirs}
     timed = {name: Timed(group, call, on_gpu) for name, call in calls.items()}
     found: dict[str, Any] = in_turn(group, timed, replays)
     ep.check()
     error = float((out.float() - their_out.float()).abs().max() / their_out.float().abs().max())
     assert error < MOST_ERROR, f"outputs of {tokens} tokens are {error:.3f} apart"
-    return found | {"config": dict(run.config), "error": error}
+    return found | {"error": error}
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of `layers` under `HEADER`."""
     return (
         f"      {row['dtype']:5s} {row['routing']:13s}{row['tokens']:7d}{row['config']['block_m']:8d} |{row['ours_us']:8.1f}"
-        f"{row['ours_spread']:7.0%}{row['apart_us']:8.1f}{row['rival_us']:9.1f}{row['rival_us'] / row['ours_us']:7.2f}x | {row['error']:.4f}"
+        f"{row['ours_spread']:7.0%}{row['rival_us']:9.1f}{row['rival_us'] / row['ours_us']:7.2f}x | {row['error']:.4f}"
     )

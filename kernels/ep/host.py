@@ -15,20 +15,14 @@ import triton.language as tl
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
-from rampwrap.kernels.ep import dispatch as kernels
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COUNTS, DISPATCH, LATE, MOST_RANKS
 from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align import host as align
-from rampwrap.kernels.triton.align.host import ALIGNED, TokenBlocks
-from rampwrap.kernels.triton.select.host import Candidates, SelectedBlocks
 
-TAIL_MAX_SLOTS = 2048
-"Received slots that the last CTA of a dispatch aligns: 256 of them in about 1 us. More take launches of their own."
-MOST_SUMMING = 128
-"CTAs that wait in the last launch: fewer than any Hopper has SMs, so that what else runs finds room."
+MOST_SUMMING = 512
+"CTAs that wait in the last launch, about four on an SM of Hopper, so that what else runs finds room."
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -44,7 +38,6 @@ class Mapped:
         ticket: int32 [1] on the GPU, zero.
         fault: int64 [1] that both the GPU and the host reach, zero.
         rank_of_expert, expert_map: int32 [num_experts] on the GPU; None where rows go to every rank (`gather`).
-        num_local_experts: of this rank.
         timeout_s: seconds that a rank is waited for on the GPU.
     """
 
@@ -57,7 +50,6 @@ class Mapped:
     fault: torch.Tensor
     rank_of_expert: torch.Tensor | None
     expert_map: torch.Tensor | None
-    num_local_experts: int
     timeout_s: float
 
     @num_ranks.validator
@@ -113,17 +105,11 @@ def dispatch(
     tokens_per_rank: Sequence[int],
     *,
     masked: bool,
-    expert_counts: torch.Tensor,
     scales: torch.Tensor | None = None,
-    blocks: TokenBlocks | None = None,
-    selected: SelectedBlocks | None = None,
-    candidates: Candidates | None = None,
-    fallback: int = 0,
-    tally: torch.Tensor | None = None,
     waits: bool = True,
     sends: bool = True,
 ) -> None:
-    """One launch: rows, ids and weights to the ranks, and of all that arrives the histogram and the M blocks.
+    """One launch: rows, ids and weights to the ranks.
 
     Args:
         mapped: the memory.
@@ -132,27 +118,15 @@ def dispatch(
         topk_weights: floating point [T, top_k], contiguous.
         tokens_per_rank: of every rank.
         masked: rows only to ranks that own one of their experts.
-        expert_counts: int32 [num_local_experts], written.
         scales: float32 [T, H / 128] of e4m3 rows.
-        blocks: memory for M blocks of its block_m, of all received slots; at most `TAIL_MAX_SLOTS`.
-        selected: memory for the blocks of the candidate that is chosen; `candidates` and `fallback` go with it.
-        tally: to which the choice is added; that of the candidates where absent.
         waits, sends: one of them off, where ranks are emulated one after the other.
     """
     its, views, offsets = mapped, mapped.views, mapped.offsets
     cells, cells_at = its._cells(DISPATCH)
-    num_slots = sum(tokens_per_rank) * its.top_k
     payload, hidden = views["rows"].dtype, its.hidden_size
     quantises = payload == FP8 and x.dtype != FP8
     row_bytes = hidden * payload.itemsize
     words = row_bytes // 4
-    makes, memory = _makes(blocks, selected, candidates)
-    if makes != kernels.COUNT and num_slots > TAIL_MAX_SLOTS:
-        raise InputError(f"a dispatch aligns up to {TAIL_MAX_SLOTS} slots, this one has {num_slots}; align apart.")
-    if candidates is not None:
-        candidates.packed.check_slots(num_slots, its.num_local_experts)
-        tally = candidates.tally if tally is None else tally
-    bins = align.histogram_bins(its.num_local_experts)
     dispatch_kernel[(max(1, tokens_per_rank[its.rank]) if sends else 1, 1)](
         its.bases,
         x if quantises else x.view(torch.int32),
@@ -160,22 +134,10 @@ def dispatch(
         topk_ids,
         topk_weights,
         its.rank_of_expert,
-        its.expert_map,
-        views["topk_ids"],
         cells,
         views["header"],
         its.fault,
         its.ticket,
-        *memory,
-        expert_counts,
-        None if selected is None else selected.record,
-        tally,
-        None if candidates is None else candidates.ints,
-        None if candidates is None else candidates.reals,
-        num_local_experts=its.num_local_experts,
-        block_m=1 if blocks is None else blocks.block_m,
-        capacity=0 if blocks is None else blocks.sorted_token_ids.numel(),
-        fallback=fallback,
         limit_ns=int(its.timeout_s * 1e9),
         ROW_BYTES=row_bytes,
         QUANTISES=quantises,
@@ -189,42 +151,9 @@ def dispatch(
         SCALES_AT=offsets.get("scales", 0),
         BLOCK=min(4096, triton.next_power_of_2(words)),
         GROUPS=min(64, triton.next_power_of_2(-(-hidden // GROUP))),
-        MAKES=makes,
-        COUNTS=align.PIECE if num_slots <= align.PIECE else 2048,
-        PIECE=align.PIECE,
-        BINS=bins,
-        IDS=32,
-        TILE=64,
-        **_packed(candidates),
-        STRIDE=ALIGNED,
         num_warps=8,
         **its._shared(tokens_per_rank),
     )
-
-
-def _makes(
-    blocks: TokenBlocks | None, selected: SelectedBlocks | None, candidates: Candidates | None
-) -> tuple[int, tuple[torch.Tensor | None, ...]]:
-    """What the last CTA makes, and its memory: scratch, sorted_token_ids, expert_ids, rows."""
-    if selected is not None and candidates is not None:
-        longest = max((its.sorted_token_ids for its in selected.blocks), key=torch.Tensor.numel)
-        first = selected.blocks[0]
-        return kernels.SELECT, (first.scratch, longest, first.expert_ids, selected.post_padded)
-    if blocks is not None:
-        return kernels.BLOCKS, (
-            blocks.scratch,
-            blocks.sorted_token_ids,
-            blocks.expert_ids,
-            blocks.num_tokens_post_padded,
-        )
-    return kernels.COUNT, (None,) * 4
-
-
-def _packed(candidates: Candidates | None) -> dict[str, int]:
-    if candidates is None:
-        return {"C": 1, "S": 1, "LAUNCHES": 1, "MARGINS": 1}
-    packed = candidates.packed
-    return {"C": len(packed.block_ms), "S": packed.points, "LAUNCHES": packed.launches, "MARGINS": packed.margins}
 
 
 def gather(

@@ -60,7 +60,6 @@ class Collectives:
             here.get("scales"),
             here["topk_ids"],
             here["topk_weights"],
-            self._owners.counts(here["topk_ids"]),
             tokens_per_rank,
             self._owners,
             path,

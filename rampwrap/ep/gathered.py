@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from rampwrap.ep.board import Board
 from rampwrap.ep.layout import ALIGNED, HEADER, placed, views_of
-from rampwrap.ep.path import LOW_LATENCY_TOKENS
 from rampwrap.ep.shared import Shared
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.gather import MOST_FIELDS
@@ -46,7 +45,7 @@ class Gathered:
         dtype: torch.dtype,
         timeout_s: float,
         open_s: float = 60.0,
-        max_tokens_per_rank: int = LOW_LATENCY_TOKENS,
+        max_tokens_per_rank: int = 512,
     ) -> "Gathered":
         """Allocates and maps; all ranks call it together, with the same arguments, outside of capture.
 
@@ -77,7 +76,6 @@ class Gathered:
             fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
             rank_of_expert=None,
             expert_map=None,
-            num_local_experts=0,
             timeout_s=timeout_s,
         )
         torch.cuda.synchronize(device)

@@ -57,7 +57,7 @@ class ExpertParallel:
         placement: the experts of this rank; None gives each rank an equal run of them.
         payload, partials: types that rows and sums travel in (`Layout`).
         backend: "collectives", torch.distributed on any device and over several hosts; or "symmetric", our kernels through
-            memory that the GPUs of one host share, for steps of up to 512 tokens a rank, and collectives for larger ones.
+            memory that the GPUs of one host share, for steps of up to 4096 tokens a rank, and collectives for larger ones.
         masked: whether rows go only to ranks that own one of their experts; None decides by what it saves (`path_of`).
         timeout_s: seconds that a rank is waited for.
         device: of the tensors; None takes the current GPU for NCCL, else the CPU.
@@ -271,16 +271,15 @@ class ExpertParallel:
             run: called with the rows of all ranks as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
                 with `weights`: a `Dispatcher`, a `GraphDispatcher`, or a kernel's `launch` with its config bound. It sees
                 the local histogram, and chooses by it. Rows in e4m3 it gets as they are, with ``hidden_scale``, if it takes
-                that; else in the layer's type, from a copy. With a method `selection`, called with the number of rows
-                that arrive, dispatch aligns for it: the block_m that it returns, and `run` gets ``blocks``.
+                that; else in the layer's type, from a copy.
             weights: of the experts of this rank, `w13` and `w2` and what else the kernel takes.
 
         The other arguments, and what is raised, are those of `dispatch` and `combine`.
         """
         sent = Sent(hidden_states, topk_ids, topk_weights, scales)
         received = self._dispatch(sent, tokens_per_rank, getattr(run, "selection", lambda _: None))
-        made = {"selected": received.selected, "blocks": received.blocks}
-        weights |= {name: its for name, its in made.items() if its is not None}
+        if received.selected is not None:
+            weights["selected"] = received.selected
         if received.scales is not None and takes_scales(run):
             weights |= {"hidden_states": received.rows, "hidden_scale": received.scales}
         else:

@@ -35,7 +35,6 @@ class Received:
         scales: float32 [N, H / 128] of e4m3 rows, else None.
         topk_ids: int32 [N, top_k], global.
         topk_weights: float32 [N, top_k].
-        expert_counts: int32 [num_local_experts], slots of each local expert.
         tokens_per_rank: tokens of each source.
         owners: of the experts.
         path: that the rows took.
@@ -48,7 +47,6 @@ class Received:
     scales: torch.Tensor | None
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
-    expert_counts: torch.Tensor
     tokens_per_rank: tuple[int, ...]
     owners: Owners
     path: Path
@@ -58,6 +56,11 @@ class Received:
     @property
     def num_tokens(self) -> int:
         return self.topk_ids.shape[0]
+
+    @functools.cached_property
+    def expert_counts(self) -> torch.Tensor:
+        """int32 [num_local_experts], slots of each local expert; made when it is first asked for, before the combine."""
+        return self.owners.counts(self.topk_ids)
 
     @property
     def expert_map(self) -> torch.Tensor:

@@ -23,6 +23,8 @@ from rampwrap.kernels.triton.align.host import alignment_ints, blocks_in
 
 MOST_BLOCK_M = 128
 "Of the M blocks that memory is kept for."
+TICKET = 32
+"int32 values: a line of 128 bytes."
 
 
 def shared_layout(layout: Layout) -> Layout:
@@ -31,15 +33,9 @@ def shared_layout(layout: Layout) -> Layout:
 
 
 def own_ints(layout: Layout, num_local_experts: int) -> int:
-    """int32 values that a rank keeps for itself: histogram, ticket and M blocks."""
+    """int32 values that a rank keeps for itself: a ticket, on a line of 128 bytes of its own, and M blocks."""
     rows = layout.num_ranks * layout.max_tokens_per_rank
-    blocks = alignment_ints(rows, layout.shape.top_k, num_local_experts, MOST_BLOCK_M)
-    return _ticket_at(num_local_experts) + 32 + blocks
-
-
-def _ticket_at(num_local_experts: int) -> int:
-    """Behind the histogram, on a line of 128 bytes of its own."""
-    return -(-num_local_experts // 32) * 32
+    return TICKET + alignment_ints(rows, layout.shape.top_k, num_local_experts, MOST_BLOCK_M)
 
 
 class Symmetric:
@@ -55,8 +51,7 @@ class Symmetric:
 
     def __init__(self, mapped: Mapped, owners: Owners, layout: Layout, memory: torch.Tensor, kept: Any = None) -> None:
         self._mapped, self._owners, self._layout, self._kept = mapped, owners, layout, kept
-        self._counts = memory[: owners.num_local_experts]
-        self._memory = memory[_ticket_at(owners.num_local_experts) + 32 :]
+        self._memory = memory[TICKET:]
         self._ids: torch.Tensor | None = None
 
     @classmethod
@@ -70,33 +65,25 @@ class Symmetric:
         """
         shared = Shared.mapped(group, layout.bytes, device, board)
         own = torch.zeros(own_ints(layout, owners.num_local_experts), dtype=torch.int32, device=device)
-        at = _ticket_at(owners.num_local_experts)
         mapped = Mapped(
             rank=owners.rank,
             num_ranks=owners.num_ranks,
             bases=torch.tensor(shared.bases, dtype=torch.int64, device=device),
             views=layout.views(shared.memory),
             offsets={its.name: its.offset for its in layout.regions},
-            ticket=own[at : at + 1],
+            ticket=own[:1],
             fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
             rank_of_expert=owners.rank_of_expert,
             expert_map=owners.expert_map,
-            num_local_experts=owners.num_local_experts,
             timeout_s=board.timeout_s,
         )
         torch.cuda.synchronize(device)
         return cls(mapped, owners, layout, own, shared)
 
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks) -> Received:
-        """One launch; two or three where there are too many slots for its last CTA to align."""
-        rows, top_k = sum(tokens_per_rank), self._layout.shape.top_k
+        """One launch, and those of the blocks where they are asked for."""
+        rows = sum(tokens_per_rank)
         views = {name: its[:rows] for name, its in self._mapped.views.items() if name not in ("header", "cells")}
-        made: dict[str, Any] = {}
-        if isinstance(blocks, int):
-            made["blocks"] = blocks_in(self._memory, rows, top_k, self._owners.num_local_experts, blocks)
-        elif blocks is not None:
-            made = {name: getattr(blocks, name) for name in ("selected", "candidates", "fallback", "tally")}
-        in_tail = rows * top_k <= host.TAIL_MAX_SLOTS
         self._ids = sent.topk_ids.contiguous()
         host.dispatch(
             self._mapped,
@@ -105,23 +92,15 @@ class Symmetric:
             sent.topk_weights.contiguous(),
             tokens_per_rank,
             masked=path.masked,
-            expert_counts=self._counts,
             scales=None if sent.scales is None else sent.scales.contiguous(),
-            **(made if in_tail else {}),
         )
-        received = Received(
-            views["rows"],
-            views.get("scales"),
-            views["topk_ids"],
-            views["topk_weights"],
-            self._counts,
-            tokens_per_rank,
-            self._owners,
-            path,
-        )
-        if not in_tail:
-            return received.aligned(blocks, made.get("blocks"))
-        return attrs.evolve(received, blocks=made.get("blocks"), selected=made.get("selected"))
+        memory = None
+        if isinstance(blocks, int):
+            local, top_k = self._owners.num_local_experts, self._layout.shape.top_k
+            memory = blocks_in(self._memory, rows, top_k, local, blocks)
+        ids, weights = views["topk_ids"], views["topk_weights"]
+        received = Received(views["rows"], views.get("scales"), ids, weights, tokens_per_rank, self._owners, path)
+        return received.aligned(blocks, memory)
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
         """Two launches."""

@@ -98,7 +98,7 @@ def test_where_rows_are_masked() -> None:
     assert not path_of(Layout(shape, 2, 4096), [128] * 2).masked
     assert path_of(Layout(shape, 8, 4096), [128] * 8).masked
     assert not path_of(Layout(shape, 8, 4096), [1] * 8).masked
-    assert str(path_of(Layout(shape, 8, 4096), [0] * 7 + [600])) == "high throughput, masked"
+    assert str(path_of(Layout(shape, 8, 8192), [0] * 7 + [4097])) == "high throughput, masked"
 
 
 def terms(host: str = "a", gpu: int | None = 0, gpu_id: str | None = None) -> Terms:

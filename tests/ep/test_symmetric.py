@@ -43,11 +43,10 @@ def made(layout: Layout) -> Symmetric:
         torch.tensor([memory.data_ptr()]),
         layout.views(memory),
         {its.name: its.offset for its in layout.regions},
-        own[32:33],
+        own[:1],
         torch.zeros(1, dtype=torch.int64),
         owners.rank_of_expert,
         owners.expert_map,
-        experts,
         1.0,
     )
     return Symmetric(mapped, owners, layout, own, memory)
@@ -55,9 +54,8 @@ def made(layout: Layout) -> Symmetric:
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter this needs several GPUs")
 @pytest.mark.parametrize("num_tokens", [0, 6, 40])
-def test_steps_follow_each_other(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks by the last CTA, and by launches of their own; sums in place; and after a reset all begins anew."""
-    monkeypatch.setattr(host, "TAIL_MAX_SLOTS", 40)
+def test_steps_follow_each_other(num_tokens: int) -> None:
+    """Blocks in the memory that is kept for them, sums in place; and after a reset all begins anew."""
     symmetric = made(Layout(SHAPE, 1, 40, partials="fp32"))
     generator = torch.Generator().manual_seed(num_tokens)
     for step in range(3):
@@ -85,9 +83,8 @@ def test_steps_follow_each_other(num_tokens: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter this needs several GPUs")
-@pytest.mark.parametrize("in_tail", [True, False])
-def test_the_layer_chooses_on_the_way(in_tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the local histogram, in the last CTA of the dispatch: no launch that aligns or selects; or in one, for more slots."""
+def test_the_layer_chooses_by_the_local_histogram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the one launch that aligns and selects, with the same choices as the layer alone."""
     helpers = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "dispatch" / "test_graph.py"))
     shape, kernel = helpers["SHAPE"], helpers["Small"]()
     plan = helpers["every"](helpers["small_plan"](kernel))
@@ -99,17 +96,16 @@ def test_the_layer_chooses_on_the_way(in_tail: bool, monkeypatch: pytest.MonkeyP
     ep._movers, ep._board, ep._state = (symmetric, symmetric), Quiet(), "idle"  # type: ignore[assignment]
     selected, real = [], select.align_and_select
     monkeypatch.setattr(select, "align_and_select", lambda *its, **more: selected.append(1) or real(*its, **more))
-    monkeypatch.setattr(host, "TAIL_MAX_SLOTS", 2048 if in_tail else 8)
     local, spread = (GraphDispatcher(kernel, plan, max_tokens=16) for _ in range(2))
     for active in (1, 2, 8):
         inputs = kernel.inputs(shape, helpers["ids_with"](active, 12))
         wanted, alone = local(**inputs), len(selected)
         out = ep.layer(spread, **inputs, tokens_per_rank=[12])
         assert torch.equal(out, wanted)
-        assert len(selected) - alone == (not in_tail)
+        assert len(selected) - alone == 1
     assert local.counts() == spread.counts() and len(spread.counts()[8]) > 1
 
 
 def test_only_steps_of_low_latency_share_memory() -> None:
     assert shared_layout(Layout(SHAPE, 1, 40)) == Layout(SHAPE, 1, 40)
-    assert shared_layout(Layout(SHAPE, 1, 4096)).max_tokens_per_rank == LOW_LATENCY_TOKENS
+    assert shared_layout(Layout(SHAPE, 1, 8192)).max_tokens_per_rank == LOW_LATENCY_TOKENS

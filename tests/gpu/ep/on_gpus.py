@@ -142,7 +142,7 @@ def soak(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2000
 
 
 def aligned(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 20) -> None:
-    """Blocks of the last CTA, and of launches of their own, are those of the gathered ids."""
+    """Blocks that a dispatch was asked for are those of the gathered ids."""
     from rampwrap.kernels.triton.align.host import align_tokens
 
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

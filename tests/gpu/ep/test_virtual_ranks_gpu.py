@@ -28,7 +28,6 @@ from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.received import sum_in_order
 from rampwrap.kernels.ep import host
-from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
 from rampwrap.kernels.triton.interpreter import INTERPRETED, downcast
 
 pytestmark = [
@@ -38,7 +37,6 @@ pytestmark = [
 HELP = runpy.run_path(str(pathlib.Path(__file__).parent / "on_gpus.py"))
 SHAPE, MOST, STEPS, ROUNDS = HELP["SHAPE"], HELP["MOST"], 8, 12
 LIMIT_S = 2.0
-BLOCK_M = 16
 Batch = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 
 
@@ -64,15 +62,11 @@ class Rank:
 
     def __init__(self, mapped: host.Mapped, owners: Owners) -> None:
         self.mapped, self.owners, self.stream = mapped, owners, torch.cuda.Stream()
-        self.counts = torch.zeros(owners.num_local_experts, dtype=torch.int32, device="cuda")
         rows = mapped.num_ranks * MOST
         self._y = torch.zeros(rows, SHAPE.top_k, SHAPE.hidden_size, dtype=torch.bfloat16, device="cuda")
 
-    def dispatch(self, brought: Batch, counts: Sequence[int], masked: bool, blocks=None) -> None:
-        host.dispatch(self.mapped, *brought, counts, masked=masked, expert_counts=self.counts, blocks=blocks)
-
     def step(self, brought: Batch, counts: Sequence[int], out, masked: bool) -> None:
-        self.dispatch(brought, counts, masked)
+        host.dispatch(self.mapped, *brought, counts, masked=masked)
         views, rows = self.mapped.views, sum(counts)
         if rows:
             experts_kernel[(rows, SHAPE.top_k)](
@@ -113,7 +107,6 @@ def made(num_ranks: int, partials: str, limit_s: float = LIMIT_S) -> list[Rank]:
             torch.zeros(1, dtype=torch.int64, pin_memory=True),
             owners.rank_of_expert,
             owners.expert_map,
-            owners.num_local_experts,
             limit_s,
         )
         ranks.append(Rank(mapped, owners))
@@ -212,33 +205,6 @@ def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None
         assert not found, found
         for rank, (out, wanted) in enumerate(zip(outs, expected(fresh, ranks, dtype), strict=True)):
             assert not (text := same(out, wanted, f"replay {number}, rank {rank}")), text
-
-
-def test_blocks_of_the_last_cta() -> None:
-    """They are those of a launch that aligns what arrived."""
-    ranks, counts = made(2, "bf16"), [33, 7]
-    brought = drawn(counts, "dropped", 3)
-    local = ranks[0].owners.num_local_experts
-    blocks = [allocate_blocks(sum(counts), SHAPE.top_k, local, BLOCK_M, "cuda") for _ in ranks]
-    for rank, its, memory in zip(ranks, brought, blocks, strict=True):
-        rank.alone(counts, lambda rank=rank, its=its, memory=memory: rank.dispatch(its, counts, False, memory))
-    for rank in ranks:
-        rank.mapped.views["cells"].zero_()
-    torch.cuda.synchronize()
-    for rank, its, memory in zip(ranks, brought, blocks, strict=True):
-        with torch.cuda.stream(rank.stream):
-            rank.dispatch(its, counts, False, memory)
-    torch.cuda.synchronize()
-    found = faults(ranks, "dispatch")
-    assert not found, found
-    ids = torch.cat([its[1] for its in brought])
-    for rank, memory in zip(ranks, blocks, strict=True):
-        wanted = align_tokens(ids, BLOCK_M, local, expert_map=rank.mapped.expert_map)
-        rows = int(wanted.num_tokens_post_padded)
-        assert int(memory.num_tokens_post_padded) == rows
-        assert torch.equal(rank.counts, wanted.expert_counts)
-        assert torch.equal(memory.sorted_token_ids[:rows], wanted.sorted_token_ids[:rows])
-        assert torch.equal(memory.expert_ids[: rows // BLOCK_M], wanted.expert_ids[: rows // BLOCK_M])
 
 
 def test_a_rank_that_does_not_come() -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-import runpy
 import subprocess
 import sys
 
@@ -26,10 +25,7 @@ from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.ep import host
-from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
 from rampwrap.kernels.triton.interpreter import INTERPRETED
-from rampwrap.kernels.triton.select.host import Candidates, align_and_select, allocate_selected
-from rampwrap.model.in_graph import pack
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter these kernels need several GPUs")
 SHAPE = MoEShape(12, 3, 256, 128)
@@ -58,7 +54,6 @@ def made(layout: Layout, placements: list[Placement], timeout_s: float = 1.0) ->
                 torch.zeros(1, dtype=torch.int64),
                 owners.rank_of_expert,
                 owners.expert_map,
-                owners.num_local_experts,
                 timeout_s,
             )
         )
@@ -82,26 +77,11 @@ def drawn(counts: list[int], seed: int, ids_dtype: torch.dtype = torch.int64) ->
     return brought
 
 
-def sent(ranks: list[host.Mapped], brought, counts, block_m: int | None = None, **its):
-    """A dispatch of all ranks; histograms and blocks of each."""
-    expert_counts = [torch.full((rank.num_local_experts,), -1, dtype=torch.int32) for rank in ranks]
-    blocks = [
-        None if block_m is None else allocate_blocks(sum(counts), SHAPE.top_k, rank.num_local_experts, block_m, "cpu")
-        for rank in ranks
-    ]
+def sent(ranks: list[host.Mapped], brought, counts, **its) -> None:
+    """A dispatch of all ranks."""
     for sends in (True, False):
-        for rank, what, found, memory in zip(ranks, brought, expert_counts, blocks, strict=True):
-            host.dispatch(
-                rank,
-                **what,
-                tokens_per_rank=counts,
-                expert_counts=found,
-                blocks=memory,
-                sends=sends,
-                waits=not sends,
-                **its,
-            )
-    return expert_counts, blocks
+        for rank, what in zip(ranks, brought, strict=True):
+            host.dispatch(rank, **what, tokens_per_rank=counts, sends=sends, waits=not sends, **its)
 
 
 PLACEMENTS = {
@@ -122,12 +102,12 @@ CASES = [
 @pytest.mark.parametrize("by_slot", [False, True], ids=["summed", "by slot"])
 @pytest.mark.parametrize(("num_ranks", "counts", "payload", "masked"), CASES)
 def test_rows_and_sums(num_ranks: int, counts: list[int], payload: str, masked: bool, by_slot: bool) -> None:
-    """Two steps: rows, ids and blocks where they belong, the sums of the right ranks, and nothing elsewhere."""
+    """Two steps: rows and ids where they belong, the sums of the right ranks, and nothing elsewhere."""
     layout = Layout(SHAPE, num_ranks, 6, payload=payload, partials="fp32" if by_slot else "bf16")
     ranks = made(layout, PLACEMENTS[num_ranks])
     for step in range(2):
         brought = drawn(counts, 10 * num_ranks + step, (torch.int64, torch.int32)[step])
-        found, blocks = sent(ranks, brought, counts, block_m=4, masked=masked)
+        sent(ranks, brought, counts, masked=masked)
         ids, weights, rows = (torch.cat([its[name] for its in brought]) for name in ("topk_ids", "topk_weights", "x"))
         for rank, its in enumerate(ranks):
             owners = Owners.of(PLACEMENTS[num_ranks], rank, "cpu")
@@ -145,13 +125,6 @@ def test_rows_and_sums(num_ranks: int, counts: list[int], payload: str, masked: 
             assert not masked or bool((untouched == 0xFF).all()) or step
             beyond = its.views["rows"].view(torch.uint8)[sum(counts) :]
             assert bool((beyond == 0xFF).all())
-            assert torch.equal(found[rank], owners.counts(ids))
-            wanted = align_tokens(ids, 4, its.num_local_experts, expert_map=its.expert_map)
-            made_here = blocks[rank]
-            post = int(wanted.num_tokens_post_padded)
-            assert int(made_here.num_tokens_post_padded) == post
-            assert torch.equal(made_here.sorted_token_ids, wanted.sorted_token_ids)
-            assert torch.equal(made_here.expert_ids[: post // 4], wanted.expert_ids[: post // 4])
 
         outputs, sums = [], []
         for rank in range(num_ranks):
@@ -181,21 +154,6 @@ def test_rows_and_sums(num_ranks: int, counts: list[int], payload: str, masked: 
             assert int(its.fault) == 0 and int(its.views["header"][0]) == step + 1 and int(its.ticket) == 0
 
 
-@pytest.mark.parametrize("counts", [[60, 40], [1, 600]], ids=str)
-def test_more_slots_than_are_counted_at_a_time(counts: list[int]) -> None:
-    """Blocks and histogram of several pieces, by the last CTA alone."""
-    ranks, brought = made(Layout(SHAPE, 2, max(counts)), PLACEMENTS[2]), drawn(counts, 8, torch.int32)
-    found, blocks = sent(ranks, brought, counts, block_m=8, masked=True)
-    ids = torch.cat([its["topk_ids"] for its in brought])
-    for its, histogram, made_here in zip(ranks, found, blocks, strict=True):
-        wanted = align_tokens(ids, 8, its.num_local_experts, expert_map=its.expert_map)
-        assert torch.equal(histogram, wanted.expert_counts)
-        post = int(wanted.num_tokens_post_padded)
-        assert int(made_here.num_tokens_post_padded) == post
-        assert torch.equal(made_here.sorted_token_ids, wanted.sorted_token_ids)
-        assert torch.equal(made_here.expert_ids[: post // 8], wanted.expert_ids[: post // 8])
-
-
 def test_e4m3_rows_with_scales_are_copied() -> None:
     ranks, counts = made(Layout(SHAPE, 2, 4, payload="fp8"), PLACEMENTS[2]), [3, 1]
     brought = drawn(counts, 4)
@@ -216,13 +174,11 @@ def test_a_rank_that_does_not_come() -> None:
     brought = drawn(counts, 5)
     for sends in (True, False):
         for rank in (0, 2):
-            found = torch.zeros(ranks[rank].num_local_experts, dtype=torch.int32)
             host.dispatch(
                 ranks[rank],
                 **brought[rank],
                 tokens_per_rank=counts,
                 masked=False,
-                expert_counts=found,
                 sends=sends,
                 waits=not sends,
             )
@@ -248,7 +204,6 @@ def test_ranks_that_count_differently() -> None:
                 **brought[rank],
                 tokens_per_rank=counts,
                 masked=False,
-                expert_counts=torch.zeros(6, dtype=torch.int32),
                 sends=sends,
                 waits=not sends,
             )
@@ -265,55 +220,6 @@ def test_more_ranks_than_arguments() -> None:
         attrs.evolve(its, num_ranks=9)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_last_cta_chooses_like_select(seed: int) -> None:
-    """The config, its blocks and the record are those of the launch that this one saves."""
-    drawing = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "triton" / "test_select.py"))
-    model = drawing["random_model"](np.random.default_rng(seed), 3, 6)
-    packed = pack(model, 0.0)
-    ranks, counts = made(Layout(SHAPE, 2, 40), PLACEMENTS[2]), [33, 7]
-    brought = drawn(counts, seed)
-    ids = torch.cat([its["topk_ids"] for its in brought]).clamp(max=99).int()
-    results = []
-    for alone in (False, True):
-        candidates = Candidates.on(packed, "cpu")
-        chosen = allocate_selected(40, SHAPE.top_k, 6, packed.block_ms, "cpu")
-        expert_counts = torch.zeros(6, dtype=torch.int32)
-        if alone:
-            align_and_select(ids, candidates, 1, 6, expert_map=ranks[1].expert_map, selected=chosen)
-            expert_counts = chosen.expert_counts
-        else:
-            for sends in (True, False):
-                for rank, what in zip(ranks, brought, strict=True):
-                    host.dispatch(
-                        rank,
-                        **what,
-                        tokens_per_rank=counts,
-                        masked=True,
-                        expert_counts=expert_counts,
-                        selected=None if sends else chosen,
-                        candidates=None if sends else Candidates.on(packed, "cpu") if rank is ranks[0] else candidates,
-                        fallback=1,
-                        sends=sends,
-                        waits=not sends,
-                    )
-        place = int(chosen.choice)
-        blocks = chosen.blocks[place]
-        rows = int(blocks.num_tokens_post_padded)
-        results.append(
-            [
-                place,
-                rows,
-                [int(its.num_tokens_post_padded) for its in chosen.blocks],
-                blocks.sorted_token_ids[: int(chosen.record[2 * 4])].tolist(),
-                blocks.expert_ids[: rows // blocks.block_m].tolist(),
-                expert_counts.tolist(),
-                candidates.tally.tolist(),
-            ]
-        )
-    assert results[0] == results[1]
-
-
 COMPILE = r"""
 import json, re
 import triton
@@ -324,7 +230,7 @@ from rampwrap.kernels.triton import interpreter
 import triton.language as tl
 
 LONG = {"bases_ptr", "cells_ptr", "header_ptr", "fault_ptr"}
-REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "tally_ptr": "fp64", "reals_ptr": "fp64", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
+REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
 
 def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
     signature, constexprs, attrs = {}, {}, {}
@@ -347,14 +253,11 @@ def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
 ranks = 4
 shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512)
 send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, ROWS_AT=17408, SCALES_AT=1 << 33,
-    BLOCK=4096, GROUPS=64, MAKES=1, COUNTS=2048, PIECE=256, BINS=64, IDS=32, TILE=64, C=1, S=1, LAUNCHES=1, MARGINS=1, STRIDE=4)
-select = ("record_ptr", "tally_ptr", "ints_ptr", "reals_ptr")
-blocks = ("scratch_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "post_padded_ptr")
-build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr", *select, *blocks), num_warps=8)
-quantises = send | dict(QUANTISES=True, ROW_BYTES=7168, MAKES=2)
-build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr", *select), x="bf16", ids="i64", num_warps=8)
-chooses = send | dict(ROW_BYTES=7168, MAKES=3, C=2, S=32, LAUNCHES=2, MARGINS=32)
-build("dispatch chooses", dispatch.dispatch_kernel, chooses, num_warps=8)
+    BLOCK=4096, GROUPS=64)
+build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr",), num_warps=8)
+quantises = send | dict(QUANTISES=True, ROW_BYTES=7168)
+build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr",), x="bf16", ids="i64", num_warps=8)
+build("dispatch scales", dispatch.dispatch_kernel, send | dict(ROW_BYTES=7168), num_warps=8)
 push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=8192, EVERY=False)
 build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=8)
 build("sum", combine.sum_kernel, push, num_warps=8)
@@ -395,7 +298,7 @@ def stores_in_wide_pieces(kernels: dict[str, dict]) -> None:
     for name, its in kernels.items():
         wide = places(its["ptx"], r"st\.global\.v4\.b32|st\.global\.v2\.b64")
         ranks = 4
-        if name in ("dispatch", "dispatch chooses"):
+        if name in ("dispatch", "dispatch scales", "gather"):
             assert len(wide) >= ranks, name
         elif "quantises" in name:
             assert len(places(its["ptx"], r"st\.global\.v2\.b32|st\.global\.b64|st\.global\.v4\.b32")) >= ranks, name
