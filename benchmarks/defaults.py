@@ -5,8 +5,9 @@
 For each table and span of token counts, the time of the default config of `rampwrap.kernels.cute.defaults` over the best config of
 each workload, geometric mean and worst, beside that of the rule which served until 2026-11-27 (`before`) and of the best config
 for each token count in hindsight. The rule's constants come from the tables called *fit*; *held out* took no part. Then the best
-config of another kernel on the same workloads over the default: above 1 the default is ahead even of that. Last, our Triton
-kernel's default over it, or of the table's configs the one that is nearest.
+config of another kernel on the same workloads over the default: above 1 the default is ahead even of that. Then our Triton
+kernel's default over it. Last, the same of our Triton kernel: its default over its best config, and vLLM's best config over its
+default. Its rule was made of these tables; *again* is another run of the same layers, by the kernel's first version.
 """
 
 import argparse
@@ -40,6 +41,16 @@ OTHERS = (
     ("h200-v2-cute-olmoe-bf16", "h200-v2-triton-olmoe-bf16"),
 )
 "Tables of the CuTe kernels and of another kernel, with workloads in common; bf16 ones of vLLM are of another run."
+OF_TRITON = (
+    ("h200-v2-triton-olmoe-bf16", "h200-vllm_fused_moe-olmoe-bf16"),
+    ("h200-v2-triton-qwen3-30b-bf16", "h200-vllm_fused_moe-qwen3-30b-bf16"),
+    ("h200-v2-triton-qwen3-30b-fp8", "h200-sweep-vllm-qwen3-30b-fp8"),
+    ("h200-portfolio-triton-olmoe-fp8", "h200-portfolio-vllm-olmoe-fp8"),
+)
+AGAIN = (
+    *("h200-triton_fused_moe-olmoe-bf16-run1", "h200-triton_fused_moe-olmoe-bf16-run2"),
+    *("h200-triton_fused_moe-qwen3-30b-bf16", "h200-sweep-triton-qwen3-30b-fp8"),
+)
 SPANS = ((1, 8), (9, 64), (65, 512), (513, 1 << 62))
 Rule = Callable[[Sequence[Config], MoEShape, int], int]
 
@@ -73,12 +84,17 @@ def hindsight(table: Timings) -> np.ndarray:
     return out
 
 
-def ahead(table: Timings, other: Timings) -> tuple[np.ndarray, np.ndarray]:
+def of_triton(configs: Sequence[Config], shape: MoEShape, num_tokens: int) -> int:
+    """The rule of our Triton kernel, all of whose configs these tables have."""
+    return list(configs).index(default_config(num_tokens, shape.num_experts, shape.top_k, shape.dtype))
+
+
+def ahead(table: Timings, other: Timings, rule: Rule = default) -> tuple[np.ndarray, np.ndarray]:
     """Token counts of the workloads in common, and the best of the other table over the default of the first."""
     place = {counts.tobytes(): row for row, counts in enumerate(other.counts)}
     pairs = [(row, place[key]) for row, its in enumerate(table.counts) if (key := its.tobytes()) in place]
     rows, theirs = np.array(pairs).T
-    us = regret(table)[rows] * np.nanmin(table.us[rows], axis=1)
+    us = regret(table, rule)[rows] * np.nanmin(table.us[rows], axis=1)
     return table.num_tokens[rows], np.nanmin(other.us[theirs], axis=1) / us
 
 
@@ -136,6 +152,16 @@ def main() -> None:
             tokens, ratios = ahead(load(name), triton_defaults(load(other)))
             spans = [ratios[(tokens >= low) & (tokens <= high)] for low, high in SPANS]
             print(f"| {name} | {other} | {' | '.join(cell(its, np.nanmin) for its in spans)} |")
+    print(f"\n| our Triton kernel's table | | {head} |")
+    for name, other in (*OF_TRITON, *((name, "") for name in AGAIN)):
+        table = load(name)
+        over = regret(table, of_triton)
+        spans = [over[(table.num_tokens >= low) & (table.num_tokens <= high)] for low, high in SPANS]
+        print(f"| {name} | its best | {' | '.join(map(cell, spans))} |")
+        if other:
+            tokens, ratios = ahead(table, load(other), of_triton)
+            spans = [ratios[(tokens >= low) & (tokens <= high)] for low, high in SPANS]
+            print(f"| {name} | {other}, its best | {' | '.join(cell(its, np.nanmin) for its in spans)} |")
 
 
 if __name__ == "__main__":

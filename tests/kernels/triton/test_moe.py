@@ -338,19 +338,6 @@ def test_small_batches_split_and_have_room_for_it():
     assert [tuning.partial_rows(slots) for slots in (0, 8, 512, 513, 2048, 2049)] == [0, 32, 2048, 2048, 2048, 2049]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "edges"),
-    [("bf16", {2: 16, 12: 16, 24: 32, 48: 64, 96: 128, 97: 128}), ("fp8", {12: 16, 32: 32, 96: 64, 97: 128})],
-)
-def test_the_default_grows_with_the_tokens_of_an_expert(dtype, edges):
-    """Up to 2, 12, 24, 48 and 96 tokens in bf16; up to 12, 32 and 96 in FP8. Beyond, the largest tile; each is listed."""
-    for tokens, block_m in edges.items():
-        found = tuning.default_config(tokens * 8, 64, 8, dtype)
-        assert found["block_m"] == block_m and found in tuning.CONFIGS[dtype]
-        more = tuning.default_config(tokens * 8 + 1, 64, 8, dtype)
-        assert (more != found) == (tokens < 97)
-
-
 def test_fp8_needs_whole_scale_blocks():
     """A shape whose rows do not divide into 128-blocks is refused when the adapter is made."""
     with pytest.raises(ConfigError, match="intermediate_size=192"):
