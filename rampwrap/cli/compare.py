@@ -24,6 +24,7 @@ from rampwrap.cli.workloads import (
 from rampwrap.compare.evaluate import ORACLE, evaluate
 from rampwrap.compare.oracle import Oracle, Renumbered
 from rampwrap.dispatch.host import Dispatcher
+from rampwrap.errors import InputError
 from rampwrap.files import check_target
 from rampwrap.kernel import catalog
 from rampwrap.kernel.device import device_of
@@ -94,7 +95,13 @@ def compare(its: CompareRequest) -> Answer:
     for path in filter(None, (its.out, its.report.csv, its.report.plot)):
         check_target(path)
     plan = Plan.load(its.plan)
-    kernel = catalog.make_kernel(its.kernel or plan.kernel, plan.shape)
+    name = its.kernel or plan.kernel
+    if missing := catalog.missing_gpu(name):
+        raise InputError(
+            f"there is no GPU here ({missing}), and kernel {name!r} runs on one only; compare where the GPU is, or "
+            "'rampwrap replay' the plan's table."
+        )
+    kernel = catalog.make_kernel(name, plan.shape)
     routed = Dispatcher(kernel, plan, strict=True).policy
     # Every config that any policy may launch is timed on every workload, in interleaved rounds: the best of them
     # is the oracle, and policies that agree are judged by the same measurement.

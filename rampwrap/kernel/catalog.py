@@ -1,6 +1,7 @@
 """Kernels by name: how the command line finds an adapter, or a kernel of the user's own."""
 
 import importlib
+import inspect
 import pathlib
 import sys
 import traceback
@@ -87,17 +88,27 @@ def _own_kernel(name: str, module_name: str, attribute: str, shape: MoEShape) ->
         raise InputError(f"kernel {name!r}: importing {module_name} raises {_told(error)}.") from error
     if not hasattr(module, attribute):
         raise InputError(f"kernel {name!r}: module {module_name} has no {attribute}; check the spelling.")
+    factory = getattr(module, attribute)
+    called = f"{attribute}()" if _takes_nothing(factory) else f"{attribute}(shape)"
     try:
-        made = getattr(module, attribute)(shape)
+        made = factory() if called.endswith("()") else factory(shape)
     except RampwrapError:
         raise
     except Exception as error:
-        raise InputError(f"kernel {name!r}: {attribute}(shape) raises {_told(error)}.") from error
+        raise InputError(f"kernel {name!r}: {called} raises {_told(error)}.") from error
     lacking = [member for member in ("name", "configs", "grid", "launch") if not hasattr(made, member)]
     if lacking:
-        raise InputError(f"kernel {name!r}: {attribute}(shape) gives no kernel, it lacks {', '.join(lacking)}.")
+        raise InputError(f"kernel {name!r}: {called} gives no kernel, it lacks {', '.join(lacking)}.")
     kernel: Kernel = made
     return kernel
+
+
+def _takes_nothing(factory: object) -> bool:
+    """Whether it can be called, but not with a shape: a class without `__init__`, say."""
+    try:
+        return callable(factory) and not inspect.signature(factory).parameters
+    except ValueError:  # written in C, without a signature
+        return False
 
 
 def _told(error: Exception) -> str:

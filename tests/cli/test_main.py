@@ -14,9 +14,11 @@ from rampwrap.cli.command import Command
 from rampwrap.cli.main import COMMANDS, PLACES, main
 from rampwrap.cli.tables import COST_MODEL
 from rampwrap.cli.types import seconds
+from rampwrap.kernel import catalog
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.measure.timings import Timings
+from rampwrap.plan.folder import SHIPPED
 from rampwrap.testing.sim import SimKernel
 
 SIM = ["--kernel", "sim", "--model", "olmoe"]
@@ -76,6 +78,14 @@ def test_profile_fit_show_explain_compare_replay(
     for command in (["show", "t.npz"], ["show", "t.plan.json"], ["replay", "t.npz"], ["fit", "t.npz"]):
         assert main(command) == 0
         assert capsys.readouterr().out.strip()
+
+
+def test_compare_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "no_gpu", lambda: "none here")
+    plan = next(SHIPPED.glob("triton_fused_moe-*.plan.json"))
+    assert main(["compare", str(plan)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rampwrap: there is no GPU here (none here)") and "rampwrap replay" in said
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,12 @@ def silent(shape):
 
 def bare(shape):
     return Bare()
+
+class Plain(Bare):
+    configs, launch = (), None
+
+def plain():
+    raise ValueError("no size")
 """
 
 
@@ -103,6 +109,13 @@ def test_ones_own_in_this_folder_or_in_a_package(here: pathlib.Path) -> None:
 def test_what_goes_wrong_in_it_is_said_as_what_it_is(here: pathlib.Path, name: str, said: str) -> None:
     with pytest.raises(InputError, match=f"kernel '{name}': {said}"):
         make_kernel(name, SHAPE)
+
+
+def test_one_that_takes_no_shape(here: pathlib.Path) -> None:
+    """As the class in the guide "Wrap your own kernel", which has no `__init__`."""
+    assert type(make_kernel("mine:Plain", SHAPE)).__name__ == "Plain"
+    with pytest.raises(InputError, match=r"plain\(\) raises ValueError: no size \(.*mine\.py"):
+        make_kernel("mine:plain", SHAPE)
 
 
 def test_its_own_refusal_comes_through(here: pathlib.Path) -> None:
