@@ -1,12 +1,15 @@
-"""Layers without a plan: where the CuTe kernels' defaults serve them, and why not elsewhere.
+"""Layers without a plan: where our kernels' defaults serve them, and why not elsewhere.
 
     RAMPWRAP_PLANS_ONLY 1 serves plans alone: without one vLLM keeps its layers, and transformers gets our Triton kernel
 
-transformers' layers are served by the Triton kernel's defaults otherwise. On the tables of an H200 the defaults are ahead of vLLM's Triton kernel at its best for each workload: 1.09-1.50x in the mean at
-every token count in FP8, 1.02-1.25x in bf16 (`benchmarks/defaults.py`). vLLM 0.33 with them: OLMoE
-bf16 on an H100, 1.03-1.10x in decode and 1.05-1.32x in prefill of GPU time; no other model was measured.
+The CuTe kernels' defaults serve where they are built, our Triton kernel's where not; in transformers those serve everywhere else. On
+the tables of an H200 both are ahead of vLLM's Triton kernel at its best for each workload: the CuTe kernels 1.09-1.50x in the
+mean at every token count in FP8, 1.02-1.25x in bf16, the Triton kernel 1.03-1.45x (`benchmarks/defaults.py`). vLLM 0.33 with
+those of the CuTe kernels: OLMoE bf16 on an H100, 1.03-1.10x in decode and 1.05-1.32x in prefill of GPU time. No other model was
+measured, and no engine with those of the Triton kernel.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rampwrap.errors import ConfigError, InputError
@@ -18,33 +21,46 @@ from rampwrap.plan.folder import enabled
 from rampwrap.policy.static import default_table
 
 PLANS_ONLY = "RAMPWRAP_PLANS_ONLY"
-ENGINES = ("vllm", "transformers")
-"Whose hooks serve them."
-KERNEL = "cute_moe"
+CUTE, TRITON = "cute_moe", "triton_fused_moe"
+KERNELS: Mapping[str, tuple[str, ...]] = {"vllm": (CUTE, TRITON), "transformers": (CUTE,)}
+"""Whose defaults an engine's hook serves, the first that can. transformers' runs our Triton kernel's where this gives none, on
+whatever GPU and with whatever layer."""
+MEASURED = ("bf16", "fp8")
+"Dtypes in the tables."
 _HOPPER = {"H100", "H200"}
 "In the names of devices that say nothing of their capability, as those in plans made elsewhere."
 
 
-def kernel_without_plan(shape: MoEShape, device: Device) -> Kernel | str:
-    """The kernel whose defaults serve a layer on a GPU, loaded; or why none does, in a clause."""
+def kernel_without_plan(shape: MoEShape, device: Device, kernels: Sequence[str] = KERNELS["vllm"]) -> Kernel | str:
+    """The kernel whose defaults serve a layer on a GPU, loaded: the first that can; or why none does, in clauses."""
     if enabled(PLANS_ONLY):
         return f"{PLANS_ONLY} is set"
     if not _is_hopper(device):
         return f"defaults serve on sm_90 alone, and this is {device.label}"
-    if shape.form:
-        return f"no defaults serve layers with {' and '.join(shape.form)}"
-    kernel: Any
-    try:
-        kernel = make_kernel(KERNEL, shape)
-    except (InputError, ConfigError) as error:
-        return str(error).removesuffix(".")
+    if shape.form or shape.dtype not in MEASURED:
+        return f"no defaults serve layers with {' and '.join(shape.form or (shape.dtype,))}"
+    reasons = []
+    for name in kernels:
+        try:
+            kernel = make_kernel(name, shape)
+        except (InputError, ConfigError) as error:
+            reasons.append(str(error).removesuffix("."))
+            continue
+        reason = _unbuilt(kernel) if name == CUTE else None
+        if reason is None:
+            return kernel
+        reasons.append(reason)
+    return "; ".join(reasons)
+
+
+def _unbuilt(kernel: Any) -> str | None:
+    """Why the CuTe kernels' defaults cannot run, None where they are built."""
     configs = default_configs(kernel)
     if kernel.must_compile(configs):
         # A start that takes minutes longer is for those who ask for it.
         return "the CuTe kernels are not built; run 'rampwrap build-kernels'"
     failed = next((reason for reason in kernel.precompile(configs) if reason), None)
-    made: Kernel = kernel
-    return made if failed is None else str(failed).removesuffix(".")
+    return None if failed is None else str(failed).removesuffix(".")
 
 
 def default_configs(kernel: Kernel) -> list[Config]:

@@ -12,7 +12,7 @@ from rampwrap.checkpoint.model import Alike, Layers, Ranks, layers_of
 from rampwrap.checkpoint.quantisation import FORMS
 from rampwrap.engines import sglang
 from rampwrap.engines.backends import TRITON, Backend, backend_for
-from rampwrap.engines.defaults import ENGINES as DEFAULTS_SERVE
+from rampwrap.engines.defaults import KERNELS as DEFAULTS
 from rampwrap.engines.defaults import kernel_without_plan
 from rampwrap.engines.installed import NAMES, Installed, installed
 from rampwrap.engines.profile import kernels_of
@@ -215,8 +215,8 @@ def _served(
         source = "rampwrap" if pathlib.Path(path).parent == SHIPPED else "own"
         return Served(gpu, shape, plan.kernel, path, source, "; ".join(said))
     reason, kernel = usable.why_not(here, device or SIMULATED, kernels), ""
-    if device is not None and engine in DEFAULTS_SERVE:
-        default = kernel_without_plan(here, device)
+    if device is not None and engine in DEFAULTS:
+        default = kernel_without_plan(here, device, DEFAULTS[engine])
         if not isinstance(default, str):
             kernel = default.name
         elif engine == "vllm":  # transformers' layers run the Triton kernel's

@@ -26,6 +26,7 @@ from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
+from rampwrap.engines.defaults import KERNELS as DEFAULTS
 from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
 from rampwrap.engines.transformers_layer import CHECKED, mismatch, refusal
 from rampwrap.errors import InputError
@@ -107,7 +108,7 @@ class Service:
             more = ""
             # Its one-launch form adds in no fixed order.
             if not torch.are_deterministic_algorithms_enabled():
-                found = kernel_without_plan(self.shape, device)
+                found = kernel_without_plan(self.shape, device, DEFAULTS["transformers"])
                 if not isinstance(found, str):
                     self.kernel, self._triton = found, self.dispatcher
                     self.dispatcher = Dispatcher(found, None, shape=self.shape)

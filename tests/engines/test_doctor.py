@@ -73,7 +73,7 @@ def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     monkeypatch.setattr("rampwrap.engines.doctor.SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(installing, "_version", lambda engine: "")
     monkeypatch.delenv(folder.DISABLE, raising=False)
-    monkeypatch.delenv(PLANS_ONLY, raising=False)
+    monkeypatch.setenv(PLANS_ONLY, "1")
     monkeypatch.setenv("RAMPWRAP_CUTE_LIBRARY", str(tmp_path / "nowhere"))
     return tmp_path / "model"
 
@@ -128,7 +128,7 @@ def test_defaults_serve_without_a_plan(
     asked: list[tuple[MoEShape, str]] = []
     monkeypatch.setattr(
         "rampwrap.engines.doctor.kernel_without_plan",
-        lambda shape, device: (asked.append((shape, device.name)), Built)[1],
+        lambda shape, device, kernels: (asked.append((shape, device.name)), Built)[1],
     )
     status, found, text = ask(TINY, "--engine", engine, "--gpu", "H200")
     (served,) = found["layers"][0]["served"]
@@ -138,6 +138,15 @@ def test_defaults_serve_without_a_plan(
     assert "cute_moe by its defaults: there is no plan in" in text and "every layer is served on NVIDIA H200" in text
     attrs.evolve(plan, device=H200).save(model.parent / "plans" / "a.plan.json")
     assert ask(TINY, "--engine", engine, "--gpu", "H200")[1]["layers"][0]["served"][0]["source"] == "own"
+
+
+def test_the_triton_kernels_defaults_need_nothing_built(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In vLLM on a Hopper; transformers' hook has them without being asked."""
+    monkeypatch.delenv(PLANS_ONLY)
+    status, found, _ = ask(TINY, "--gpu", "H200")
+    (served,) = found["layers"][0]["served"]
+    assert status == 0 and (served["kernel"], served["source"]) == ("triton_fused_moe", "defaults")
+    assert ask(TINY, "--gpu", "A100")[0] == 1
 
 
 def test_one_gpu_of_several(model: pathlib.Path, ask: Any, plan: Plan) -> None:

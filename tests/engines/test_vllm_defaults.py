@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import attrs
 
 from rampwrap.adapters import cute_moe
+from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import defaults
 from rampwrap.engines import vllm as plugin
 from rampwrap.kernel.activation import Activation
@@ -91,16 +92,28 @@ def test_the_switch_keeps_layers_without_a_plan_with_vllm(world, built, caplog, 
     assert "nor do defaults serve (RAMPWRAP_PLANS_ONLY is set)" in stays(world, caplog)
 
 
-def test_without_the_library_vllm_serves(world, monkeypatch, caplog):
+@pytest.mark.parametrize("shape", [FP8, BF16], ids=["fp8", "bf16"])
+def test_without_the_library_the_triton_kernels_defaults_serve(world, monkeypatch, caplog, shape):
+    """Each token count its default; nothing is built and no plan is made."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(cute_moe, "load", its_plans.absent)
-    assert "rampwrap build-kernels" in stays(world, caplog)
+    layer, kernel = engine_layer(world, shape, inputs(shape)), TritonFusedMoE(shape)
+    for tokens in (1, 12, 32):
+        its = inputs(shape, tokens)
+        assert torch.equal(apply(layer, its), kernel.launch(kernel.default_config(tokens), **its)), tokens
+    (engine,) = plugin.engines()
+    assert (engine["layers"], engine["defaults"], engine["kernels"]) == (1, [str(shape)], ["triton_fused_moe"])
+    assert world.calls == [] and "default configs of triton_fused_moe" in said(caplog)[-1]
 
 
 def test_nothing_is_compiled_that_nobody_asked_for(world, built, caplog, monkeypatch):
     """Minutes of a start are for a plan, or for 'rampwrap build-kernels'."""
     monkeypatch.setattr(built, "must_compile", lambda variants: True)
     monkeypatch.setattr(built, "ensure", lambda variants: pytest.fail("compiles"))
-    assert "the CuTe kernels are not built; run 'rampwrap build-kernels'" in stays(world, caplog)
+    engine_layer(world, FP8, inputs(FP8))
+    assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"]
+    found = defaults.kernel_without_plan(FP8, HOPPER, [defaults.CUTE])
+    assert found == "the CuTe kernels are not built; run 'rampwrap build-kernels'"
 
 
 def test_another_gpu_stays_with_vllm(world, built, caplog, monkeypatch):
@@ -171,7 +184,8 @@ def test_which_layers_and_devices(built, monkeypatch):
         assert "sm_90 alone" in its(FP8, device)
     assert "silu:limit=10" in its(attrs.evolve(FP8, activation=Activation("silu", limit=10.0)), HOPPER)
     assert "scales=channel" in its(attrs.evolve(FP8, scales="channel"), HOPPER)
-    assert "fp16 is not compiled" in its(attrs.evolve(BF16, dtype="fp16"), HOPPER)
+    assert its(attrs.evolve(BF16, dtype="fp16"), HOPPER) == "no defaults serve layers with fp16"
+    assert its(attrs.evolve(BF16, intermediate_size=96), HOPPER).name == "triton_fused_moe"  # what CuTe cannot
     kernel = its(FP8, HOPPER)
     assert {kernel.default_config(tokens)["form"] for tokens in (1, 64, 4096)} == {"one", "two", "prefill"}
     served = defaults.default_configs(kernel)

@@ -531,19 +531,24 @@ def test_engine_with_scales_by_channel(tmp_path, backend):
     assert ("--moe-backend triton" in text) == (backend == "auto")
 
 
+@pytest.mark.parametrize("name", ["triton_fused_moe", "cute_moe"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_engine_without_a_plan(tmp_path, dtype):
-    """The CuTe kernels' defaults serve both layers, in graphs, with one line that holds the command."""
+def test_engine_without_a_plan(tmp_path, dtype, name):
+    """A kernel's defaults serve both layers, in graphs, with one line that holds the command; Triton's where no CuTe kernels are."""
     shape = attrs.evolve(SHAPE, dtype=dtype)
-    kernel = need_cute(shape)
-    if kernel.must_compile(default_configs(kernel)):
-        pytest.skip("defaults serve where 'rampwrap build-kernels' ran")
-    found, text = run_engine(tmp_path, False, shape=shape, **{places.OWN_PLANS: "1"})
+    environment = {places.OWN_PLANS: "1"}
+    if name == "cute_moe":
+        kernel = need_cute(shape)
+        if kernel.must_compile(default_configs(kernel)):
+            pytest.skip("these defaults serve where 'rampwrap build-kernels' ran")
+    else:
+        environment["RAMPWRAP_CUTE_LIBRARY"] = str(tmp_path / "nowhere")
+    found, text = run_engine(tmp_path, False, shape=shape, **environment)
     (engine,) = found["engines"]
     assert (engine["layers"], engine["plans"], engine["defaults"]) == (2, [], [str(shape)])
-    assert engine["kernels"] == ["cute_moe"] and found["modes"] == ["single"] and found["on_host"] > 0
+    assert engine["kernels"] == [name] and found["modes"] == ["single"] and found["on_host"] > 0
     said = [line for line in text.splitlines() if "rampwrap" in line]
-    assert sum("default configs of cute_moe" in line for line in said) == 1
+    assert sum(f"default configs of {name}" in line for line in said) == 1
     assert not any("rampwrap leaves" in line for line in said)
 
 
