@@ -161,6 +161,7 @@ def dispatch_kernel(
     all wait.
     """
     wait_for_launch_before(PDL)
+    epoch = next_epoch(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     first, num_tokens = first_row(counts, rank, RANKS)
     token = tl.program_id(0)
@@ -209,7 +210,6 @@ def dispatch_kernel(
             SLOTS,
         )
     if is_last(ticket_ptr):
-        epoch = next_epoch(header_ptr)
         if SENDS:
             tell_all(bases_ptr, CELLS_AT, rank, epoch, num_tokens, RANKS, LANES)
         if WAITS:

@@ -114,9 +114,9 @@ def await_all(
     """
     peer = tl.arange(0, LANES)
     own = cells_ptr + tl.where(peer < RANKS, peer, 0)
+    patient = tl.load(header_ptr + _FAULT, volatile=True) == 0  # ahead of the acquire, which nothing overtakes
     cells = load_acquire(own)
     late = (peer < RANKS) & ((cells >> 32) != epoch)
-    patient = tl.load(header_ptr + _FAULT, volatile=True) == 0
     start = now_ns()
     waiting = patient & (tl.max(late.to(tl.int32), 0) > 0)
     while waiting:

@@ -79,6 +79,7 @@ def gather_kernel(
     SENDS or WAITS is only off where ranks are emulated one after the other: all send, then all wait.
     """
     wait_for_launch_before(PDL)
+    epoch = next_epoch(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     first, num_tokens = first_row(counts, rank, RANKS)
     if SENDS & (tl.program_id(0) < num_tokens):
@@ -90,7 +91,6 @@ def gather_kernel(
         send_row(bases_ptr, field_3_ptr, token, row, rank, RANKS, WORDS_3, AT_3)
         send_row(bases_ptr, field_4_ptr, token, row, rank, RANKS, WORDS_4, AT_4)
     if is_last(ticket_ptr):
-        epoch = next_epoch(header_ptr)
         if SENDS:
             tell_all(bases_ptr, CELLS_AT, rank, epoch, num_tokens, RANKS, LANES)
         if WAITS:

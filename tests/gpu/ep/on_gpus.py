@@ -21,6 +21,7 @@ import torch.multiprocessing as processes
 
 from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
+from rampwrap.ep.path import LOW_LATENCY_TOKENS
 from rampwrap.ep.received import Received
 from rampwrap.errors import GroupError
 from rampwrap.kernel.shape import MoEShape
@@ -244,6 +245,22 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
     ours.close()
 
 
+def large(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 8) -> None:
+    """Steps of up to as many tokens as go through shared memory, and of more, which go by collectives."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    most, same = LOW_LATENCY_TOKENS + 100, random.Random(5)
+    options: dict[str, Any] = {"device": device, "timeout_s": 15.0}
+    with (
+        ExpertParallel(group, SHAPE, most, backend=backend, **options) as ours,
+        ExpertParallel(group, SHAPE, most, backend="collectives", **options) as theirs,
+    ):
+        for number in range(rounds):
+            counts = [same.choice((0, 700, LOW_LATENCY_TOKENS, most, same.randrange(most))) for _ in range(ranks)]
+            brought = batch(counts[rank], KINDS[number % len(KINDS)], 1000 * number + rank, device)
+            assert torch.equal(step(ours, brought, counts), step(theirs, brought, counts)), (number, counts)
+        ours.check()
+
+
 def said(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -252,7 +269,13 @@ def said(call: Callable[[], Any]) -> str:
     return ""
 
 
-CHECKS: dict[str, Callable[..., Any]] = {"soak": soak, "aligned": aligned, "late": late, "gathered": gathered}
+CHECKS: dict[str, Callable[..., Any]] = {
+    "soak": soak,
+    "aligned": aligned,
+    "late": late,
+    "gathered": gathered,
+    "large": large,
+}
 
 
 def serve(rank: int, ranks: int, port: int, its: argparse.Namespace) -> None:
