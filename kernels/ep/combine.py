@@ -69,7 +69,7 @@ def push_kernel(
     EVERY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One CTA for each token of the fullest rank along axis 0, the source along axis 1; ids and weights are those received.
+    """Sources along axis 1, each of whose tokens the CTAs along axis 0 share; ids and weights are those received.
 
     EVERY pushes all rows, by a caller who knows no owners: without ids, and summed. `y_ptr` points at rows that are summed
     already, or BY_SLOT at one row a slot: weighted and added here in the order of slots, in float32.
@@ -83,9 +83,8 @@ def push_kernel(
     # The next rank first, so that not all push to the same one.
     source = (rank + 1 + tl.program_id(1)) % RANKS
     first, num_tokens = first_row(counts, source, RANKS)
-    token = tl.program_id(0)
-    if token < num_tokens:
-        row = (first + token).to(tl.int64)
+    for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        row = tl.cast(first + token, tl.int64)
         here = tl.full((SLOTS,), 1, tl.int32)
         if not EVERY:
             _ids, local = owner_of(topk_ids_ptr, expert_map_ptr, row * TOP_K, num_experts, TOP_K, SLOTS)

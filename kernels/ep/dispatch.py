@@ -1,6 +1,6 @@
 """Dispatch by low latency: rows go to fixed places in the memory of peers, in one launch.
 
-A CTA copies one row of this rank's to each rank that wants it, its ids and weights to all. The last CTA writes this rank's
+A CTA copies a row of this rank's to each rank that wants it, its ids and weights to all. The last CTA writes this rank's
 flags and waits for those of the others. What the local layer needs of all ids, M blocks and the choice of a config, launches of
 their own make: by the last CTA, alone, it took 2 us longer for 128 slots, 8 for 512 and 37 for 2048 (two H100, whole layers of
 Qwen3-30B with and without).
@@ -105,6 +105,56 @@ def send_routing(bases_ptr, ids, weights, ids_at, weights_at, rank, top_k, RANKS
         tl.store((base + weights_at).to(tl.pointer_type(tl.float32)) + slot, weights, mask=slot < top_k)
 
 
+@triton.jit
+def send_token(
+    bases_ptr,
+    x_ptr,
+    x_scales_ptr,
+    topk_ids_ptr,
+    topk_weights_ptr,
+    rank_of_expert_ptr,
+    token,
+    row,
+    rank,
+    num_experts,
+    RANKS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    QUANTISES: tl.constexpr,
+    MASKED: tl.constexpr,
+    IDS_AT: tl.constexpr,
+    WEIGHTS_AT: tl.constexpr,
+    ROWS_AT: tl.constexpr,
+    SCALES_AT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Row, scales, ids and weights of one token to a row of each rank."""
+    ids, owners = owner_of(topk_ids_ptr, rank_of_expert_ptr, token * TOP_K, num_experts, TOP_K, SLOTS)
+    slot = tl.arange(0, SLOTS)
+    weights = tl.load(topk_weights_ptr + token * TOP_K + slot, mask=slot < TOP_K, other=0.0).to(tl.float32)
+    at, rows_at, scales_at = tl.cast(token, tl.int64), ROWS_AT + row * ROW_BYTES, SCALES_AT + row * (COLUMNS // 32)
+    if QUANTISES:
+        x_row = x_ptr + at * COLUMNS
+        send_quantised(bases_ptr, x_row, rows_at, scales_at, owners, rank, RANKS, MASKED, COLUMNS, GROUPS)
+    else:
+        words: tl.constexpr = ROW_BYTES // 4
+        send_words(bases_ptr, x_ptr + at * words, rows_at, owners, rank, RANKS, MASKED, words, BLOCK)
+        if x_scales_ptr is not None:
+            scales: tl.constexpr = COLUMNS // 128
+            for start in tl.static_range(0, scales, GROUPS):
+                group = start + tl.arange(0, GROUPS)
+                scale = tl.load(x_scales_ptr + at * scales + group, mask=group < scales)
+                for step in tl.static_range(RANKS):
+                    peer = (rank + 1 + step) % RANKS
+                    if wants(owners, peer, MASKED):
+                        store_scales(bases_ptr, peer, scales_at, group, scale, scales)
+    ids_at, weights_at = IDS_AT + row * (TOP_K * 4), WEIGHTS_AT + row * (TOP_K * 4)
+    send_routing(bases_ptr, ids, weights, ids_at, weights_at, rank, TOP_K, RANKS, SLOTS)
+
+
 @triton.jit(
     do_not_specialize=[
         "rank",
@@ -154,7 +204,7 @@ def dispatch_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One CTA a token, and one where there is none.
+    """Any number of CTAs, which share this rank's tokens.
 
     `x_ptr` points at int32 words of rows that are sent as they are, or at bf16 or fp16 that is quantised; `x_scales_ptr`
     at the scales of e4m3 rows. SENDS or WAITS is only off where ranks are emulated one after the other: all send, then
@@ -164,51 +214,33 @@ def dispatch_kernel(
     epoch = next_epoch(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     first, num_tokens = first_row(counts, rank, RANKS)
-    token = tl.program_id(0)
-    if SENDS & (token < num_tokens):
-        row = (first + token).to(tl.int64)
-        ids, owners = owner_of(topk_ids_ptr, rank_of_expert_ptr, token * TOP_K, num_experts, TOP_K, SLOTS)
-        slot = tl.arange(0, SLOTS)
-        weights = tl.load(topk_weights_ptr + token * TOP_K + slot, mask=slot < TOP_K, other=0.0).to(tl.float32)
-        at = token.to(tl.int64)
-        if QUANTISES:
-            send_quantised(
+    if SENDS:
+        for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+            send_token(
                 bases_ptr,
-                x_ptr + at * COLUMNS,
-                ROWS_AT + row * ROW_BYTES,
-                SCALES_AT + row * (COLUMNS // 32),
-                owners,
+                x_ptr,
+                x_scales_ptr,
+                topk_ids_ptr,
+                topk_weights_ptr,
+                rank_of_expert_ptr,
+                token,
+                tl.cast(first + token, tl.int64),
                 rank,
+                num_experts,
                 RANKS,
-                MASKED,
+                TOP_K,
+                SLOTS,
                 COLUMNS,
+                ROW_BYTES,
+                QUANTISES,
+                MASKED,
+                IDS_AT,
+                WEIGHTS_AT,
+                ROWS_AT,
+                SCALES_AT,
+                BLOCK,
                 GROUPS,
             )
-        else:
-            words: tl.constexpr = ROW_BYTES // 4
-            send_words(
-                bases_ptr, x_ptr + at * words, ROWS_AT + row * ROW_BYTES, owners, rank, RANKS, MASKED, words, BLOCK
-            )
-            if x_scales_ptr is not None:
-                scales: tl.constexpr = COLUMNS // 128
-                for start in tl.static_range(0, scales, GROUPS):
-                    group = start + tl.arange(0, GROUPS)
-                    scale = tl.load(x_scales_ptr + at * scales + group, mask=group < scales)
-                    for step in tl.static_range(RANKS):
-                        peer = (rank + 1 + step) % RANKS
-                        if wants(owners, peer, MASKED):
-                            store_scales(bases_ptr, peer, SCALES_AT + row * (scales * 4), group, scale, scales)
-        send_routing(
-            bases_ptr,
-            ids,
-            weights,
-            IDS_AT + row * (TOP_K * 4),
-            WEIGHTS_AT + row * (TOP_K * 4),
-            rank,
-            TOP_K,
-            RANKS,
-            SLOTS,
-        )
     if is_last(ticket_ptr):
         if SENDS:
             tell_all(bases_ptr, CELLS_AT, rank, epoch, num_tokens, RANKS, LANES)

@@ -21,8 +21,9 @@ from rampwrap.kernels.ep.flags import COUNTS, DISPATCH, LATE, MOST_RANKS
 from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
 from rampwrap.kernels.triton import pdl
 
-MOST_SUMMING = 512
-"CTAs that wait in the last launch, about four on an SM of Hopper, so that what else runs finds room."
+MOST_CTAS = 512
+"""Of a launch, about four on an SM of Hopper, with one or more tokens each: all fit at once, a fence after its stores costs a CTA a
+trip over the link, and those that wait in the last launch leave room for what else runs."""
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -127,7 +128,7 @@ def dispatch(
     quantises = payload == FP8 and x.dtype != FP8
     row_bytes = hidden * payload.itemsize
     words = row_bytes // 4
-    dispatch_kernel[(max(1, tokens_per_rank[its.rank]) if sends else 1, 1)](
+    dispatch_kernel[(_ctas(tokens_per_rank[its.rank]) if sends else 1, 1)](
         its.bases,
         x if quantises else x.view(torch.int32),
         scales,
@@ -208,7 +209,7 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
     """
     its, partials = mapped, mapped.views["partials"]
     _, cells_at = its._cells(2)
-    push_kernel[(max(1, *tokens_per_rank), its.num_ranks)](
+    push_kernel[(_ctas(max(tokens_per_rank)), its.num_ranks)](
         its.bases,
         expert_output,
         its.views.get("topk_ids"),
@@ -239,7 +240,7 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
     """
     its = mapped
     cells, _ = its._cells(2)
-    sum_kernel[(min(MOST_SUMMING, max(1, tokens_per_rank[its.rank])), 1)](
+    sum_kernel[(_ctas(tokens_per_rank[its.rank]), 1)](
         out,
         its.views["partials"],
         topk_ids,
@@ -254,6 +255,10 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
         EVERY=its.expert_map is None,
         **its._shared(tokens_per_rank),
     )
+
+
+def _ctas(num_tokens: int) -> int:
+    return min(MOST_CTAS, max(1, num_tokens))
 
 
 def _row_at_once(columns: int) -> dict[str, int]:
