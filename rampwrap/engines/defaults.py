@@ -12,11 +12,14 @@ measured, and no engine with those of the Triton kernel.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rampwrap.errors import ConfigError, InputError
+import torch
+
+from rampwrap.errors import RampwrapError
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Config, Kernel
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.defaults import lacking
 from rampwrap.plan.folder import enabled
 from rampwrap.policy.static import default_table
 
@@ -43,24 +46,29 @@ def kernel_without_plan(shape: MoEShape, device: Device, kernels: Sequence[str] 
     for name in kernels:
         try:
             kernel = make_kernel(name, shape)
-        except (InputError, ConfigError) as error:
-            reasons.append(str(error).removesuffix("."))
-            continue
-        reason = _unbuilt(kernel) if name == CUTE else None
+            reason = _unfit(kernel, shape) if name == CUTE else None
+        except RampwrapError as error:
+            reason = str(error)
+        except Exception as error:
+            # Nobody asked for it: a library, a package or a cache that is broken stops no model.
+            reason = f"{name} cannot be loaded ({type(error).__name__}: {error})"
         if reason is None:
             return kernel
-        reasons.append(reason)
+        reasons.append(reason.removesuffix("."))
     return "; ".join(reasons)
 
 
-def _unbuilt(kernel: Any) -> str | None:
-    """Why the CuTe kernels' defaults cannot run, None where they are built."""
+def _unfit(kernel: Any, shape: MoEShape) -> str | None:
+    """Why the CuTe kernels' defaults do not serve a layer, None where they are built and may."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch is told to be deterministic, and the CuTe kernels' one-launch form adds in no fixed order"
+    if (far := lacking(kernel.configs, shape)) is not None:
+        return far
     configs = default_configs(kernel)
     if kernel.must_compile(configs):
         # A start that takes minutes longer is for those who ask for it.
         return "the CuTe kernels are not built; run 'rampwrap build-kernels'"
-    failed = next((reason for reason in kernel.precompile(configs) if reason), None)
-    return None if failed is None else str(failed).removesuffix(".")
+    return next((str(reason) for reason in kernel.precompile(configs) if reason), None)
 
 
 def default_configs(kernel: Kernel) -> list[Config]:

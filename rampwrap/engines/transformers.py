@@ -95,24 +95,20 @@ class Service:
         self.shape = MoEShape(experts, top_k, hidden, rows // 2)
         self.kernel: Kernel = TritonFusedMoE(self.shape)
         self.dispatcher = Dispatcher(self.kernel, None, shape=self.shape)
-        # In place of the CuTe kernels': many tokens, and tensors that do not start at a multiple of 16 bytes.
+        # In place of the CuTe kernels': many tokens, determinism, and tensors that do not start at a multiple of 16 bytes.
         self._triton: Dispatcher | None = None
         self.graph_dispatcher: GraphDispatcher | None = None
         self._layers: dict[int, Layer] = {}
         self._warmed: set[int] = set()
         self._ready: set[int] = set()
-        with torch.cuda.device(self._where) if self._where.type == "cuda" else contextlib.nullcontext():
-            device = Device.current()
+        device = Device.current()
         fit = serving.plans.find(self.shape, device, KERNELS)
         if fit is None:
-            more = ""
-            # Its one-launch form adds in no fixed order.
-            if not torch.are_deterministic_algorithms_enabled():
-                found = kernel_without_plan(self.shape, device, DEFAULTS["transformers"])
-                if not isinstance(found, str):
-                    self.kernel, self._triton = found, self.dispatcher
-                    self.dispatcher = Dispatcher(found, None, shape=self.shape)
-                    more = f", or set {PLANS_ONLY}=1 for those of {TritonFusedMoE.name}"
+            more, found = "", kernel_without_plan(self.shape, device, DEFAULTS["transformers"])
+            if not isinstance(found, str):
+                self.kernel, self._triton = found, self.dispatcher
+                self.dispatcher = Dispatcher(found, None, shape=self.shape)
+                more = f", or set {PLANS_ONLY}=1 for those of {TritonFusedMoE.name}"
             _warn(
                 f"no plan {self.shape}",
                 "rampwrap runs the default configs of %s for %s: %s; %s%s.",
@@ -141,8 +137,10 @@ class Service:
         if self.graph_dispatcher is None or num_tokens > self._serving.max_tokens:
             dispatcher = self.dispatcher
             if self._triton is not None:
-                odd = any(inputs[name].data_ptr() & 15 for name in ("w13", "w2", "hidden_states"))
-                dispatcher = self._triton if odd or num_tokens >= MANY_TOKENS else dispatcher
+                other = any(inputs[name].data_ptr() & 15 for name in ("w13", "w2", "hidden_states"))
+                # Asked for after this was made, too: their one-launch form adds in no fixed order.
+                other |= num_tokens >= MANY_TOKENS or torch.are_deterministic_algorithms_enabled()
+                dispatcher = self._triton if other else dispatcher
             out: torch.Tensor = dispatcher(**inputs)
             return out
         layer = self.layer(inputs["w13"])
@@ -232,16 +230,23 @@ def experts(
         top_k_weights: floating point [T, top_k].
         top_k_index: integers [T, top_k]; an expert that is not in 0 .. E - 1 contributes nothing.
     """
-    service = serving().of(gate_up_proj, top_k_index.shape[1])
     if top_k_weights.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         top_k_weights = top_k_weights.float()
-    return service(
-        hidden_states=hidden_states.contiguous(),
-        w13=gate_up_proj,
-        w2=down_proj,
-        topk_weights=top_k_weights.contiguous(),
-        topk_ids=top_k_index.contiguous(),
-    )
+    with current(gate_up_proj.device):
+        return serving().of(gate_up_proj, top_k_index.shape[1])(
+            hidden_states=hidden_states.contiguous(),
+            w13=gate_up_proj,
+            w2=down_proj,
+            topk_weights=top_k_weights.contiguous(),
+            topk_ids=top_k_index.contiguous(),
+        )
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one, on which kernels are launched: layers of a model may lie on several (``device_map="auto"``)."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @experts.register_fake

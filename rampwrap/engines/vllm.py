@@ -206,6 +206,9 @@ def _attach(kernel: Any) -> None:
         if _is_first(config):
             for sentence in fit.passed_over:
                 _warn(sentence, "rampwrap passes over a plan: %s; it chooses by %s instead.", sentence, fit.path)
+        why = getattr(fit.kernel, "nondeterministic", None)
+        if refusal is None and why is not None and torch.are_deterministic_algorithms_enabled():
+            refusal = Refusal(f"torch is told to be deterministic, and {why}")
         if refusal is not None:
             said = "rampwrap leaves a layer with a plan to vLLM: %s."
             _warn(refusal.reason, said, refusal.reason, level=refusal.level)

@@ -12,7 +12,7 @@ import torch
 from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
-from rampwrap.errors import CaptureError, RampwrapError
+from rampwrap.errors import CaptureError, InputError, RampwrapError
 from rampwrap.kernel.shape import MoEShape
 
 
@@ -35,10 +35,6 @@ class Experts:
     ) -> None:
         self._impl, self._kept, self._warn, self.graph_dispatcher = impl, kept, warn, graph_dispatcher
         self._own = impl._fused_experts
-        self._scales: dict[str, torch.Tensor] = {}
-        if graph_dispatcher.shape.dtype == "fp8":
-            quant = impl.fused_experts.quant_config
-            self._scales = {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
         parameters = inspect.signature(graph_dispatcher.kernel.launch).parameters
         self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
         self._layer: Layer | None = None
@@ -89,8 +85,12 @@ class Experts:
             "w2": call["w2"],
             "topk_weights": call["topk_weights"],
             "topk_ids": call["topk_ids"],
-            **self._scales,
         }
+        if self.graph_dispatcher.shape.dtype == "fp8":
+            quant = (
+                self._impl.fused_experts.quant_config
+            )  # at each step, as vLLM's own: weights may have been loaded anew
+            out |= {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
         if call["expert_map"] is not None:
             out["expert_map"] = call["expert_map"]
         if self._takes_out:
@@ -121,7 +121,10 @@ class Experts:
         from rampwrap.kernels.triton.moe.workspace import Workspace
 
         names, specs = _layout(self.graph_dispatcher.shape, num_tokens)
-        tensors = manager.get_simultaneous(*specs)
+        try:
+            tensors = manager.get_simultaneous(*specs)
+        except AssertionError as error:  # it is locked: no step of ours was as large before
+            raise InputError(f"vLLM's scratch memory has no room for {num_tokens} tokens ({error}).") from error
         if capturing():
             self._kept.setdefault(tensors[0].data_ptr(), tensors[0])
         slots = num_tokens * self.graph_dispatcher.shape.top_k

@@ -98,6 +98,49 @@ def test_many_tokens_run_the_triton_kernel(library, monkeypatch):
         library.calls.clear()
 
 
+def test_determinism_counts_when_it_is_asked_for(library, monkeypatch):
+    """A trainer turns it on after the first call, and off."""
+    arguments, want = layer(1)
+    for asked in (False, True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda asked=asked: asked)
+        assert cute.error(engine.experts(*arguments), want) < 1e-2
+        assert bool(library.calls) != asked
+        library.calls.clear()
+
+
+def test_a_broken_installation_stops_no_model(library, monkeypatch):
+    """The CuTe kernels were not asked for: whatever is wrong with them, the Triton kernel runs."""
+
+    def fails(path=None):
+        raise PermissionError(13, "Permission denied", "/root/.cache/rampwrap")
+
+    monkeypatch.setattr(cute_moe, "load", fails)
+    arguments, want = layer()
+    assert cute.error(engine.experts(*arguments), want) < 1e-2 and not library.calls
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
+    """Layers of one model on two GPUs: nobody but we makes the second one current."""
+    entered = []
+
+    class Entered:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    for where in ("cpu", "cuda:0", "cuda:1"):
+        with engine.current(torch.device(where)):
+            pass
+    assert entered == [torch.device("cuda:1"), None]
+
+
 @pytest.mark.parametrize("why", ["switch", "determinism", "not built"])
 def test_the_triton_kernel_serves_otherwise(library, monkeypatch, why):
     if why == "switch":

@@ -18,6 +18,7 @@ from rampwrap.adapters import cute_moe
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.engines import defaults
 from rampwrap.engines import vllm as plugin
+from rampwrap.errors import InputError
 from rampwrap.kernel.activation import Activation
 from rampwrap.kernel.device import DEVICES, SIMULATED, Device
 from rampwrap.kernels.triton.interpreter import INTERPRETED
@@ -114,6 +115,64 @@ def test_nothing_is_compiled_that_nobody_asked_for(world, built, caplog, monkeyp
     assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"]
     found = defaults.kernel_without_plan(FP8, HOPPER, [defaults.CUTE])
     assert found == "the CuTe kernels are not built; run 'rampwrap build-kernels'"
+
+
+def test_a_library_of_one_form_does_not_serve_what_it_is_slow_at(world, built, caplog, monkeypatch):
+    """One launch alone has 0.31 of vLLM's speed in prefill, and the defaults would have run it at every token count."""
+    monkeypatch.setattr(built, "why_absent", lambda config: None if config.form == "one" else "it is not built.")
+    engine_layer(world, FP8, inputs(FP8))
+    assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"]
+    assert "default for 16 tokens, form=one" in defaults.kernel_without_plan(FP8, HOPPER, [defaults.CUTE])
+
+
+@pytest.mark.parametrize("what", ["load", "precompile"])
+@pytest.mark.parametrize("error", [InputError("the library is of another machine."), PermissionError(13, "denied")])
+def test_a_broken_installation_is_passed_over(world, built, caplog, monkeypatch, what, error):
+    """Without a traceback for each layer: these kernels were not asked for."""
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(*((cute_moe, "load") if what == "load" else (built, "ensure")), fails)
+    engine_layer(world, FP8, inputs(FP8))
+    assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"] and not base.messages(caplog)
+    reason = defaults.kernel_without_plan(FP8, HOPPER, [defaults.CUTE])
+    assert ("another machine" if isinstance(error, InputError) else "PermissionError: [Errno 13] denied") in reason
+
+
+@pytest.mark.parametrize("kind", ["without", "cute", "triton"])
+def test_determinism_keeps_layers_whose_sums_have_no_order(world, built, cute_plans, triton_plans, monkeypatch, kind):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if kind != "without":
+        plans = cute_plans if kind == "cute" else triton_plans
+        attrs.evolve(plans[BF16], device=HOPPER).save(world.folder / "a.plan.json")
+    engine_layer(world, BF16, inputs(BF16))
+    assert plugin.engines()[0]["kernels"] == ([] if kind == "cute" else ["triton_fused_moe"])
+
+
+def test_scales_that_were_loaded_anew_are_read(world, built):
+    """As vLLM's own experts do, which ask their quantisation at each step."""
+    its = inputs(FP8)
+    anew = its | {name: 2 * its[name] for name in ("w13_scale", "w2_scale")}
+    layer = engine_layer(world, FP8, its)
+    apply(layer, its)
+    quant = layer.impl.fused_experts.quant_config
+    quant._w1.scale, quant._w2.scale = anew["w13_scale"], anew["w2_scale"]
+    want = cute.kernel_of(FP8).reference(FP8, anew)
+    assert cute.error(apply(layer, anew), want) < 5e-3 and world.calls == []
+
+
+def test_memory_that_was_locked_too_small_ends_no_engine(world, built, caplog):
+    """The largest step went to vLLM's own launch, and ours asks for more at a few tokens: up to 45 times as much."""
+    layer = engine_layer(world, BF16, inputs(BF16))
+    world.manager.locked, world.manager.most = True, 1
+    layer.impl._fused_experts._reserved = 12
+    own = []
+    layer.impl._fused_experts._own = lambda **call: own.append(len(call["topk_ids"])) or call["output_alias"]
+    for _ in range(2):
+        apply(layer, inputs(BF16))
+    (line,) = base.messages(caplog)
+    assert own == [12, 12] and "no room for 12 tokens (Workspace is locked" in line
 
 
 def test_another_gpu_stays_with_vllm(world, built, caplog, monkeypatch):

@@ -223,9 +223,9 @@ def _load(path: pathlib.Path) -> Any:
 
     if importlib.util.find_spec("tvm_ffi") is None:
         raise InputError("apache-tvm-ffi, which loads the CuTe kernels, is not installed; pip install apache-tvm-ffi.")
-    import tvm_ffi
-
     try:
+        import tvm_ffi
+
         return tvm_ffi.load_module(str(path.resolve()))
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise InputError(f"{path} cannot be loaded: {str(error).strip()[:200]}") from error

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.cute.configs import FORMS, GROUP_MS, all_configs, why_illegal
-from rampwrap.kernels.cute.defaults import RULES, default
+from rampwrap.kernels.cute.defaults import RULES, default, lacking
 
 LAYERS = [attrs.evolve(shape, dtype=dtype) for shape in SHAPES.values() for dtype in RULES]
 
@@ -58,6 +58,35 @@ def test_few_configs_serve_too(shape, num_tokens, data):
         assert found == whole
     forms = {config["form"] for config in few}
     assert whole["form"] not in forms or found["form"] == whole["form"]
+
+
+def test_what_was_measured_lacks_nothing():
+    """All published layers but the one whose hidden size only tiles of 64 rows divide, whole and cut eight ways."""
+    cut = {
+        attrs.evolve(its, intermediate_size=its.intermediate_size // ranks) for its in CONFIGS for ranks in (1, 2, 4, 8)
+    }
+    far = {str(shape) for shape in cut if (configs := listed(shape)) and lacking(configs, shape)}
+    assert far == {str(SHAPES["gpt-oss-120b"])}
+
+
+@pytest.mark.parametrize("shape", [attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in RULES], ids=str)
+def test_what_a_library_of_few_kernels_lacks(shape):
+    """Two launches alone are ahead of vLLM's at every token count; one launch and prefill are for their ends."""
+    alone = {form: lacking(listed(shape, (form,)), shape) for form in FORMS}
+    assert alone["two"] is None and "form=one" in alone["one"] and "for 1 tokens, form=prefill" in alone["prefill"]
+    assert lacking(listed(shape, ("one", "prefill")), shape) and lacking(listed(shape, ("one", "two")), shape) is None
+    for narrow in ({"block_n": 16, "warp_n": 4}, {"block_m": 8}):
+        few = [its for its in listed(shape, ("two",)) if all(its[key] == value for key, value in narrow.items())]
+        assert few and lacking(few, shape), narrow
+
+
+@given(st.sampled_from(sorted(CONFIGS, key=str)), st.data())
+def test_nothing_is_lacking_where_the_defaults_are_there(shape, data):
+    """Whatever else is not: the choice and the judgement go by the same configs."""
+    configs = CONFIGS[shape]
+    needed = {default(configs, shape, tokens) for power in range(17) for tokens in (1 << power, 3 << power)}
+    few = sorted(needed | data.draw(st.sets(st.integers(0, len(configs) - 1), max_size=20)))
+    assert lacking([configs[index] for index in few], shape) == lacking(configs, shape)
 
 
 @pytest.mark.parametrize("form", FORMS)
