@@ -264,6 +264,7 @@ _BF16_MEAN: _Rows = (
     (float("inf"), (128, 256, 64, 8, 8, 4, False)),
 )
 "What serves up to so many tokens an expert."
+_FEW_BF16: _Rows = ((15, (16, 64, 128, 1, 4, 3, True)), (32, (16, 128, 64, 1, 4, 3, True)))
 _FEW_FP8: _Rows = ((8, (16, 64, 128, 1, 4, 4, True)), (24, (16, 64, 128, 1, 4, 3, True)))
 "And up to so many slots, where each has an expert of its own."
 _FP8_MEAN: _Rows = (
@@ -293,11 +294,10 @@ def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str, gr
     num_slots, per_expert = num_tokens * top_k, num_tokens * top_k / num_experts
     if dtype == "fp8" and group != GROUP:
         row = _first(per_expert, _FP8_OTHERWISE)
-    elif dtype == "fp8":
-        row = _first(num_slots, _FEW_FP8) or _first(per_expert, _FP8_MEAN)
     else:
-        # A slot has an expert of its own there, and wide tiles fill the last wave better.
-        row = (16, 128, 64, 1, 4, 3, True) if 16 <= num_slots <= 32 else _first(per_expert, _BF16_MEAN)
+        few, mean = (_FEW_FP8, _FP8_MEAN) if dtype == "fp8" else (_FEW_BF16, _BF16_MEAN)
+        # A slot mostly has an expert of its own there: how many CTAs there are, and how the last wave is filled, is theirs.
+        row = (_first(num_slots, few) if per_expert <= 0.5 else None) or _first(per_expert, mean)
     assert row is not None
     config = dict(zip(KEYS, row, strict=True))
     return _shallow([config], group)[0] if dtype == "fp8" and 0 < group < GROUP else config

@@ -48,6 +48,8 @@ def test_few_slots_count_themselves(dtype: str) -> None:
     for slots, row in FEW[dtype]:
         for experts in (64, 512):
             assert tuple(default_config(slots, experts, 1, dtype).values()) == row, slots
+    # Of few experts each gets several.
+    assert tuple(default_config(16, 8, 1, dtype).values()) == ROWS[dtype][0][1]
 
 
 @pytest.mark.parametrize(
