@@ -45,7 +45,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 try:
     from vllm import LLM, SamplingParams
 except ImportError as error:
-    sys.exit(f"This example needs vLLM 0.26 and a GPU ({error}).")
+    sys.exit(f"This example needs vLLM, 0.26 or later, and a GPU ({error}).")
 
 llm = LLM(model=str(MODEL), load_format="dummy", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=256)
 params = SamplingParams(max_tokens=128, temperature=0.0, ignore_eos=True, detokenize=False)
