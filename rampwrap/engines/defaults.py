@@ -9,18 +9,20 @@ those of the CuTe kernels: OLMoE bf16 on an H100, 1.03-1.10x in decode and 1.05-
 measured, and no engine with those of the Triton kernel.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from rampwrap.errors import RampwrapError
+from rampwrap.errors import ConfigError, RampwrapError
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Config, Kernel
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.build.library import ABSENT
 from rampwrap.kernels.cute.defaults import lacking
-from rampwrap.plan.folder import enabled
+from rampwrap.plan.folder import OneWarning, enabled
 from rampwrap.policy.static import default_table
 
 PLANS_ONLY = "RAMPWRAP_PLANS_ONLY"
@@ -32,6 +34,7 @@ MEASURED = ("bf16", "fp8")
 "Dtypes in the tables."
 _HOPPER = {"H100", "H200"}
 "In the names of devices that say nothing of their capability, as those in plans made elsewhere."
+_warn = OneWarning(logging.getLogger("rampwrap"))
 
 
 def kernel_without_plan(shape: MoEShape, device: Device, kernels: Sequence[str] = KERNELS["vllm"]) -> Kernel | str:
@@ -47,11 +50,14 @@ def kernel_without_plan(shape: MoEShape, device: Device, kernels: Sequence[str] 
         try:
             kernel = make_kernel(name, shape)
             reason = _unfit(kernel, shape) if name == CUTE else None
-        except RampwrapError as error:
+        except ConfigError as error:
             reason = str(error)
         except Exception as error:
-            # Nobody asked for it: a library, a package or a cache that is broken stops no model.
-            reason = f"{name} cannot be loaded ({type(error).__name__}: {error})"
+            # Nobody asked for it: a library, a package or a cache that is broken stops no model. It is worth a line.
+            ours = isinstance(error, RampwrapError)
+            reason = str(error) if ours else f"it cannot be loaded ({type(error).__name__}: {error})"
+            if reason != ABSENT:
+                _warn(reason, "rampwrap passes over the defaults of %s: %s", name, reason)
         if reason is None:
             return kernel
         reasons.append(reason.removesuffix("."))

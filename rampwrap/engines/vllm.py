@@ -23,6 +23,7 @@ import logging
 import os
 import pathlib
 import time
+import traceback
 import weakref
 from typing import Any
 
@@ -86,9 +87,10 @@ def install(module: Any) -> None:
         made(self, *args, **kwargs)
         try:
             _attach(self)
-        except Exception:
-            # An engine that would have started must start.
-            logger.exception("rampwrap leaves a layer of vLLM as it is, after an error of its own:")
+        except Exception as error:
+            # An engine that would have started must start, and a model has 48 layers.
+            said = "rampwrap leaves a layer of vLLM as it is, after an error of its own:\n%s"
+            _warn(repr(error), said, traceback.format_exc(), level=logging.ERROR)
 
     __init__.rampwrap = True  # type: ignore[attr-defined]
     module.FusedMoEKernel.__init__ = __init__

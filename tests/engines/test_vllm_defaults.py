@@ -5,6 +5,7 @@ On a CPU, with the stand-ins of `test_vllm` and `test_vllm_cute`.
 
 import importlib.util
 import logging
+import math
 import pathlib
 
 import pytest
@@ -13,15 +14,20 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 import attrs
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rampwrap.adapters import cute_moe
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.engines import defaults
+from rampwrap.engines import defaults, vllm_experts
 from rampwrap.engines import vllm as plugin
 from rampwrap.errors import InputError
 from rampwrap.kernel.activation import Activation
 from rampwrap.kernel.device import DEVICES, SIMULATED, Device
+from rampwrap.kernel.grid import max_blocks
+from rampwrap.kernel.shape import SHAPES
 from rampwrap.kernels.triton.interpreter import INTERPRETED
+from rampwrap.kernels.triton.moe.workspace import workspace
 from rampwrap.plan import folder as places
 
 if not INTERPRETED.value:
@@ -47,6 +53,7 @@ def world(monkeypatch, tmp_path, plan):
     monkeypatch.setenv(places.OWN_PLANS, "1")
     monkeypatch.delenv(defaults.PLANS_ONLY, raising=False)
     monkeypatch.setattr(Device, "current", classmethod(lambda cls: HOPPER))
+    monkeypatch.setattr(defaults, "_warn", places.OneWarning(plugin.logger))
     plugin.register()
     return made
 
@@ -128,16 +135,17 @@ def test_a_library_of_one_form_does_not_serve_what_it_is_slow_at(world, built, c
 @pytest.mark.parametrize("what", ["load", "precompile"])
 @pytest.mark.parametrize("error", [InputError("the library is of another machine."), PermissionError(13, "denied")])
 def test_a_broken_installation_is_passed_over(world, built, caplog, monkeypatch, what, error):
-    """Without a traceback for each layer: these kernels were not asked for."""
+    """One line, and no traceback for each layer: these kernels were not asked for."""
 
     def fails(*_):
         raise error
 
     monkeypatch.setattr(*((cute_moe, "load") if what == "load" else (built, "ensure")), fails)
-    engine_layer(world, FP8, inputs(FP8))
-    assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"] and not base.messages(caplog)
-    reason = defaults.kernel_without_plan(FP8, HOPPER, [defaults.CUTE])
-    assert ("another machine" if isinstance(error, InputError) else "PermissionError: [Errno 13] denied") in reason
+    for shape in (FP8, attrs.evolve(FP8, hidden_size=512), FP8):
+        engine_layer(world, shape, inputs(shape))
+    (line,) = base.messages(caplog)
+    assert plugin.engines()[0]["kernels"] == ["triton_fused_moe"] and "Traceback" not in caplog.text
+    assert ("another machine" if isinstance(error, InputError) else "PermissionError: [Errno 13] denied") in line
 
 
 @pytest.mark.parametrize("kind", ["without", "cute", "triton"])
@@ -249,3 +257,22 @@ def test_which_layers_and_devices(built, monkeypatch):
     assert {kernel.default_config(tokens)["form"] for tokens in (1, 64, 4096)} == {"one", "two", "prefill"}
     served = defaults.default_configs(kernel)
     assert all(kernel.default_config(2**power) in served for power in range(17)) and len(served) < 10
+
+
+@given(
+    st.sampled_from(sorted(SHAPES.values(), key=str)),
+    st.sampled_from(["bf16", "fp8"]),
+    st.sampled_from([1, 8]),
+    *[st.one_of(st.integers(1, 1024), st.integers(1, 1 << 17))] * 2,
+)
+def test_memory_of_a_step_holds_every_smaller_one(shape, dtype, ranks, first, second):
+    """vLLM locks its memory at the largest step: none of ours may ask for more later, tensor by tensor, nor any default's form."""
+    shape = attrs.evolve(shape, dtype=dtype, num_local_experts=max(1, shape.num_experts // ranks))
+    few, many = sorted((first, second))
+    less, more = (vllm_experts._layout(shape, tokens)[1] for tokens in (few, many))
+    for (small, of), (large, _) in zip(less, more, strict=True):
+        assert math.prod(small) * of.itemsize <= math.prod(large) * of.itemsize
+    memory, slots = workspace(shape, few, "meta"), few * shape.top_k
+    for block_m in (8, 56, 112, 144):
+        assert memory.token_blocks(few, shape.top_k, shape.num_local_experts, block_m) is not None
+    memory.ordered_h(128 * max_blocks(slots, shape.num_local_experts, 128), dtype == "fp8")

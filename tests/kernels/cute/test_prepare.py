@@ -12,9 +12,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from rampwrap.kernels.cute.host import prepare as preparing
 from rampwrap.kernels.cute.host.prepare import narrow_rows, prepare, sum_rows
-from rampwrap.kernels.triton.align.host import align_tokens, allocate_blocks
+from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, allocate_blocks, blocks_in
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.quantise import quantise_rows
 
@@ -60,6 +63,74 @@ def test_one_launch_or_two_are_what_three_are(small, hidden, quantises, zeroes, 
     else:
         assert (scale == 7).all()
     assert not out.any() if zeroes else out.isnan().all()
+
+
+@st.composite
+def batches(draw):
+    """Ids of a batch, padding and ids of nobody among them, on a rank with some of the experts; and a larger batch."""
+    experts = draw(st.sampled_from([1, 2, 33, 200, 512]))
+    local = draw(st.one_of(st.just(experts), st.integers(1, experts)))
+    num_tokens, top_k = draw(st.sampled_from([1, 2, 25, 26, 103, 257])), draw(st.sampled_from([1, 2, 10]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    ids = torch.randint(
+        0, experts, (num_tokens, top_k), generator=generator, dtype=draw(st.sampled_from([torch.int32, torch.int64]))
+    )
+    if draw(st.booleans()):
+        ids[:] = draw(st.integers(0, experts - 1))
+    odd = torch.rand(ids.shape, generator=generator)
+    ids[odd < 0.1], ids[odd > 0.9] = -1, experts + 3
+    if ids.dtype == torch.int64:
+        ids[(odd > 0.4) & (odd < 0.45)] = 2**32
+    expert_map = torch.full((experts,), -1, dtype=torch.int32)
+    expert_map[torch.randperm(experts, generator=generator)[:local]] = torch.arange(local, dtype=torch.int32)
+    more = draw(st.sampled_from([0, 1, 700]))
+    return ids, None if local == experts else expert_map, local, num_tokens + more
+
+
+@needs_kernels
+@settings(max_examples=25, deadline=None)
+@given(batches(), st.sampled_from([8, 56, 144]), st.sampled_from([128, 7168]), st.booleans())
+def test_any_batch_in_the_memory_of_a_larger_one(batch, block_m, hidden, one_launch):
+    """Blocks as by hand, rows as `quantise_rows`, zeros; nothing is written beyond any of them."""
+    ids, expert_map, local, room = batch
+    (num_tokens, top_k), num_slots = ids.shape, ids.numel()
+    hidden = hidden if num_tokens < 26 else 128
+    ints = torch.full((alignment_ints(room, top_k, local, 144),), -77, dtype=torch.int32)
+    blocks = blocks_in(ints, num_tokens, top_k, local, block_m)
+    x = torch.randn(num_tokens, hidden).bfloat16()
+    q, scale = (
+        torch.full((num_tokens + 1, hidden), 7.0).to(torch.float8_e4m3fn),
+        torch.full((num_tokens + 1, hidden // 128), 7.0),
+    )
+    zeroed = torch.full((num_tokens + 1, hidden), torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        if not one_launch:
+            patch.setattr(preparing, "fits_one_launch", lambda *_: False)
+        quantised = q[:num_tokens], scale[:num_tokens]
+        prepare(x, quantised, zeroed[:num_tokens], ids, block_m, local, expert_map=expert_map, memory=blocks)
+    # By hand.
+    known = (ids.long() >= 0) & (ids.long() < (local if expert_map is None else len(expert_map)))
+    its = torch.where(known, ids.long(), 0)
+    its = torch.where(known, its if expert_map is None else expert_map[its].long(), -1).view(-1)
+    rows, experts = [], []
+    for expert in range(local):
+        slots = (its == expert).nonzero().view(-1).tolist()
+        count = -(-len(slots) // block_m)
+        rows += slots + [num_slots] * (count * block_m - len(slots))
+        experts += [expert] * count
+    assert int(blocks.num_tokens_post_padded) == len(rows)
+    assert blocks.sorted_token_ids.tolist() == rows + [num_slots] * (blocks.sorted_token_ids.numel() - len(rows))
+    assert blocks.expert_ids[: len(experts)].tolist() == experts
+    assert torch.equal(blocks.expert_counts.long(), torch.bincount(its[its >= 0], minlength=local))
+    end = blocks.scratch.storage_offset() + blocks.scratch.numel()
+    assert (ints[end:] == -77).all()
+    expected, expected_scale = (
+        torch.empty(num_tokens, hidden).to(torch.float8_e4m3fn),
+        torch.empty(num_tokens, hidden // 128),
+    )
+    quantise_rows(x, expected, expected_scale)
+    assert torch.equal(q[:-1].view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scale[:-1], expected_scale)
+    assert not zeroed[:-1].any() and zeroed[-1].isnan().all() and (scale[-1] == 7).all() and (q[-1].float() == 7).all()
 
 
 @needs_kernels
