@@ -53,6 +53,7 @@ def home(tmp_path, monkeypatch):
     library._open.cache_clear()
     library._of_wheel.cache_clear()
     yield tmp_path
+    library._open.cache_clear()  # a test may have changed what it holds
     library._of_wheel.cache_clear()
 
 
