@@ -12,6 +12,9 @@ from rampwrap.cli.workloads import tokens_option
 from rampwrap.ep import BACKENDS
 from rampwrap.errors import InputError
 
+STEPS = (1, 8, 32, 128)
+"Tokens a rank that are looked at where none are given, and the most."
+
 
 @attrs.frozen
 class EpRequest:
@@ -20,11 +23,15 @@ class EpRequest:
     ep_size: int
     layer: LayerRequest = attrs.field(factory=LayerRequest)
     max_tokens_per_rank: int = 512
-    batch_size: tuple[int, ...] = (1, 8, 32, 128, 512)
+    batch_size: tuple[int, ...] = ()
     backend: str = "symmetric"
     payload: str | None = None
     partials: str | None = None
     dry_run: bool = False
+
+    def steps(self) -> tuple[int, ...]:
+        """Tokens a rank: those that were given, else some up to the most."""
+        return self.batch_size or (*(few for few in STEPS if few < self.max_tokens_per_rank), self.max_tokens_per_rank)
 
 
 @command("ep", EpRequest)
@@ -52,7 +59,7 @@ def ep(its: EpRequest) -> Answer:
     layout = Layout(shape, its.ep_size, its.max_tokens_per_rank, **chosen)
     memory = memory_of(layout, its.backend, local)
     steps: list[dict[str, Any]] = []
-    for tokens in its.batch_size:
+    for tokens in its.steps():
         if tokens > its.max_tokens_per_rank:
             raise InputError(
                 f"--batch-size {tokens} is more than --max-tokens-per-rank {its.max_tokens_per_rank}; give more room."

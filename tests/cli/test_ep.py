@@ -31,6 +31,14 @@ def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"memory of a rank (collectives): {megabytes:.1f} MB, 0.0 shared" in said
 
 
+@pytest.mark.parametrize(("most", "looked_at"), [(4, [1, 4]), (128, [1, 8, 32, 128]), (512, [1, 8, 32, 128, 512])])
+def test_sizes_up_to_the_most_where_none_are_given(
+    most: int, looked_at: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*LAYER, "--backend", "collectives", "--max-tokens-per-rank", str(most), "--json"]) == 0
+    assert [step["tokens_per_rank"] for step in json.loads(capsys.readouterr().out)["steps"]] == looked_at
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
