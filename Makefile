@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A GPU machine's own torch is used; everywhere else the CPU build of this release is enough.
+# A GPU machine's own torch is used; everywhere else this release, of which the CPU build is enough.
 SYSTEM_TORCH := $(shell $(PYTHON) -c "import torch, triton; torch.cuda.init(); print('--system-site-packages')" 2>/dev/null)
 # Python writes the byte code of what it imports; that of everything takes 9 s for torch alone.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
