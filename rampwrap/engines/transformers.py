@@ -29,7 +29,7 @@ from rampwrap.dispatch.spans import capturing
 from rampwrap.engines.defaults import KERNELS as DEFAULTS
 from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
 from rampwrap.engines.transformers_layer import CHECKED, mismatch, refusal
-from rampwrap.errors import InputError
+from rampwrap.errors import CaptureError, InputError
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
@@ -97,6 +97,7 @@ class Service:
         self.dispatcher = Dispatcher(self.kernel, None, shape=self.shape)
         # In place of the CuTe kernels': many tokens, determinism, and tensors that do not start at a multiple of 16 bytes.
         self._triton: Dispatcher | None = None
+        self._ran = False
         self.graph_dispatcher: GraphDispatcher | None = None
         self._layers: dict[int, Layer] = {}
         self._warmed: set[int] = set()
@@ -141,7 +142,18 @@ class Service:
                 # Asked for after this was made, too: their one-launch form adds in no fixed order.
                 other |= num_tokens >= MANY_TOKENS or torch.are_deterministic_algorithms_enabled()
                 dispatcher = self._triton if other else dispatcher
-            out: torch.Tensor = dispatcher(**inputs)
+            out: torch.Tensor
+            try:
+                out = dispatcher(**inputs)
+            except Exception as error:
+                if self._triton in (None, dispatcher) or self._ran or isinstance(error, CaptureError):
+                    raise
+                # What fails at the first launch is an installation, a driver without our kernels say, and nobody asked for it.
+                _warn(repr(error), "rampwrap runs %s in place of %s: %s", TritonFusedMoE.name, self.kernel.name, error)
+                self.dispatcher, self._triton = self._triton, None
+                self.kernel = self.dispatcher.kernel
+                return self(**inputs)
+            self._ran |= dispatcher is not self._triton
             return out
         layer = self.layer(inputs["w13"])
         if num_tokens not in self._ready and not capturing():

@@ -38,7 +38,7 @@ class Experts:
         parameters = inspect.signature(graph_dispatcher.kernel.launch).parameters
         self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
         self._layer: Layer | None = None
-        self._given_up = False
+        self._given_up = self._ran = False
         self._reserved = 0
 
     def __call__(self, **call: Any) -> Any:
@@ -49,12 +49,17 @@ class Experts:
         try:
             if self._layer is None:
                 self._layer = self.graph_dispatcher.layer(self._name())
-            return self._layer(**self._arguments(call))
+            out = self._layer(**self._arguments(call))
+            self._ran = True
+            return out
         except CaptureError as error:
             self._warn("capture", "rampwrap leaves a captured step to vLLM: %s", error)
-        except RampwrapError as error:
+        except Exception as error:
+            # What fails at the first step is an installation, a driver without our kernels say, and the engine must start.
+            if self._ran and not isinstance(error, RampwrapError):
+                raise
             self._given_up = True
-            self._warn(str(error), "rampwrap leaves a layer to vLLM from here on: %s", error)
+            self._warn(repr(error), "rampwrap leaves a layer to vLLM from here on: %s", error)
         return self._own(**call)
 
     def _runnable(self, call: Mapping[str, Any]) -> bool:

@@ -119,6 +119,30 @@ def test_a_broken_installation_stops_no_model(library, monkeypatch):
     assert cute.error(engine.experts(*arguments), want) < 1e-2 and not library.calls
 
 
+def test_a_first_launch_that_fails_hands_over_to_the_triton_kernel(library, monkeypatch, caplog):
+    """A driver without our kernels says so when they are launched; what fails later is not ours to hide."""
+    arguments, want = layer(12)
+    monkeypatch.setattr(library, "function", lambda variant: no_image)
+    for _ in range(2):
+        assert cute.error(engine.experts(*arguments), want) < 1e-2
+    (service,) = engine.serving().services.values()
+    assert service.kernel.name == "triton_fused_moe" and "no kernel image" in caplog.records[-1].getMessage()
+    monkeypatch.undo()
+
+
+def test_a_later_launch_that_fails_is_told(library, monkeypatch):
+    arguments, _ = layer(12)
+    engine.experts(*arguments)
+    (service,) = engine.serving().services.values()
+    monkeypatch.setattr(service.dispatcher, "_launch", no_image)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        engine.experts(*arguments)
+
+
+def no_image(*_, **__):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
 def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
     """Layers of one model on two GPUs: nobody but we makes the second one current."""
     entered = []

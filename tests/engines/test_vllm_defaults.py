@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rampwrap.adapters import cute_moe
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.engines import defaults, vllm_experts
 from rampwrap.engines import vllm as plugin
 from rampwrap.errors import InputError
@@ -168,6 +169,26 @@ def test_scales_that_were_loaded_anew_are_read(world, built):
     quant._w1.scale, quant._w2.scale = anew["w13_scale"], anew["w2_scale"]
     want = cute.kernel_of(FP8).reference(FP8, anew)
     assert cute.error(apply(layer, anew), want) < 5e-3 and world.calls == []
+
+
+def test_a_first_launch_that_fails_leaves_the_layer_to_vllm(world, built, caplog, monkeypatch):
+    """A driver without our kernels says so when they are launched, and the engine must start; what fails later is told."""
+
+    def no_image(*_, **__):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    its = inputs(BF16)
+    served = engine_layer(world, BF16, its)
+    apply(served, its)
+    monkeypatch.setattr(served.impl._fused_experts, "_layer", no_image)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        apply(served, its)
+    monkeypatch.setattr(GraphDispatcher, "layer", lambda *_: no_image)
+    for _ in range(2):
+        layer = engine_layer(world, BF16, its)
+        apply(layer, its), apply(layer, its)
+    (line,) = base.messages(caplog)
+    assert world.calls == [12] * 4 and "no kernel image" in line
 
 
 def test_memory_that_was_locked_too_small_ends_no_engine(world, built, caplog):
