@@ -20,7 +20,7 @@ PLACES = {
     ),
     "doctor": (
         "rampwrap.cli.doctor:doctor",
-        "which layers of a model an engine would run by a plan, why not the others, and the command that makes one",
+        "which layers of a model rampwrap would serve in an engine, why not the others, and the command that makes a plan",
     ),
     "fit": ("rampwrap.cli.plans:fit", "fit a timing table and write the plan a deployment loads"),
     "show": ("rampwrap.cli.plans:show", "what a plan or a timing table holds"),
