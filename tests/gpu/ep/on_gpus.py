@@ -8,7 +8,9 @@ is shown; ranks that still run at the limit show where they stand. On a small ca
 import argparse
 import faulthandler
 import os
+import pathlib
 import random
+import runpy
 import socket
 import time
 from collections.abc import Callable
@@ -19,13 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
+from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.path import LOW_LATENCY_TOKENS
 from rampwrap.ep.received import Received
 from rampwrap.errors import GroupError
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.common.reference import quantise
+from rampwrap.kernels.common.reference import quantise, random_weights
 
 SHAPE = MoEShape(32, 8, 1024, 128)
 MOST = 48
@@ -261,6 +264,57 @@ def large(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 8) 
         ours.check()
 
 
+def layers(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 40) -> None:
+    """Whole layers that choose by the local histogram, eager and replayed with other routing: the bits of eager ones by collectives."""
+    helpers = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "dispatch" / "test_graph.py"))
+    ranks, most = dist.get_world_size(group), 16
+    shape = MoEShape(8 * ranks, 2, 64, 32)
+    options: dict[str, Any] = {"device": device, "timeout_s": 15.0}
+    with (
+        ExpertParallel(group, shape, most, backend=backend, **options) as ours,
+        ExpertParallel(group, shape, most, backend="collectives", **options) as theirs,
+    ):
+        kernel = helpers["Small"](ours.shape)
+        plan = helpers["every"](helpers["small_plan"](kernel, ours.shape, num_buckets=4))
+        chooses = [GraphDispatcher(kernel, plan, max_tokens=most * ranks) for _ in range(2)]
+        weights = random_weights(ours.shape, torch.device(device), seed=ours.rank)
+
+        def drawn(seed: int) -> Batch:
+            """Some experts of all are popular, the same on every rank."""
+            same = torch.Generator().manual_seed(seed)
+            popular = torch.randperm(shape.num_experts, generator=same)[: 2 + seed % (shape.num_experts - 1)]
+            generator = torch.Generator().manual_seed(100 * seed + ours.rank)
+            ids = popular[torch.rand(most, len(popular), generator=generator).argsort(1)[:, :2]].int()
+            hidden = torch.randn(most, shape.hidden_size, generator=generator).bfloat16()
+            return hidden.to(device), ids.to(device), torch.rand(most, 2, generator=generator).to(device)
+
+        def layer(ep: ExpertParallel, run: Any, its: Batch) -> torch.Tensor:
+            return ep.layer(run, *its, tokens_per_rank=[most] * ranks, **weights)
+
+        given = drawn(0)
+        layer(ours, chooses[0], given)
+        layer(theirs, chooses[1], given)
+        ours.check()
+        dist.barrier(group)
+        graph = None
+        if device != "cpu":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = layer(ours, chooses[0], given)
+        for number in range(rounds):
+            fresh = drawn(number)
+            wanted = layer(theirs, chooses[1], fresh)
+            assert torch.equal(layer(ours, chooses[0], fresh), wanted), f"eager layer {number}"
+            if graph is not None:
+                for mine, its in zip(given, fresh, strict=True):
+                    mine.copy_(its)
+                graph.replay()
+                assert torch.equal(out, wanted), f"replayed layer {number}"
+        ours.check()
+        found = [{index for counts in its.counts().values() for index, n in counts.items() if n} for its in chooses]
+        assert all(len(its) > 1 for its in found), f"only {found} were chosen"
+
+
 def said(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -269,13 +323,7 @@ def said(call: Callable[[], Any]) -> str:
     return ""
 
 
-CHECKS: dict[str, Callable[..., Any]] = {
-    "soak": soak,
-    "aligned": aligned,
-    "late": late,
-    "gathered": gathered,
-    "large": large,
-}
+CHECKS: dict[str, Callable[..., Any]] = {its.__name__: its for its in (aligned, late, gathered, layers, large, soak)}
 
 
 def serve(rank: int, ranks: int, port: int, its: argparse.Namespace) -> None:
