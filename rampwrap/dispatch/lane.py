@@ -164,7 +164,7 @@ class Layer:
 
     def __init__(self, lane: Lane, name: str) -> None:
         self.name = name
-        self._lane, self._served = lane, lane._served
+        self._lane, self._served, self._ran = lane, lane._served, False
         spans = self._served.spans
         self._on_host: dict[int, dict[int, int]] = {}
         self._lagged: dict[int, Lagged] = {}
@@ -191,7 +191,7 @@ class Layer:
             raise InputError(
                 f"{num_tokens} tokens are more than max_tokens={served.max_tokens}; make the GraphDispatcher for a larger batch."
             )
-        span = served.spans.of(num_tokens)
+        span, self._ran = served.spans.of(num_tokens), True
         if served.mode == "lagged":
             return self._launch_lagged(span, kwargs)
         under, kinds = capturing(), _kinds(kwargs)
@@ -215,7 +215,7 @@ class Layer:
         span = self._served.spans.of(num_tokens)
         if span.candidates is None:
             return None
-        selected = self._lane._selected(num_tokens, span)
+        selected, self._ran = self._lane._selected(num_tokens, span), True
         return Selection(span.candidates, span.shortlist.fallback, selected, self._tally[span.position])
 
     def _launch(self, span: Prepared, num_tokens: int, given: Mapping[str, Any]) -> Any:
@@ -245,7 +245,13 @@ class Layer:
         return launch(span.configs, selected.blocks, selected.choice, **kwargs)
 
     def telemetry(self) -> list[Telemetry]:
-        """What was chosen, by span. Waits for the GPU."""
+        """What was chosen, by span. Waits for the GPU, where it ever launched.
+
+        Made while an engine loads weights, the tally of a layer that never does may lie in memory that the engine takes away when it
+        sleeps: reading it then would be the end of the process.
+        """
+        if not self._ran:
+            return []
         served = self._served
         rows: dict[tuple[int, str], Telemetry] = {}
         tallies = [] if self._tallies is None else self._tallies.tolist()
@@ -269,6 +275,8 @@ class Layer:
 
         Spans with one config are left out: of their launches only those that the host made are known.
         """
+        if not self._ran:
+            return {}
         if self._tallies is None:
             return {position: dict(counts) for position, counts in tuple(self._on_host.items())}
         tallies = self._tallies.tolist()

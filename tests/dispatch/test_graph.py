@@ -253,6 +253,25 @@ def test_layers_share_memory_and_keep_their_own_record(kernel, plan):
     assert rows[""].chosen_us < rows[""].static_us
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_the_memory_of_a_layer_that_never_ran_is_not_read(kernel, plan, planned):
+    """vLLM loads weights into memory that it unmaps to sleep; what is made then lies in it, and a scrape of the metrics would
+    be an illegal access."""
+
+    class Unmapped:
+        def tolist(self):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        def numel(self):
+            return 0
+
+    graph_dispatcher = GraphDispatcher(kernel, every(plan) if planned else None, max_tokens=16)
+    graph_dispatcher.layer("")._tallies = Unmapped()
+    graph_dispatcher.layer("model.0")(**kernel.inputs(SHAPE, ids_with(2, 12)))
+    assert {row.layer for row in graph_dispatcher.telemetry()} == {"model.0"}
+    assert graph_dispatcher.explain() and bool(graph_dispatcher.counts()) == planned
+
+
 def test_nowhere_profiled_is_counted_and_static(kernel, plan):
     """More slots than were profiled: the static config, counted as outside."""
     narrow = attrs.evolve(plan, model=attrs.evolve(plan.model, span=np.array([[1, 4], [1, 4], [1, 4]])))
