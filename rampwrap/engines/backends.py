@@ -4,11 +4,12 @@ Read in the engines' own choosers, release by release, on a platform that says i
 another. What is not in the table is not known.
 """
 
+import re
+
 import attrs
 
 from rampwrap.checkpoint.model import Alike, Layers, Ranks
 from rampwrap.checkpoint.quantisation import PLAIN
-from rampwrap.engines.installed import numbers
 
 TRITON = "Triton"
 
@@ -98,3 +99,9 @@ def backend_for(engine: str, layers: Layers, alike: Alike, ranks: Ranks, version
     """That of some layers of a model, spread over ranks."""
     parallel = ranks.expert_parallel and ranks.tp_size > 1
     return backend_of(engine, alike.form, expert_parallel=parallel, kinds=layers.kinds, version=version)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (0, 5, 23) of 0.5.23.post1."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()

@@ -1,7 +1,6 @@
 """The engine that is installed here, and why our hook would leave it as it is: known before a GPU is used."""
 
 import importlib.metadata
-import re
 
 import attrs
 
@@ -44,12 +43,6 @@ def installed(engine: str) -> Installed:
     version = _version(engine)
     faults = [f"{DISABLE} is set"] if disabled() else []
     return Installed(engine, version, (*faults, *(_FAULTS[engine](version) if version else ())))
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with: (0, 5, 23) of 0.5.23.post1."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _version(engine: str) -> str:

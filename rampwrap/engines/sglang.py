@@ -26,7 +26,7 @@ import torch
 from rampwrap.adapters.vllm_fused_moe import KEYS, refusal
 from rampwrap.dispatch.lagged import Lagged
 from rampwrap.dispatch.spans import capturing
-from rampwrap.engines.installed import numbers
+from rampwrap.engines.backends import numbers
 from rampwrap.kernel.device import Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.observe.registry import watch
