@@ -129,3 +129,22 @@ def test_generate(model: Any, planned: bool, cache: str) -> None:
     expected = model.generate(tokens(8, 12), max_new_tokens=8, do_sample=False)
     # Greedy tokens part ways at near ties, and stay apart from there on.
     assert out.shape == (8, 20) and (out == expected).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("plans_only", ["", "1"])
+def test_a_layer_on_another_gpu_than_the_current_one(
+    plans_only: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``device_map="auto"`` spreads a model: nobody makes the second GPU current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    monkeypatch.setenv(PLANS_ONLY, plans_only)
+    engine.register(tmp_path)
+    kernel = TritonFusedMoE(SHAPE)
+    ids = torch.rand(24, SHAPE.num_experts, generator=torch.Generator().manual_seed(0)).topk(SHAPE.top_k).indices
+    its = kernel.inputs(SHAPE, ids.to("cuda:1"))
+    want = kernel.reference(SHAPE, its)
+    names = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")
+    out = engine.experts(*(its[name] for name in names))
+    assert out.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert float((out.double() - want).norm() / want.norm()) < 1e-2
