@@ -13,6 +13,7 @@ from rampwrap.checkpoint.quantisation import FORMS
 from rampwrap.engines import sglang
 from rampwrap.engines.backends import TRITON, Backend, backend_for
 from rampwrap.engines.defaults import KERNELS as DEFAULTS
+from rampwrap.engines.defaults import TRITON as TRITON_KERNEL
 from rampwrap.engines.defaults import kernel_without_plan
 from rampwrap.engines.installed import NAMES, Installed, installed
 from rampwrap.engines.profile import kernels_of
@@ -219,8 +220,10 @@ def _served(
         default = kernel_without_plan(here, device, DEFAULTS[engine])
         if not isinstance(default, str):
             kernel = default.name
-        elif engine == "vllm":  # transformers' layers run the Triton kernel's
+        elif engine == "vllm":
             reason += f", nor do defaults serve ({default})"
+        else:  # transformers' layers run the Triton kernel's, whatever they are
+            kernel = TRITON_KERNEL
     return Served(gpu, shape, kernel, "", "defaults" if kernel else "", reason, plans.remedy(command))
 
 

@@ -41,7 +41,7 @@ def kernels_of(engine: str, shape: MoEShape) -> tuple[str, ...]:
         return preference(shape)
     if shape.form:
         name = NAMES[engine]
-        raise InputError(f"{name}'s hook runs no layer with {' and '.join(shape.form)}; leave it to {name}.")
+        raise InputError(f"the hook of {name} runs no layer with {' and '.join(shape.form)}; leave it to {name}.")
     if engine == "transformers" and shape.dtype != "bf16":
         raise InputError(
             f"transformers' hook runs experts in bf16, and these are in {shape.dtype}; load the model as bfloat16 and pass "
@@ -49,7 +49,7 @@ def kernels_of(engine: str, shape: MoEShape) -> tuple[str, ...]:
         )
     if shape.top_k > shape.num_local_experts:
         raise InputError(
-            f"{NAMES[engine]}'s hook runs no layer with fewer experts on a rank ({shape.num_local_experts}) than top_k={shape.top_k}; "
+            f"the hook of {NAMES[engine]} runs no layer with fewer experts on a rank ({shape.num_local_experts}) than top_k={shape.top_k}; "
             "use fewer ranks."
         )
     return HOOK_KERNELS[engine]
@@ -82,7 +82,7 @@ def check_kernel(engine: str, kernel: str, shape: MoEShape) -> None:
     known = kernels_of(engine, shape)
     if kernel != SIMULATED and not any(alike(kernel, name) for name in known):
         raise InputError(
-            f"{NAMES[engine]}'s hook takes no plans of kernel {kernel!r} for {shape}; use --kernel {' or '.join(known)}, or profile it "
+            f"the hook of {NAMES[engine]} takes no plans of kernel {kernel!r} for {shape}; use --kernel {' or '.join(known)}, or profile it "
             "without --engine."
         )
 

@@ -220,6 +220,6 @@ def test_hooks_that_know_silu_alone(engine: str) -> None:
     from rampwrap.engines.profile import kernels_of
 
     with pytest.raises(
-        InputError, match=f"{installed.NAMES[engine]}'s hook runs no layer with silu:limit=10; leave it"
+        InputError, match=f"the hook of {installed.NAMES[engine]} runs no layer with silu:limit=10; leave it"
     ):
         kernels_of(engine, attrs.evolve(SHAPES[0], activation=Activation(limit=10.0)))

@@ -118,9 +118,10 @@ def test_the_command_it_names_makes_what_is_missing(model: pathlib.Path, ask: An
 def test_defaults_serve_without_a_plan(
     model: pathlib.Path, ask: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    """On a Hopper whose CuTe kernels are built, unless the switch is set; a plan goes first."""
+    """On a Hopper whose CuTe kernels are built, unless the switch is set; a plan goes first. transformers' layers have Triton's."""
     status, found, text = ask(TINY, "--engine", engine, "--gpu", "H200")
-    assert status == 1 and ("nor do defaults serve" in text) == (engine == "vllm")
+    assert status == (engine == "vllm") and ("nor do defaults serve" in text) == (engine == "vllm")
+    assert found["layers"][0]["served"][0]["kernel"] == {"vllm": "", "transformers": "triton_fused_moe"}[engine]
 
     class Built:
         name = "cute_moe"
@@ -141,7 +142,7 @@ def test_defaults_serve_without_a_plan(
 
 
 def test_the_triton_kernels_defaults_need_nothing_built(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In vLLM on a Hopper; transformers' hook has them without being asked."""
+    """In vLLM on a Hopper."""
     monkeypatch.delenv(PLANS_ONLY)
     status, found, _ = ask(TINY, "--gpu", "H200")
     (served,) = found["layers"][0]["served"]
