@@ -19,10 +19,13 @@ from rampwrap.engines.installed import NAMES, Installed, installed
 from rampwrap.engines.profile import kernels_of
 from rampwrap.engines.vllm_layer import by_another
 from rampwrap.errors import InputError
-from rampwrap.kernel.device import SIMULATED, Device, find_device, no_gpu
+from rampwrap.kernel.device import DEVICES, SIMULATED, Device, find_device, no_gpu
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.folder import SHIPPED, Plans, made_elsewhere
 from rampwrap.plan.plan import Plan
+
+HOPPERS = ("nvidia-h100-80gb-hbm3", "nvidia-h200")
+"GPUs that are looked at where nothing says which."
 
 
 @attrs.frozen
@@ -159,14 +162,15 @@ def diagnose(
         engine: of `rampwrap.engines.installed.NAMES`.
         ranks: how the engine spreads it.
         dtype: in place of what the config says.
-        gpu: its name; by default the one that is here, else all that there is a plan for, of any of these layers.
+        gpu: its name; by default the one that is here, else all that there is a plan for, of any of these layers, else `HOPPERS`
+            for an engine whose layers defaults serve.
         triton: whether vLLM is started with ``--moe-backend triton``.
 
     Raises:
         InputError: no readable config, no routed layer, or a GPU that nobody knows.
     """
     layers, plans, its = layers_of(model, ranks, dtype=dtype, engine=engine), Plans.read(), installed(engine)
-    devices = _devices(gpu, plans, layers)
+    devices = _devices(gpu, engine, plans, layers)
     command = f"rampwrap profile --engine {engine} --model {shlex.quote(os.fspath(model))}{ranks.arguments}"
     command += f" --dtype {dtype}" if dtype else ""
     findings = []
@@ -188,8 +192,8 @@ def diagnose(
     return Diagnosis(os.fspath(model), its, plans, tuple(findings))
 
 
-def _devices(gpu: str | None, plans: Plans, layers: Layers) -> Sequence[Device | None]:
-    """The GPUs to look at; None alone where there is none."""
+def _devices(gpu: str | None, engine: str, plans: Plans, layers: Layers) -> Sequence[Device | None]:
+    """The GPUs to look at: without a name or a GPU here those of plans, else those that defaults are for; None alone for none."""
     if gpu is not None:
         known = {plan.device.label: plan.device for _, plan in plans.every}
         named = [device for device in known.values() if device.name.lower() == gpu.strip().lower()]
@@ -198,7 +202,7 @@ def _devices(gpu: str | None, plans: Plans, layers: Layers) -> Sequence[Device |
         return [Device.current()]
     shapes = {*layers.shapes, *(its.alone for its in layers.shapes)}
     found = {plan.device.label: plan.device for _, plan in plans.every if plan.shape in shapes}
-    return list(found.values()) or [None]
+    return list(found.values()) or ([DEVICES[name] for name in HOPPERS] if engine in DEFAULTS else [None])
 
 
 def _served(

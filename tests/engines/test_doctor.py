@@ -150,6 +150,16 @@ def test_the_triton_kernels_defaults_need_nothing_built(ask: Any, monkeypatch: p
     assert ask(TINY, "--gpu", "A100")[0] == 1
 
 
+def test_without_a_gpu_or_a_plan_hoppers_are_looked_at(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For engines whose layers defaults serve, so that a model without a plan is not called unserved."""
+    monkeypatch.delenv(PLANS_ONLY)
+    for engine in ("vllm", "transformers"):
+        status, found, _ = ask(TINY, "--engine", engine)
+        served = found["layers"][0]["served"]
+        assert status == 0 and [its["gpu"] for its in served] == [H100.label, H200.label], engine
+        assert {its["source"] for its in served} == {"defaults"}
+
+
 def test_one_gpu_of_several(model: pathlib.Path, ask: Any, plan: Plan) -> None:
     """Without a name all that there are plans of these layers for are looked at."""
     plan.save(model.parent / "shipped" / "a.plan.json")
