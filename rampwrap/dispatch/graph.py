@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rampwrap.dispatch.host import Dispatcher
-from rampwrap.dispatch.lane import Lane, Layer, Selection, Served
+from rampwrap.dispatch.lane import Lane, Layer, Served
 from rampwrap.dispatch.spans import Prepared, Spans
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import Device
@@ -142,10 +142,6 @@ class GraphDispatcher:
         of another stream come from `Lane.layer`. Make them before capturing.
         """
         return self._main.layer(name)
-
-    def selection(self, num_tokens: int) -> Selection | None:
-        """As `Layer.selection`, of the layer that a call of the graph dispatcher itself launches."""
-        return self._main.layer("").selection(num_tokens)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Launches the layer; arguments are those of `kernel.launch` without the config."""

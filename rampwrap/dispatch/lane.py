@@ -55,23 +55,6 @@ class Served:
     warmed: dict[Kinds, bytearray] = attrs.field(factory=dict)
 
 
-@attrs.frozen(eq=False)
-class Selection:
-    """What a launch that aligns the tokens needs to choose a config on the way.
-
-    Attributes:
-        candidates: tables of those to choose from.
-        fallback: place of the static one.
-        selected: memory for blocks and choice.
-        tally: to which the choice is added.
-    """
-
-    candidates: Any
-    fallback: int
-    selected: Any
-    tally: torch.Tensor
-
-
 class Lane:
     """Launches of a `GraphDispatcher` that run one after the other, and the scratch memory they share."""
 
@@ -205,40 +188,25 @@ class Layer:
             warmed[num_tokens] = 1
         return out
 
-    def selection(self, num_tokens: int) -> Selection | None:
-        """For whoever aligns the tokens of a batch itself: what it needs; None where there is nothing to choose on the GPU.
-
-        What it made is handed to the call that follows, as ``selected``, which then neither aligns nor chooses.
-        """
-        if self._served.mode == "lagged" or not 0 < num_tokens <= self._served.max_tokens:
-            return None
-        span = self._served.spans.of(num_tokens)
-        if span.candidates is None:
-            return None
-        selected, self._ran = self._lane._selected(num_tokens, span), True
-        return Selection(span.candidates, span.shortlist.fallback, selected, self._tally[span.position])
-
     def _launch(self, span: Prepared, num_tokens: int, given: Mapping[str, Any]) -> Any:
         """Mode graph: one config, or the candidates of a span behind the kernel that selects."""
         served, lane, kwargs, topk_ids = self._served, self._lane, dict(given), given["topk_ids"]
-        selected = kwargs.pop("selected", None)
         if hasattr(served.kernel, "workspace") and "workspace" in served.parameters and kwargs.get("workspace") is None:
             kwargs["workspace"] = lane._scratch()
         if span.candidates is None or num_tokens == 0:
             self._count(span.position, span.shortlist.candidates[0])
             return served.kernel.launch(span.configs[0], **kwargs)
-        if selected is None:
-            from rampwrap.kernels.triton.select.host import align_and_select
+        from rampwrap.kernels.triton.select.host import align_and_select
 
-            selected = align_and_select(
-                topk_ids,
-                span.candidates,
-                span.shortlist.fallback,
-                served.shape.num_local_experts,
-                expert_map=kwargs.get("expert_map"),
-                selected=lane._selected(num_tokens, span),
-                tally=self._tally[span.position],
-            )
+        selected = align_and_select(
+            topk_ids,
+            span.candidates,
+            span.shortlist.fallback,
+            served.shape.num_local_experts,
+            expert_map=kwargs.get("expert_map"),
+            selected=lane._selected(num_tokens, span),
+            tally=self._tally[span.position],
+        )
         if served.device.type == "cuda" and served.branches:  # a CPU runs one after the other
             kwargs["streams"] = lane._branches(len(span.configs) - 1)
         launch = getattr(served.kernel, "launch_candidates")  # noqa: B009  (an optional member)

@@ -15,7 +15,7 @@ from rampwrap.ep.board import Board
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
-from rampwrap.ep.received import Blocks, Received, sum_in_order
+from rampwrap.ep.received import Received, sum_in_order
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError
 
@@ -43,7 +43,7 @@ class Collectives:
         self._timeout = None if dist.get_backend(group) == "nccl" else timedelta(seconds=timeout_s)
         self._wanted: torch.Tensor | None = None
 
-    def dispatch(self, brought: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks) -> Received:
+    def dispatch(self, brought: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
         """Sends this rank's rows and returns those of all, with the blocks that are asked for."""
         sent = brought.regions(self._layout)
         here = {name: self._regions[name][: sum(tokens_per_rank)] for name in sent}
@@ -63,7 +63,7 @@ class Collectives:
             tokens_per_rank,
             self._owners,
             path,
-        ).aligned(blocks)
+        ).aligned(block_m)
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
         """Sends every source its sums and adds those of this rank's own tokens."""

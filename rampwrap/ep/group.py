@@ -14,7 +14,7 @@ from rampwrap.ep.collectives import Collectives
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import Path, path_of
-from rampwrap.ep.received import Blocks, Received, takes_scales
+from rampwrap.ep.received import Received, takes_scales
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError, InputError, RampwrapError
 from rampwrap.kernel.placement import Placement
@@ -28,7 +28,9 @@ _opened: dict[str, int] = {}
 class Mover(Protocol):
     """What moves the rows of a step: `Collectives`, `Symmetric`."""
 
-    def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks, /) -> Received: ...
+    def dispatch(
+        self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None, /
+    ) -> Received: ...
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None, /) -> torch.Tensor: ...
 
@@ -185,12 +187,7 @@ class ExpertParallel:
             InputError: tensors of another kind, more tokens than there is room for, or a dispatch without its combine.
             GroupError: another rank refused its part, or did not arrive.
         """
-        return self._dispatch(Sent(hidden_states, topk_ids, topk_weights, scales), tokens_per_rank, lambda _: block_m)
-
-    def _dispatch(
-        self, sent: Sent, tokens_per_rank: Sequence[int] | None, blocks_of: Callable[[int], Blocks]
-    ) -> Received:
-        """`blocks_of` is told how many rows arrive."""
+        sent = Sent(hidden_states, topk_ids, topk_weights, scales)
         self._meets = tokens_per_rank is None
         movers, board = self._movers_in("dispatch", "idle")
         refusal = sent.refusal(self.layout, self.device)
@@ -204,7 +201,7 @@ class ExpertParallel:
         # Which rows a message has the host must read, unless all are in it; our kernels need not know.
         known = tokens_per_rank is not None and self.backend == "collectives"
         path = path_of(self.layout, counts, False if known else self.masked)
-        received = self._mover_of(path, movers).dispatch(sent, counts, path, blocks_of(sum(counts)))
+        received = self._mover_of(path, movers).dispatch(sent, counts, path, block_m)
         self._received, self._state = received, "dispatched"
         return received
 
@@ -276,10 +273,7 @@ class ExpertParallel:
 
         The other arguments, and what is raised, are those of `dispatch` and `combine`.
         """
-        sent = Sent(hidden_states, topk_ids, topk_weights, scales)
-        received = self._dispatch(sent, tokens_per_rank, getattr(run, "selection", lambda _: None))
-        if received.selected is not None:
-            weights["selected"] = received.selected
+        received = self.dispatch(hidden_states, topk_ids, topk_weights, scales=scales, tokens_per_rank=tokens_per_rank)
         if received.scales is not None and takes_scales(run):
             weights |= {"hidden_states": received.rows, "hidden_scale": received.scales}
         else:

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from rampwrap.dispatch.lane import Selection
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
 from rampwrap.kernels.common.reference import dequantise
 
 if TYPE_CHECKING:  # it imports Triton, which the path over torch.distributed does not need
     from rampwrap.kernels.triton.align.host import TokenBlocks
-    from rampwrap.kernels.triton.select.host import SelectedBlocks
-
-
-Blocks = int | Selection | None
-"What a dispatch is to make of all ids besides the histogram: M blocks of so many rows, or of the config that it chooses."
 
 
 @attrs.frozen(eq=False)
@@ -39,8 +33,6 @@ class Received:
         owners: of the experts.
         path: that the rows took.
         blocks: the alignment for the `block_m` that dispatch was asked for.
-        selected: the config that was chosen by the local histogram, and its alignment, where `layer` runs a
-            `GraphDispatcher`.
     """
 
     rows: torch.Tensor
@@ -51,7 +43,6 @@ class Received:
     owners: Owners
     path: Path
     blocks: "TokenBlocks | None" = None
-    selected: "SelectedBlocks | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,28 +69,15 @@ class Received:
             return self.rows
         return dequantise(self.rows, self.scales).to(dtype)
 
-    def aligned(self, blocks: Blocks, memory: "TokenBlocks | None" = None) -> "Received":
-        """With M blocks made of the ids that are here, by launches of their own; in some memory, where it is given."""
-        if blocks is None:
+    def aligned(self, block_m: int | None, memory: "TokenBlocks | None" = None) -> "Received":
+        """With M blocks of so many rows made of the ids that are here, in some memory where it is given; None makes none."""
+        if block_m is None:
             return self
+        from rampwrap.kernels.triton.align.host import align_tokens
+
         local, expert_map = self.owners.num_local_experts, self.expert_map
-        if isinstance(blocks, int):
-            from rampwrap.kernels.triton.align.host import align_tokens
-
-            made = align_tokens(self.topk_ids, blocks, local, expert_map=expert_map, blocks=memory)
-            return attrs.evolve(self, blocks=made)
-        from rampwrap.kernels.triton.select.host import align_and_select
-
-        selected = align_and_select(
-            self.topk_ids,
-            blocks.candidates,
-            blocks.fallback,
-            local,
-            expert_map=expert_map,
-            selected=blocks.selected,
-            tally=blocks.tally,
-        )
-        return attrs.evolve(self, selected=selected)
+        made = align_tokens(self.topk_ids, block_m, local, expert_map=expert_map, blocks=memory)
+        return attrs.evolve(self, blocks=made)
 
     def refusal(self, expert_output: torch.Tensor) -> str | None:
         """What keeps an output from being combined, in a sentence; None where nothing does."""

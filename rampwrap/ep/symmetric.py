@@ -14,7 +14,7 @@ from rampwrap.ep.board import Board
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
-from rampwrap.ep.received import Blocks, Received
+from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
 from rampwrap.ep.shared import Shared
 from rampwrap.kernels.ep import host
@@ -80,7 +80,7 @@ class Symmetric:
         torch.cuda.synchronize(device)
         return cls(mapped, owners, layout, own, shared)
 
-    def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, blocks: Blocks) -> Received:
+    def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
         """One launch, and those of the blocks where they are asked for."""
         rows = sum(tokens_per_rank)
         views = {name: its[:rows] for name, its in self._mapped.views.items() if name not in ("header", "cells")}
@@ -95,12 +95,12 @@ class Symmetric:
             scales=None if sent.scales is None else sent.scales.contiguous(),
         )
         memory = None
-        if isinstance(blocks, int):
+        if block_m is not None:
             local, top_k = self._owners.num_local_experts, self._layout.shape.top_k
-            memory = blocks_in(self._memory, rows, top_k, local, blocks)
+            memory = blocks_in(self._memory, rows, top_k, local, block_m)
         ids, weights = views["topk_ids"], views["topk_weights"]
         received = Received(views["rows"], views.get("scales"), ids, weights, tokens_per_rank, self._owners, path)
-        return received.aligned(blocks, memory)
+        return received.aligned(block_m, memory)
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
         """Two launches."""
