@@ -110,8 +110,8 @@ class LayerKernel:
             InputError: a tensor has the wrong shape, dtype or layout, or is none that the kernel takes.
         """
         self.check_config(config)
-        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out)
-        operands.hidden_scale = options.get("hidden_scale")
+        scale = options.get("hidden_scale")
+        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, scale)
         self._check(operands)
         return self.run(config, operands, **options) if operands.num_tokens else operands.output()
 
@@ -204,8 +204,8 @@ class CandidateKernel(LayerKernel):
         """
         for config in configs:
             self.check_config(config)
-        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out)
-        operands.hidden_scale = options.get("hidden_scale")
+        scale = options.get("hidden_scale")
+        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, scale)
         self._check(operands)
         if not operands.num_tokens:
             return operands.output()

@@ -36,7 +36,7 @@ class TritonFusedMoE(CandidateKernel):
         super().__init__(shape, usable, Contract(shape, quantised=True))
 
     def default_config(self, num_tokens: int) -> Config:
-        """A config for balanced routing, by tokens per expert; nothing measured goes into it."""
+        """The config that serves `num_tokens` tokens of a routing that nobody knows (`configs.default_config`)."""
         shape = self.shape
         return tuning.default_config(num_tokens, shape.num_experts, shape.top_k, shape.dtype, shape.scale_group)
 

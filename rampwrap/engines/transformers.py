@@ -8,8 +8,8 @@
 
 `register` does the same and says where the plans are; otherwise it is $RAMPWRAP_PLANS, a plan file or a folder of
 them. Layers that no plan fits run default configs, of the CuTe kernels on sm_90 where they are built and of the Triton kernel
-elsewhere, with one warning that holds the command which makes a plan. Layers that the kernel cannot run, and training, go to transformers' own ``grouped_mm``, with the reason said
-once. One operator, `rampwrap::experts`, is all that `torch.compile` sees.
+elsewhere, with one warning that holds the command which makes a plan. Layers that the kernel cannot run, and training, go to
+transformers' own ``grouped_mm``, with the reason said once. One operator, `rampwrap::experts`, is all that `torch.compile` sees.
 """
 
 import contextlib

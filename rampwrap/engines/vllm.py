@@ -9,7 +9,7 @@ launch in place of its own `_fused_experts`; all others stay as they are. A laye
 - in bf16, fp16 or FP8 with scales for blocks of 128, 64 or 32, channels or tensors and activations quantised as they come,
 - a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set. Where plans of
   several kernels do, `preference` says which serves; one whose kernel cannot run here is passed over with a warning. Where
-  none does, the CuTe kernels' defaults serve on sm_90 (`rampwrap.engines.defaults`).
+  none does, our kernels' defaults serve on sm_90 (`rampwrap.engines.defaults`).
 
 With tensor parallelism the shape is that of a rank's slice, with expert parallelism the histogram is that of the local
 experts. The choice is made on the GPU, so it lives in full and piecewise CUDA graphs as in eager mode: vLLM runs every

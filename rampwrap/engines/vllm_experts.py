@@ -92,9 +92,8 @@ class Experts:
             "topk_ids": call["topk_ids"],
         }
         if self.graph_dispatcher.shape.dtype == "fp8":
-            quant = (
-                self._impl.fused_experts.quant_config
-            )  # at each step, as vLLM's own: weights may have been loaded anew
+            # Read at each step, as vLLM does: weights may have been loaded anew.
+            quant = self._impl.fused_experts.quant_config
             out |= {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
         if call["expert_map"] is not None:
             out["expert_map"] = call["expert_map"]

@@ -206,9 +206,9 @@ def prepare(
     q, scale = quantised or (None, None)
     num_groups = 0 if quantised is None and zeroed is None else num_tokens * hidden // GROUP
     num_experts = num_local_experts if expert_map is None else expert_map.numel()
-    bins, more = histogram_bins(num_local_experts), triton.cdiv(num_groups, GROUPS)
+    bins = histogram_bins(num_local_experts)
     if fits_one_launch(num_slots, num_local_experts):
-        prepare_kernel[(num_local_experts + more,)](
+        prepare_kernel[(num_local_experts + triton.cdiv(num_groups, GROUPS),)](
             topk_ids,
             expert_map,
             memory.sorted_token_ids,
