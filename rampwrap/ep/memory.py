@@ -12,7 +12,7 @@ class Memory:
 
     Attributes:
         shared: that all ranks map, and write into.
-        own: histogram and M blocks of steps of low latency.
+        own: ticket and M blocks of steps of low latency.
         collectives: of steps that go by torch.distributed.
     """
 
