@@ -77,7 +77,7 @@ def next_epoch(header_ptr):
 
 @triton.jit
 def tell_all(bases_ptr, cells_at, rank, epoch, num_tokens, RANKS: tl.constexpr, LANES: tl.constexpr):
-    """Writes this rank's cell on every rank, itself included; whatever the CTA stored or saw is visible before.
+    """Writes this rank's cell on RANKS ranks, itself included; whatever the CTA stored or saw is visible before.
 
     `cells_at` is where the phase's cells begin. One thread a peer: the barrier orders the other threads' stores before.
     """
@@ -101,11 +101,12 @@ def await_all(
     PHASE: tl.constexpr,
     RANKS: tl.constexpr,
     LANES: tl.constexpr,
+    first=0,
 ):
-    """Waits for the cell of every rank; everything that they announce is then visible to all threads of the CTA.
+    """Waits for the cells of RANKS ranks; everything that they announce is then visible to all threads of the CTA.
 
     Args:
-        cells_ptr: of this phase, in this rank's memory.
+        cells_ptr: of this phase, in this rank's memory; that of the `first` rank.
         header_ptr: of this rank's memory.
         fault_ptr: int64 [1] that the host reads: epoch, kind, phase and a bit a rank, from the highest (`host.said_by`).
         epoch: of the step.
@@ -128,7 +129,7 @@ def await_all(
         waiting = in_time & (tl.max(late.to(tl.int32), 0) > 0)
     tl.debug_barrier()
     other = (peer < RANKS) & ((cells & 0xFFFFFFFF) != counts) & ~late
-    bits = tl.full((LANES,), 1, tl.int64) << peer
+    bits = tl.full((LANES,), 1, tl.int64) << (peer + first)
     missing = tl.sum(tl.where(late, bits, 0), 0)
     wrong = tl.sum(tl.where(other, bits, 0), 0)
     if patient & ((missing | wrong) != 0):

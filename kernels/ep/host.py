@@ -70,12 +70,16 @@ class Mapped:
     def max_tokens(self) -> int:
         return self.views["partials"].shape[1]
 
+    def counts(self, tokens_per_rank: Sequence[int]) -> dict[str, int]:
+        """Tokens of every rank, as arguments of kernels."""
+        counts = [*tokens_per_rank, *[0] * (MOST_RANKS - self.num_ranks)]
+        return {f"count_{rank}": count for rank, count in enumerate(counts)}
+
     def _between(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
         """Arguments of every kernel."""
-        counts = [*tokens_per_rank, *[0] * (MOST_RANKS - self.num_ranks)]
         return {
             "rank": self.rank,
-            **{f"count_{rank}": count for rank, count in enumerate(counts)},
+            **self.counts(tokens_per_rank),
             "RANKS": self.num_ranks,
             "LANES": triton.next_power_of_2(self.num_ranks),
             **pdl.arguments(),
@@ -93,7 +97,7 @@ class Mapped:
             "enable_fp_fusion": False,
         }
 
-    def _cells(self, phase: int) -> tuple[torch.Tensor, int]:
+    def cells(self, phase: int) -> tuple[torch.Tensor, int]:
         """Those of a phase in this rank's memory, and where they begin in everybody's."""
         return self.views["cells"][phase - 1], self.offsets["cells"] + (phase - 1) * 8 * self.num_ranks
 
@@ -123,7 +127,7 @@ def dispatch(
         waits, sends: one of them off, where ranks are emulated one after the other.
     """
     its, views, offsets = mapped, mapped.views, mapped.offsets
-    cells, cells_at = its._cells(DISPATCH)
+    cells, cells_at = its.cells(DISPATCH)
     payload, hidden = views["rows"].dtype, its.hidden_size
     quantises = payload == FP8 and x.dtype != FP8
     row_bytes = hidden * payload.itemsize
@@ -176,7 +180,7 @@ def gather(
         waits, sends: one of them off, where ranks are emulated one after the other.
     """
     its = mapped
-    cells, cells_at = its._cells(DISPATCH)
+    cells, cells_at = its.cells(DISPATCH)
     given: dict[str, Any] = {}
     for number in range(MOST_FIELDS):
         here = number < len(fields)
@@ -208,7 +212,7 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
         tokens_per_rank: of every rank.
     """
     its, partials = mapped, mapped.views["partials"]
-    _, cells_at = its._cells(2)
+    _, cells_at = its.cells(2)
     push_kernel[(_ctas(max(tokens_per_rank)), its.num_ranks)](
         its.bases,
         expert_output,
@@ -239,7 +243,7 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
         tokens_per_rank: of every rank.
     """
     its = mapped
-    cells, _ = its._cells(2)
+    cells, _ = its.cells(2)
     sum_kernel[(_ctas(tokens_per_rank[its.rank]), 1)](
         out,
         its.views["partials"],

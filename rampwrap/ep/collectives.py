@@ -4,7 +4,7 @@ With counts that the host knows and every row sent to every rank nothing waits f
 captured. Masked, the lengths of messages follow from the routing, and the host reads it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from rampwrap.ep.board import Board
 from rampwrap.ep.layout import Layout
+from rampwrap.ep.mover import Piece, in_order_of_arrival
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received, sum_in_order
@@ -42,6 +43,7 @@ class Collectives:
         self._regions: Mapping[str, torch.Tensor] = layout.views(memory)
         self._timeout = None if dist.get_backend(group) == "nccl" else timedelta(seconds=timeout_s)
         self._wanted: torch.Tensor | None = None
+        self._whole: tuple[Received, torch.Tensor] | None = None  # of a step by source: the rows, and this rank's sums
 
     def dispatch(self, brought: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
         """Sends this rank's rows and returns those of all, with the blocks that are asked for."""
@@ -87,6 +89,25 @@ class Collectives:
             parts.copy_(packed.view(parts.shape))
         total = sum_in_order(parts, wanted)
         return total.to(self._layout.hidden_dtype) if out is None else out.copy_(total)
+
+    def pieces(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path) -> Iterator[Piece]:
+        """As `Bulk` has it, and for its order only: all rows are here before the first piece, and none leaves before the last."""
+        received = self.dispatch(sent, tokens_per_rank, path, None)
+        sums = received.rows.new_empty(received.rows.shape, dtype=self._layout.partial_dtype)
+        self._whole = received, sums
+        for source in in_order_of_arrival(self._owners.rank, self._owners.num_ranks):
+            yield Piece(source, received.of(source), sums[slice(*received.first[source : source + 2])])
+
+    def send_home(self, piece: Piece, expert_output: torch.Tensor) -> None:
+        """Keeps the sums of a source."""
+        piece.settle(expert_output)
+
+    def summed(self, out: torch.Tensor | None) -> torch.Tensor:
+        """The end of a step by source."""
+        assert self._whole is not None
+        received, sums = self._whole
+        self._whole = None
+        return self.combine(sums, received, out)
 
     def _gather(self, out: torch.Tensor, own: torch.Tensor, counts: Sequence[int], phase: str) -> None:
         """Every row to every rank."""

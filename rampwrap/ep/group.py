@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -11,10 +11,11 @@ import torch.distributed as dist
 from rampwrap.ep import BACKENDS, terms
 from rampwrap.ep.board import Board
 from rampwrap.ep.collectives import Collectives
-from rampwrap.ep.layout import Layout
+from rampwrap.ep.layout import MOST_TOKENS, Layout
+from rampwrap.ep.mover import BySource, Mover
 from rampwrap.ep.owners import Owners, contiguous
-from rampwrap.ep.path import Path, path_of
-from rampwrap.ep.received import Received, takes_scales
+from rampwrap.ep.path import BULK_TOKENS, Path, path_of
+from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError, InputError, RampwrapError
 from rampwrap.kernel.placement import Placement
@@ -23,22 +24,6 @@ from rampwrap.kernel.shape import MoEShape
 _open: list["ExpertParallel"] = []
 _opened: dict[str, int] = {}
 "How often each group was opened: the same on all its ranks, and so a name that they share."
-
-
-class Mover(Protocol):
-    """What moves the rows of a step: `Collectives`, `Symmetric`."""
-
-    def dispatch(
-        self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None, /
-    ) -> Received: ...
-
-    def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None, /) -> torch.Tensor: ...
-
-    def fault(self) -> str | None: ...
-
-    def reset(self, board: Board, /) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class ExpertParallel:
@@ -59,8 +44,13 @@ class ExpertParallel:
         placement: the experts of this rank; None gives each rank an equal run of them.
         payload, partials: types that rows and sums travel in (`Layout`).
         backend: "collectives", torch.distributed on any device and over several hosts; or "symmetric", our kernels through
-            memory that the GPUs of one host share, for steps of up to 4096 tokens a rank, and collectives for larger ones.
+            memory that the GPUs of one host share.
         masked: whether rows go only to ranks that own one of their experts; None decides by what it saves (`path_of`).
+            In bulk our kernels send every row to every rank.
+        by_source: whether `layer` runs once for each source where rows go in bulk; None decides by their number.
+        bulk_tokens: tokens of a rank from which on rows go in bulk; None takes what is best for our kernels, and never does so
+            by collectives, which gain nothing by it.
+        max_ctas: of a copy in bulk; 0 leaves it to copy engines, which take no SM.
         timeout_s: seconds that a rank is waited for.
         device: of the tensors; None takes the current GPU for NCCL, else the CPU.
 
@@ -79,12 +69,18 @@ class ExpertParallel:
         partials: str | None = None,
         backend: str = "collectives",
         masked: bool | None = None,
+        by_source: bool | None = None,
+        bulk_tokens: int | None = None,
+        max_ctas: int = 0,
         timeout_s: float = 30.0,
         device: torch.device | str | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}.")
         self.group, self.backend, self.masked, self.timeout_s = group, backend, masked, timeout_s
+        never = MOST_TOKENS + 1
+        self.bulk_tokens = bulk_tokens if bulk_tokens is not None else BULK_TOKENS if backend == "symmetric" else never
+        self.by_source, self.max_ctas = by_source, max_ctas
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         chosen = {name: its for name, its in (("payload", payload), ("partials", partials)) if its is not None}
         self.placement = placement or contiguous(shape.num_experts, self.num_ranks, self.rank)
@@ -101,7 +97,7 @@ class ExpertParallel:
         self._received: Received | None = None
         self._meets = True  # whether ranks tell each other before they move data
         self._owners: Owners | None = None
-        self._movers: tuple[Mover, Mover] | None = None  # of low latency, and of other steps
+        self._movers: tuple[Mover, BySource] | None = None  # of low latency, and of bulk
         self._board: Board | None = None
 
     @property
@@ -136,27 +132,25 @@ class ExpertParallel:
         return self
 
     def _meet(self, board: Board) -> list[terms.Terms]:
-        backend = f"{self.backend}, masked={self.masked}"
+        names = ("masked", "by_source", "bulk_tokens", "max_ctas")
+        backend = ", ".join([self.backend, *(f"{name}={getattr(self, name)}" for name in names)])
         wish = terms.Terms.of(self.layout, self.placement, self.device, backend, self._busy())
         every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
         terms.check(every)
         return every
 
-    def _made(self, board: Board, every: Sequence[terms.Terms], owners: Owners) -> "tuple[Mover, Mover]":
+    def _made(self, board: Board, every: Sequence[terms.Terms], owners: Owners) -> "tuple[Mover, BySource]":
         if self.backend == "collectives":
             one = Collectives(self.group, self.layout, owners, self.device, self.timeout_s)
             return one, one
-        from rampwrap.ep.symmetric import Symmetric, shared_layout
+        from rampwrap.ep.symmetric import Symmetric
 
         reason = terms.apart(every, self.rank, torch.cuda.can_device_access_peer)
         reason = terms.first_reason(board.exchange("reach", reason))
         if reason is not None:
             raise GroupError(reason)
-        shared = shared_layout(self.layout)
-        near = Symmetric.open(self.group, shared, owners, self.device, board)
-        if shared == self.layout:
-            return near, near
-        return near, Collectives(self.group, self.layout, owners, self.device, self.timeout_s)
+        near = Symmetric.open(self.group, self.layout, owners, self.device, board)
+        return near, near.bulk(self.max_ctas)
 
     def _busy(self) -> str | None:
         others = [its for its in _open if its.group is not self.group]
@@ -188,6 +182,15 @@ class ExpertParallel:
             GroupError: another rank refused its part, or did not arrive.
         """
         sent = Sent(hidden_states, topk_ids, topk_weights, scales)
+        counts, path, movers = self._begun(sent, tokens_per_rank)
+        self._received = received = self._mover_of(path, movers).dispatch(sent, counts, path, block_m)
+        self._state = "dispatched"
+        return received
+
+    def _begun(
+        self, sent: Sent, tokens_per_rank: Sequence[int] | None
+    ) -> "tuple[tuple[int, ...], Path, tuple[Mover, BySource]]":
+        """Tokens of all ranks, and the path of a step that all may dispatch."""
         self._meets = tokens_per_rank is None
         movers, board = self._movers_in("dispatch", "idle")
         refusal = sent.refusal(self.layout, self.device)
@@ -200,10 +203,8 @@ class ExpertParallel:
             raise InputError(refusal)
         # Which rows a message has the host must read, unless all are in it; our kernels need not know.
         known = tokens_per_rank is not None and self.backend == "collectives"
-        path = path_of(self.layout, counts, False if known else self.masked)
-        received = self._mover_of(path, movers).dispatch(sent, counts, path, block_m)
-        self._received, self._state = received, "dispatched"
-        return received
+        masked = False if known else self.masked
+        return counts, path_of(self.layout, counts, masked, self.by_source, self.bulk_tokens), movers
 
     def combine(self, expert_output: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sends every row's sum home and returns [T, H]: for each own token the sums of its ranks, added by rank in float32.
@@ -240,14 +241,14 @@ class ExpertParallel:
                 torch.cuda.synchronize(self.device)
             self._raise_fault(self._movers)
 
-    def _raise_fault(self, movers: "tuple[Mover, Mover]") -> None:
+    def _raise_fault(self, movers: "tuple[Mover, BySource]") -> None:
         reason = movers[0].fault()
         if reason is not None:
             self._state = "broken"
             raise GroupError(reason)
 
     @staticmethod
-    def _mover_of(path: Path, movers: "tuple[Mover, Mover]") -> "Mover":
+    def _mover_of(path: Path, movers: "tuple[Mover, BySource]") -> "Mover":
         return movers[0] if path.low_latency else movers[1]
 
     def layer(
@@ -264,8 +265,11 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """The whole layer: dispatch, a kernel on the received rows in place, combine. Returns [T, H].
 
+        Steps of many tokens go source by source (`path_of`): `run` is called for the tokens of this rank, then for those of each
+        other one, while rows and sums of the others travel.
+
         Args:
-            run: called with the rows of all ranks as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
+            run: called with the rows of all ranks, or of one, as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
                 with `weights`: a `Dispatcher`, a `GraphDispatcher`, or a kernel's `launch` with its config bound. It sees
                 the local histogram, and chooses by it. Rows in e4m3 it gets as they are, with ``hidden_scale``, if it takes
                 that; else in the layer's type, from a copy.
@@ -273,20 +277,31 @@ class ExpertParallel:
 
         The other arguments, and what is raised, are those of `dispatch` and `combine`.
         """
-        received = self.dispatch(hidden_states, topk_ids, topk_weights, scales=scales, tokens_per_rank=tokens_per_rank)
-        if received.scales is not None and takes_scales(run):
-            weights |= {"hidden_states": received.rows, "hidden_scale": received.scales}
-        else:
-            weights["hidden_states"] = received.hidden_states(self.layout.hidden_dtype)
-        rows = run(
-            topk_ids=received.topk_ids,
-            topk_weights=received.topk_weights,
-            expert_map=received.expert_map,
-            **weights,
-        )
-        return self.combine(rows, out=out)
+        sent = Sent(hidden_states, topk_ids, topk_weights, scales)
+        counts, path, movers = self._begun(sent, tokens_per_rank)
+        dtype = self.layout.hidden_dtype
+        if not path.by_source:
+            self._received = received = self._mover_of(path, movers).dispatch(sent, counts, path, None)
+            self._state = "dispatched"
+            return self.combine(received.through(run, dtype, weights), out=out)
+        self._state = "broken"  # until it has ended
+        refusal = self._wrong_out(out, counts[self.rank])
+        for piece in movers[1].pieces(sent, counts, path):
+            received, rows = piece.received, piece.room
+            if received.num_tokens:
+                rows = received.through(run, dtype, weights, piece.room)
+            refusal = refusal or received.refusal(rows)
+            if self._meets and piece.source == self.rank:  # the first: what is wrong with it is so with all
+                assert self._board is not None
+                self._agree(self._board, "combine", 0, refusal)
+            if refusal is not None:
+                raise InputError(refusal)
+            movers[1].send_home(piece, rows)
+        total = movers[1].summed(out)
+        self._state = "idle"
+        return total
 
-    def _movers_in(self, call: str, state: str) -> "tuple[tuple[Mover, Mover], Board]":
+    def _movers_in(self, call: str, state: str) -> "tuple[tuple[Mover, BySource], Board]":
         if self._movers is None or self._board is None:
             raise InputError(f"{call} was called on a closed ExpertParallel; call open() on every rank.")
         if self._state != "broken":

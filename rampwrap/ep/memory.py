@@ -3,7 +3,6 @@
 import attrs
 
 from rampwrap.ep.layout import Layout
-from rampwrap.ep.path import LOW_LATENCY_TOKENS
 
 
 @attrs.frozen
@@ -12,8 +11,8 @@ class Memory:
 
     Attributes:
         shared: that all ranks map, and write into.
-        own: ticket and M blocks of steps of low latency.
-        collectives: of steps that go by torch.distributed.
+        own: ticket and M blocks.
+        collectives: what torch.distributed moves rows into.
     """
 
     shared: int
@@ -26,7 +25,8 @@ class Memory:
 
 
 def memory_of(layout: Layout, backend: str, num_local_experts: int) -> Memory:
-    """What `ExpertParallel.open` allocates; collectives allocate further messages of a step while it runs.
+    """What `ExpertParallel.open` allocates. Collectives allocate further messages of a step while it runs, and a step by source
+    sums of the type of `partials` for all rows.
 
     Args:
         layout: of the group.
@@ -35,8 +35,6 @@ def memory_of(layout: Layout, backend: str, num_local_experts: int) -> Memory:
     """
     if backend == "collectives":
         return Memory(0, 0, layout.bytes)
-    from rampwrap.ep.symmetric import own_ints, shared_layout
+    from rampwrap.ep.symmetric import own_ints
 
-    shared = shared_layout(layout)
-    larger = layout.max_tokens_per_rank > LOW_LATENCY_TOKENS
-    return Memory(shared.bytes, 4 * own_ints(shared, num_local_experts), layout.bytes if larger else 0)
+    return Memory(layout.bytes, 4 * own_ints(layout, num_local_experts), 0)

@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -79,6 +79,44 @@ class Received:
         made = align_tokens(self.topk_ids, block_m, local, expert_map=expert_map, blocks=memory)
         return attrs.evolve(self, blocks=made)
 
+    def of(self, source: int) -> "Received":
+        """The rows of one source, whose number is then all of `tokens_per_rank`."""
+        first, after = self.first[source : source + 2]
+        return attrs.evolve(
+            self,
+            rows=self.rows[first:after],
+            scales=None if self.scales is None else self.scales[first:after],
+            topk_ids=self.topk_ids[first:after],
+            topk_weights=self.topk_weights[first:after],
+            tokens_per_rank=(after - first,),
+            blocks=None,
+        )
+
+    def through(
+        self,
+        run: Callable[..., torch.Tensor],
+        dtype: torch.dtype,
+        weights: Mapping[str, Any],
+        room: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What a kernel gives for these rows.
+
+        Args:
+            run: a `Dispatcher`, or a kernel's `launch` with its config bound. Rows in e4m3 it gets as they are, with
+                ``hidden_scale``, if it takes that; else in `dtype`, from a copy.
+            dtype: of hidden states.
+            weights: of the local experts, and what else the kernel takes.
+            room: to write into, where the kernel takes ``out`` and gives its type.
+        """
+        given = dict(weights)
+        if self.scales is not None and takes(run, "hidden_scale"):
+            given |= {"hidden_states": self.rows, "hidden_scale": self.scales}
+        else:
+            given["hidden_states"] = self.hidden_states(dtype)
+        if room is not None and room.dtype == dtype and takes(run, "out"):
+            given["out"] = room
+        return run(topk_ids=self.topk_ids, topk_weights=self.topk_weights, expert_map=self.expert_map, **given)
+
     def refusal(self, expert_output: torch.Tensor) -> str | None:
         """What keeps an output from being combined, in a sentence; None where nothing does."""
         rows, top_k, hidden = *self.topk_ids.shape, self.rows.shape[1]
@@ -108,10 +146,10 @@ class Received:
 
 
 @functools.lru_cache(maxsize=256)
-def takes_scales(run: Callable[..., torch.Tensor]) -> bool:
-    """Whether a dispatcher's kernel, or whatever else is called, has a parameter ``hidden_scale``."""
+def takes(run: Callable[..., torch.Tensor], name: str) -> bool:
+    """Whether a dispatcher's kernel, or whatever else is called, has a parameter of some name."""
     kernel = getattr(run, "kernel", None)
-    return "hidden_scale" in inspect.signature(run if kernel is None else kernel.launch).parameters
+    return name in inspect.signature(run if kernel is None else kernel.launch).parameters
 
 
 def prefix(tokens_per_rank: tuple[int, ...]) -> tuple[int, ...]:

@@ -59,14 +59,14 @@ class Sent:
 
     def regions(self, layout: Layout) -> Mapping[str, torch.Tensor]:
         """As the regions of a layout hold it, contiguous: ids in int32, weights in float32, rows quantised if need be."""
-        its = {"topk_ids": _narrow(self.topk_ids), "topk_weights": _packed(self.topk_weights.float())}
+        its = {"topk_ids": narrow(self.topk_ids), "topk_weights": _packed(self.topk_weights.float())}
         if layout.payload != "fp8":
             return its | {"rows": _packed(self.hidden_states)}
         rows, scales = (self.hidden_states, self.scales) if self.scales is not None else quantise(self.hidden_states)
         return its | {"rows": _packed(rows), "scales": _packed(scales)}
 
 
-def _narrow(topk_ids: torch.Tensor) -> torch.Tensor:
+def narrow(topk_ids: torch.Tensor) -> torch.Tensor:
     """int32; an int64 id beyond it stays out of range."""
     if topk_ids.dtype == torch.int64:
         topk_ids = topk_ids.clamp(-1, (1 << 31) - 1).int()

@@ -57,6 +57,14 @@ class Shared:
         board.exchange("zeroed", None)
         return cls(memory, bases, handle)
 
+    def of(self, rank: int) -> torch.Tensor:
+        """uint8, the whole memory of a rank, as a tensor of this one's GPU."""
+        start = self.handle.get_buffer(rank, (1,), torch.uint8).data_ptr()
+        whole: torch.Tensor = self.handle.get_buffer(
+            rank, (self.memory.numel(),), torch.uint8, self.bases[rank] - start
+        )
+        return whole
+
 
 def _all_or_none(board: Board, phase: str, reason: str | None, more: int = 0) -> list[tuple[int, str | None]]:
     said = [tuple(its) for its in board.exchange(phase, [more, reason])]

@@ -1,19 +1,17 @@
-"""`Symmetric`: rows moved by our kernels through memory that the GPUs of one host share; a step is three launches.
+"""`Symmetric`: rows moved by our kernels through memory that the GPUs of one host share, for low latency; a step is three launches.
 
 All memory is made by `open`. Afterwards nothing waits for the host, so that steps can be captured in CUDA graphs; a graph
 holds the counts of tokens that it was captured with, and every rank must replay its own of the same step.
 """
 
-from typing import Any
-
-import attrs
 import torch
 import torch.distributed as dist
 
 from rampwrap.ep.board import Board
+from rampwrap.ep.bulk import Bulk
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners
-from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
+from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
 from rampwrap.ep.shared import Shared
@@ -25,11 +23,6 @@ MOST_BLOCK_M = 128
 "Of the M blocks that memory is kept for."
 TICKET = 32
 "int32 values: a line of 128 bytes."
-
-
-def shared_layout(layout: Layout) -> Layout:
-    """What of a layout is shared: room for the steps of low latency. Larger steps go another way."""
-    return attrs.evolve(layout, max_tokens_per_rank=min(layout.max_tokens_per_rank, LOW_LATENCY_TOKENS))
 
 
 def own_ints(layout: Layout, num_local_experts: int) -> int:
@@ -49,7 +42,9 @@ class Symmetric:
         kept: what must live as long as the mapping does.
     """
 
-    def __init__(self, mapped: Mapped, owners: Owners, layout: Layout, memory: torch.Tensor, kept: Any = None) -> None:
+    def __init__(
+        self, mapped: Mapped, owners: Owners, layout: Layout, memory: torch.Tensor, kept: Shared | None = None
+    ) -> None:
         self._mapped, self._owners, self._layout, self._kept = mapped, owners, layout, kept
         self._memory = memory[TICKET:]
         self._ids: torch.Tensor | None = None
@@ -79,6 +74,12 @@ class Symmetric:
         )
         torch.cuda.synchronize(device)
         return cls(mapped, owners, layout, own, shared)
+
+    def bulk(self, max_ctas: int) -> Bulk:
+        """What moves the rows of larger steps through the same memory, with CTAs of a copy as `Bulk` has them."""
+        assert self._kept is not None
+        peers = [self._kept.of(rank) for rank in range(self._owners.num_ranks)]
+        return Bulk(self._mapped, self._owners, self._layout, peers, max_ctas)
 
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
         """One launch, and those of the blocks where they are asked for."""

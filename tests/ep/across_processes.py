@@ -21,8 +21,9 @@ from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.shared import Shared
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.operands import local_ids
 from rampwrap.kernels.common.reference import quantise
-from rampwrap.kernels.ep import combine, dispatch, flags, gather, host
+from rampwrap.kernels.ep import bulk, combine, dispatch, flags, gather, host
 
 SHAPE = MoEShape(12, 3, 128, 128)
 MOST = 4
@@ -31,7 +32,7 @@ PATIENCE_S = 30.0
 
 def await_all(cells_ptr: Any, header_ptr: Any, fault_ptr: Any, epoch: Any, *rest: Any) -> None:
     """`flags.await_all`, after all cells hold the epoch or patience ends."""
-    *_, ranks, lanes = rest
+    ranks, lanes = rest[3:5]
     start, lane = time.monotonic(), tl.arange(0, int(lanes))
     while time.monotonic() - start < PATIENCE_S:
         cells = tl.load(cells_ptr + lane, mask=lane < int(ranks), other=0).handle.data
@@ -39,6 +40,16 @@ def await_all(cells_ptr: Any, header_ptr: Any, fault_ptr: Any, epoch: Any, *rest
             break
         time.sleep(1e-4)
     flags.await_all(cells_ptr, header_ptr, fault_ptr, epoch, *rest)
+
+
+class Handle:
+    """Stands for that of torch's symmetric memory."""
+
+    def __init__(self, every: list[torch.Tensor]) -> None:
+        self._every = every
+
+    def get_buffer(self, rank: int, size: tuple[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+        return self._every[rank][offset : offset + size[0]]
 
 
 class Mapped:
@@ -54,13 +65,15 @@ class Mapped:
         torch.from_file(files[rank], shared=True, size=num_bytes, dtype=torch.uint8).zero_()
         board.exchange("zeroed", None)
         every = [torch.from_file(its, shared=True, size=num_bytes, dtype=torch.uint8) for its in files]
-        return Shared(every[rank], [its.data_ptr() for its in every], every)
+        return Shared(every[rank], [its.data_ptr() for its in every], Handle(every))
 
 
 def emulated(folder: str) -> Any:
     """A context in which ranks share memory so."""
     zeros = torch.zeros
-    patches: list[Any] = [mock.patch.object(module, "await_all", await_all) for module in (dispatch, combine, gather)]
+    patches: list[Any] = [
+        mock.patch.object(module, "await_all", await_all) for module in (dispatch, combine, gather, bulk)
+    ]
     patches += [
         mock.patch.object(Shared, "mapped", Mapped(folder)),
         mock.patch.object(terms, "apart", lambda *_: None),
@@ -86,12 +99,31 @@ def brought(count: int, seed: int, quantised: bool) -> dict[str, torch.Tensor]:
     return its | {"hidden_states": rows, "scales": scales}
 
 
+def slots(**its: torch.Tensor) -> torch.Tensor:
+    """bf16 [N, top_k, H]: a kernel that gives one row a slot, NaN for the experts of other ranks."""
+    rows, ids, local = its["hidden_states"].float(), its["topk_ids"], its["expert_map"]
+    here = local_ids(ids, local) >= 0
+    return torch.where(here[:, :, None], (rows[:, None] * (ids[:, :, None] + 1)).bfloat16(), torch.nan)
+
+
+def summed(*, out: torch.Tensor | None = None, **its: torch.Tensor) -> torch.Tensor:
+    """bf16 [N, H]: one that adds them up, in `out` where it is given, NaN in rows without a local expert."""
+    each = slots(**its)
+    total = torch.nansum(its["topk_weights"][:, :, None] * each.float(), 1)
+    total = torch.where(each.isnan().all(1), torch.nan, total).bfloat16()
+    return total if out is None else out.copy_(total)
+
+
 def steps(group: dist.ProcessGroup, folder: str, rounds: int) -> int:
     """Steps of any counts by shared memory beside those by collectives, bit for bit; how many ran."""
     rank, ranks, done = dist.get_rank(group), dist.get_world_size(group), 0
     same, own = random.Random(1), random.Random(rank)
     with emulated(folder):
-        for payload, partials, masked in (("bf16", "bf16", False), ("fp8", "fp32", True)):
+        for payload, partials, masked, more in (
+            ("bf16", "bf16", False, {}),
+            ("fp8", "fp32", True, {"bulk_tokens": 3, "by_source": True}),
+            ("bf16", "bf16", False, {"bulk_tokens": 2, "by_source": True, "max_ctas": 2}),
+        ):
             options: dict[str, Any] = {
                 "payload": payload,
                 "partials": partials,
@@ -99,7 +131,7 @@ def steps(group: dist.ProcessGroup, folder: str, rounds: int) -> int:
                 "timeout_s": PATIENCE_S,
             }
             with (
-                ExpertParallel(group, SHAPE, MOST, backend="symmetric", masked=masked, **options) as ours,
+                ExpertParallel(group, SHAPE, MOST, backend="symmetric", masked=masked, **options, **more) as ours,
                 ExpertParallel(group, SHAPE, MOST, backend="collectives", **options) as theirs,
             ):
                 for number in range(rounds):
@@ -109,11 +141,11 @@ def steps(group: dist.ProcessGroup, folder: str, rounds: int) -> int:
                     for ep in (theirs, ours):
                         if own.random() < 0.3:
                             time.sleep(own.random() * 0.01)
-                        received = ep.dispatch(**its, tokens_per_rank=counts)
-                        rows = received.hidden_states(torch.bfloat16).float()
-                        slots = (rows[:, None] * (received.topk_ids[:, :, None] + 1)).bfloat16()
-                        here = received.owners.is_local(received.topk_ids)
-                        outs.append(ep.combine(torch.where(here[:, :, None], slots, torch.nan)))
+                        if number % 3 == 1:
+                            received = ep.dispatch(**its, tokens_per_rank=counts)
+                            outs.append(ep.combine(received.through(slots, torch.bfloat16, {})))
+                        else:
+                            outs.append(ep.layer((slots, None, summed)[number % 3], **its, tokens_per_rank=counts))
                     assert torch.equal(*outs), (payload, number, counts)
                     done += 1
                 ours.check()

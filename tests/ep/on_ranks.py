@@ -25,6 +25,7 @@ from rampwrap.ep.group import ExpertParallel
 from rampwrap.errors import RampwrapError
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.operands import local_ids
 
 Batch = dict[str, torch.Tensor]
 
@@ -108,6 +109,25 @@ def whole_layer(
         again = ep.layer(functools.partial(kernel.launch, config), **batch[rank], **mine)
         assert payload == "fp8" or torch.equal(out, again)
         return again
+
+
+def layers(group: dist.ProcessGroup, arguments: dict[str, Any], batches: list[list[Batch]], known: bool) -> list[Any]:
+    """Outputs of whole layers of each batch, [round][rank], and how often the experts were run for one."""
+    rank, seen, calls = dist.get_rank(group), [], 0
+
+    def run(**its: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        here = local_ids(its["topk_ids"], its["expert_map"]) >= 0
+        return by_slot(its["hidden_states"], its["topk_ids"], here)
+
+    with opened(group, arguments) as ep:
+        for batch in batches:
+            counts = [len(its["topk_ids"]) for its in batch] if known else None
+            before = calls
+            out = ep.layer(run, **batch[rank], tokens_per_rank=counts)
+            seen.append((out, calls - before))
+    return seen
 
 
 def alignment(group: dist.ProcessGroup, shape: MoEShape, batch: list[Batch], block_m: int) -> Any:

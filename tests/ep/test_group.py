@@ -109,6 +109,22 @@ def test_paths_and_runs_give_the_same_bits(ranks: Any) -> None:
                 assert torch.equal(one["out"], other["out"]) and torch.equal(one["rows"], other["rows"])
 
 
+@pytest.mark.parametrize(
+    ("number", "given"), [(2, {}), (3, {"partials": "fp32"}), (4, {"payload": "fp8", "masked": True})]
+)
+def test_layers_by_source(ranks: Any, number: int, given: dict[str, Any]) -> None:
+    """The same bits as in one run, for each kind of routing and uneven counts; a source without tokens is left out."""
+    rounds = [batch(counts, kind, seed) for seed, counts in enumerate(COUNTS[number]) for kind in ROUTINGS]
+    arguments = {"shape": SHAPE, "max_tokens_per_rank": 16} | given
+    whole = ranks.run(number, "layers", arguments, rounds, True)
+    pieces = ranks.run(number, "layers", arguments | {"bulk_tokens": 0, "by_source": True}, rounds, given == {})
+    for step, brought in enumerate(rounds):
+        sources = sum(len(its["topk_ids"]) > 0 for its in brought)
+        for rank in range(number):
+            assert torch.equal(whole[rank][step][0], pieces[rank][step][0]), (step, rank)
+            assert (whole[rank][step][1], pieces[rank][step][1]) == (1, sources)
+
+
 def test_e4m3_rows_are_taken_as_they_are(ranks: Any) -> None:
     brought = batch([3, 2], "spread", 3)
     given = []

@@ -14,6 +14,7 @@ def test_the_soak_of_the_gpu_tests(ranks: Any) -> None:
     if not pathlib.Path(script).exists():
         pytest.skip("the GPU tests are not beside these")
     assert ranks.run(2, "script", script, "soak", ["cpu", "collectives", 30]) == [30, 30]
+    assert ranks.run(2, "script", script, "bulk", ["cpu", "collectives", 6]) == [30, 30]
 
 
 def test_the_benchmark(ranks: Any) -> None:

@@ -13,9 +13,9 @@ from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
-from rampwrap.ep.path import LOW_LATENCY_TOKENS, Path
+from rampwrap.ep.path import Path
 from rampwrap.ep.sent import Sent
-from rampwrap.ep.symmetric import Symmetric, own_ints, shared_layout
+from rampwrap.ep.symmetric import Symmetric, own_ints
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.triton.align.host import align_tokens
@@ -49,7 +49,7 @@ def made(layout: Layout) -> Symmetric:
         owners.expert_map,
         1.0,
     )
-    return Symmetric(mapped, owners, layout, own, memory)
+    return Symmetric(mapped, owners, layout, own)
 
 
 @pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter this needs several GPUs")
@@ -67,7 +67,7 @@ def test_steps_follow_each_other(num_tokens: int) -> None:
         hidden = torch.randn(num_tokens, 128, generator=generator).bfloat16()
         ids = torch.randint(-1, 6, (num_tokens, 2), generator=generator)
         weights = torch.rand(num_tokens, 2, generator=generator)
-        path = Path(True, step == 0)
+        path = Path(True, step == 0, False)
         received = symmetric.dispatch(Sent(hidden, ids, weights, None), (num_tokens,), path, 4)
         wanted = align_tokens(ids.int(), 4, 5)
         assert received.blocks is not None
@@ -104,8 +104,3 @@ def test_the_layer_chooses_by_the_local_histogram(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(out, wanted)
         assert len(selected) - alone == 1
     assert local.counts() == spread.counts() and len(spread.counts()[8]) > 1
-
-
-def test_only_steps_of_low_latency_share_memory() -> None:
-    assert shared_layout(Layout(SHAPE, 1, 40)) == Layout(SHAPE, 1, 40)
-    assert shared_layout(Layout(SHAPE, 1, 8192)).max_tokens_per_rank == LOW_LATENCY_TOKENS

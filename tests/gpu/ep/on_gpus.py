@@ -24,10 +24,11 @@ import torch.multiprocessing as processes
 from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
-from rampwrap.ep.path import LOW_LATENCY_TOKENS
+from rampwrap.ep.path import BULK_TOKENS, BY_SOURCE_TOKENS
 from rampwrap.ep.received import Received
 from rampwrap.errors import GroupError
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.common.operands import local_ids
 from rampwrap.kernels.common.reference import quantise, random_weights
 
 SHAPE = MoEShape(32, 8, 1024, 128)
@@ -69,6 +70,29 @@ def experts(received: Received) -> torch.Tensor:
 def step(ep: ExpertParallel, brought: Batch, counts: list[int]) -> torch.Tensor:
     scales = brought[3] if len(brought) > 3 else None
     return ep.combine(experts(ep.dispatch(*brought[:3], scales=scales, tokens_per_rank=counts)))
+
+
+def slots(**its: torch.Tensor) -> torch.Tensor:
+    """What stands for a kernel that gives one row a slot, as `experts`."""
+    rows, ids = its["hidden_states"].float(), its["topk_ids"]
+    here = local_ids(ids, its["expert_map"]) >= 0
+    return torch.where(here[:, :, None], (rows[:, None] * (ids[:, :, None] + 1)).bfloat16(), torch.nan)
+
+
+def summed(*, out: torch.Tensor | None = None, **its: torch.Tensor) -> torch.Tensor:
+    """What stands for one that adds them up: bf16 [N, H], in `out` where it is given, NaN in rows without a local expert."""
+    ids = its["topk_ids"]
+    here = local_ids(ids, its["expert_map"]) >= 0
+    factor = torch.zeros(len(ids), device=ids.device)
+    for slot in range(ids.shape[1]):  # in one order, for any number of rows
+        factor += torch.where(here[:, slot], its["topk_weights"][:, slot] * (ids[:, slot] + 1), 0.0)
+    total = torch.where(here.any(1)[:, None], its["hidden_states"].float() * factor[:, None], torch.nan).bfloat16()
+    return total if out is None else out.copy_(total)
+
+
+def layer(ep: ExpertParallel, brought: Batch, counts: list[int], run: Callable[..., torch.Tensor]) -> torch.Tensor:
+    scales = brought[3] if len(brought) > 3 else None
+    return ep.layer(run, *brought[:3], scales=scales, tokens_per_rank=counts)
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -248,19 +272,95 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
     ours.close()
 
 
-def large(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 8) -> None:
-    """Steps of up to as many tokens as go through shared memory, and of more, which go by collectives."""
+BULK = (
+    {"payload": "bf16", "partials": "bf16", "by_source": False, "max_ctas": 0},
+    {"payload": "bf16", "partials": "bf16", "by_source": True, "max_ctas": 0},
+    {"payload": "fp8", "partials": "fp32", "by_source": False, "max_ctas": 24},
+    {"payload": "fp8", "partials": "bf16", "by_source": True, "max_ctas": 24},
+    {"payload": "bf16", "partials": "fp32", "by_source": True, "max_ctas": 5},
+)
+"Bulk steps, by copy engines and by CTAs."
+BULK_MOST, BULK_FROM = 400, 64
+
+
+def bulk(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 60) -> int:
+    """Bulk steps of any counts and routing, between those of low latency, whole and by source, late and in poisoned memory."""
+    rank, ranks, done = dist.get_rank(group), dist.get_world_size(group), 0
+    for given in BULK:
+        options: dict[str, Any] = {"device": device, "timeout_s": 15.0, "bulk_tokens": BULK_FROM} | given
+        plain = {"device": device, "timeout_s": 15.0, "payload": given["payload"], "partials": given["partials"]}
+        same, own = random.Random(11), random.Random(rank)
+        with (
+            ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, **options) as ours,
+            ExpertParallel(group, SHAPE, BULK_MOST, backend="collectives", **plain) as theirs,
+        ):
+            for number in range(rounds):
+                most = same.choice((8, BULK_MOST, BULK_MOST))
+                counts = [same.choice((0, 1, most, same.randrange(most + 1))) for _ in range(ranks)]
+                quantised = given["payload"] == "fp8" and number % 2 > 0
+                kind, poisons = same.choice(KINDS), same.random() < 0.25
+                brought = batch(counts[rank], kind, 1000 * number + rank, device, quantised)
+                run = (slots, summed, None)[number % 3]
+                wanted = step(theirs, brought, counts) if run is None else layer(theirs, brought, counts, run)
+                if poisons:
+                    ours.check()
+                    dist.barrier(group)
+                    poison(ours)
+                    ours.check()
+                    dist.barrier(group)
+                if device != "cpu" and own.random() < 0.3:
+                    torch.cuda._sleep(own.randrange(2_000_000))
+                found = step(ours, brought, counts) if run is None else layer(ours, brought, counts, run)
+                alike = near if given["payload"] == "fp8" and not quantised else torch.equal
+                assert alike(found, wanted), (given, number, kind, counts, ours._movers[1].fault())  # type: ignore[index]
+                done += 1
+            ours.check()
+    return done
+
+
+def captured(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 30) -> None:
+    """Bulk layers in CUDA graphs, replayed with other routing between eager steps of both kinds."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    counts, few = [200] * ranks, [3] * ranks
+    for given in BULK[:3]:
+        options: dict[str, Any] = {"device": device, "timeout_s": 15.0, "bulk_tokens": BULK_FROM} | given
+        with ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, **options) as ours:
+            brought = batch(counts[rank], "spread", rank, device)
+            layer(ours, brought, counts, summed)
+            ours.check()
+            dist.barrier(group)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = layer(ours, brought, counts, summed)
+            for number in range(rounds):
+                fresh = batch(counts[rank], KINDS[number % len(KINDS)], 1000 * number + rank, device)
+                wanted = layer(ours, fresh, counts, summed)
+                layer(ours, batch(few[rank], "spread", number, device), few, summed)
+                for mine, its in zip(brought, fresh, strict=True):
+                    mine.copy_(its)
+                graph.replay()
+                assert torch.equal(out, wanted), (given, number)
+            ours.check()
+
+
+def large(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 10) -> None:
+    """Layers of as many tokens as decide, by default, between low latency, bulk and source by source."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    most, same = LOW_LATENCY_TOKENS + 100, random.Random(5)
+    most, same = 2 * BY_SOURCE_TOKENS, random.Random(5)
+    sizes = (0, BULK_TOKENS - 1, BULK_TOKENS, BY_SOURCE_TOKENS, most)
     options: dict[str, Any] = {"device": device, "timeout_s": 15.0}
     with (
         ExpertParallel(group, SHAPE, most, backend=backend, **options) as ours,
         ExpertParallel(group, SHAPE, most, backend="collectives", **options) as theirs,
     ):
         for number in range(rounds):
-            counts = [same.choice((0, 700, LOW_LATENCY_TOKENS, most, same.randrange(most))) for _ in range(ranks)]
+            top = sizes[number % len(sizes)]
+            counts = [same.choice((0, top, same.randrange(top + 1))) for _ in range(ranks)]
             brought = batch(counts[rank], KINDS[number % len(KINDS)], 1000 * number + rank, device)
-            assert torch.equal(step(ours, brought, counts), step(theirs, brought, counts)), (number, counts)
+            found = layer(ours, brought, counts, summed)
+            assert torch.equal(found, layer(theirs, brought, counts, summed)), (number, counts)
+            # The same bits again.
+            assert torch.equal(found, layer(ours, brought, counts, summed)), (number, counts)
         ours.check()
 
 
@@ -323,7 +423,9 @@ def said(call: Callable[[], Any]) -> str:
     return ""
 
 
-CHECKS: dict[str, Callable[..., Any]] = {its.__name__: its for its in (aligned, late, gathered, layers, large, soak)}
+CHECKS: dict[str, Callable[..., Any]] = {
+    its.__name__: its for its in (aligned, late, gathered, layers, bulk, captured, large, soak)
+}
 
 
 def serve(rank: int, ranks: int, port: int, its: argparse.Namespace) -> None:

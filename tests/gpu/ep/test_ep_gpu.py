@@ -15,7 +15,7 @@ if not torch.cuda.is_available() or torch.cuda.device_count() < 2:
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 
 SCRIPT = pathlib.Path(__file__).parent / "on_gpus.py"
-CHECKS = ("aligned", "late", "gathered", "layers", "large", "soak")
+CHECKS = ("aligned", "late", "gathered", "layers", "bulk", "captured", "large", "soak")
 LIMIT_S = float(os.environ.get("RAMPWRAP_EP_LIMIT_S", "600"))
 pytestmark = [
     pytest.mark.gpu,
