@@ -110,8 +110,9 @@ class LayerKernel:
             InputError: a tensor has the wrong shape, dtype or layout, or is none that the kernel takes.
         """
         self.check_config(config)
-        scale = options.get("hidden_scale")
-        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, scale)
+        given = options.get("hidden_scale"), options.get("w13_input_scale"), options.get("w2_input_scale")
+        tensors = hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale
+        operands = Operands(*tensors, expert_map, out, *given)
         self._check(operands)
         return self.run(config, operands, **options) if operands.num_tokens else operands.output()
 
@@ -204,8 +205,9 @@ class CandidateKernel(LayerKernel):
         """
         for config in configs:
             self.check_config(config)
-        scale = options.get("hidden_scale")
-        operands = Operands(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, expert_map, out, scale)
+        given = options.get("hidden_scale"), options.get("w13_input_scale"), options.get("w2_input_scale")
+        tensors = hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale
+        operands = Operands(*tensors, expert_map, out, *given)
         self._check(operands)
         if not operands.num_tokens:
             return operands.output()

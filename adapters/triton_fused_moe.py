@@ -99,6 +99,8 @@ class TritonFusedMoE(CandidateKernel):
         blocks: TokenBlocks | None = None,
         waves: int = 0,
         hidden_scale: torch.Tensor | None = None,
+        w13_input_scale: torch.Tensor | None = None,
+        w2_input_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the layer and returns [T, H].
 
@@ -110,6 +112,8 @@ class TritonFusedMoE(CandidateKernel):
             waves: grids of at most so many waves of CTAs, each of which goes on to further tiles; same bits. 0 gives
                 every tile that the capacity allows for a CTA of its own.
             hidden_scale: float32 [T, H/128] of e4m3 hidden states, which are read as they are; the operands hold it.
+            w13_input_scale: float32, one number by which hidden states are quantised, with ``scales="static"`` alone.
+            w2_input_scale: float32, one number by which the activation's output is.
         """
         check_workspace(operands, workspace)
         if blocks is not None:
@@ -129,6 +133,8 @@ class TritonFusedMoE(CandidateKernel):
         waves: int = 1,
         streams: Sequence[Any] = (),
         hidden_scale: torch.Tensor | None = None,
+        w13_input_scale: torch.Tensor | None = None,
+        w2_input_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `run`; a candidate without rows costs about 1 us with grids of one wave."""
         check_workspace(operands, workspace)

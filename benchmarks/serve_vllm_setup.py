@@ -164,7 +164,9 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
         if arguments.stand_in:
             stand_in(shape, folder / "plans", device_on(gpu))
     else:
-        assert timings is not None, f"no table of {name} is here; add --profile-budget 60"
+        assert timings is not None, (
+            f"no table of {name} is here; add --profile-budget 60, or --shipped-plans for defaults"
+        )
         make_plan(timings, source=" + ".join(table.name for table in tables)).save(
             folder / "plans" / f"{name}.plan.json"
         )
@@ -273,8 +275,7 @@ def settings_of(
         options["cudagraph_capture_sizes"] = arguments.capture_sizes
     if arm == "deep_gemm":
         options["moe_backend"] = "deep_gemm"
-    # vLLM runs these with its CUTLASS where nothing is said, and the plugin leaves them to it.
-    if arm == "vllm_triton" or (arm in PLUGINS and shape.scales == "channel"):
+    if arm == "vllm_triton":  # its CUTLASS runs FP8 by channel where nothing is said
         options["moe_backend"] = "triton"
     kv_gb = MODELS[name].kv_gb * config["num_hidden_layers"] / MODELS[name].config["num_hidden_layers"]
     return {

@@ -31,6 +31,8 @@ class Operands:
         expert_map: int32 [num_experts], local expert of each global one, -1 where it is elsewhere.
         out: [T, H], written and returned; None lets the layer allocate it.
         hidden_scale: float32 [T, H/128] of hidden states that are e4m3 already, of kernels that take such.
+        w13_input_scale: float32, one number: the scale of all hidden states, where `MoEShape.scales` is ``static``.
+        w2_input_scale: float32, one number: that of h.
     """
 
     hidden_states: torch.Tensor
@@ -43,6 +45,8 @@ class Operands:
     expert_map: torch.Tensor | None = None
     out: torch.Tensor | None = None
     hidden_scale: torch.Tensor | None = None
+    w13_input_scale: torch.Tensor | None = None
+    w2_input_scale: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +106,7 @@ def scale_shapes(shape: MoEShape) -> dict[str, tuple[int, ...]]:
         shape.intermediate_size,
         shape.scale_group,
     )
-    if shape.scales == "tensor":
+    if shape.scales in ("tensor", "static"):
         return {"w13_scale": (experts,), "w2_scale": (experts,)}
     if shape.scales == "channel":
         return {"w13_scale": (experts, 2 * inter, 1), "w2_scale": (experts, hidden, 1)}
@@ -110,6 +114,10 @@ def scale_shapes(shape: MoEShape) -> dict[str, tuple[int, ...]]:
         "w13_scale": (experts, 2 * inter // group, hidden // group),
         "w2_scale": (experts, hidden // group, inter // group),
     }
+
+
+INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
+"Operands of a layer whose activations have a scale that comes with the weights."
 
 
 class Contract:
@@ -166,6 +174,8 @@ class Contract:
             raise InputError(
                 f"{shape.num_local_experts} of {shape.num_experts} experts are on this rank; give expert_map to say which."
             )
+        if shape.scales == "static" or operands.w13_input_scale is not None or operands.w2_input_scale is not None:
+            self._check_input_scales(operands)
         rows, slots = (x.shape[0], shape.hidden_size), (x.shape[0], shape.top_k)
         scales = (x.shape[0], shape.hidden_size // (shape.scale_group or 1))
         scaled = self._quantised and operands.hidden_scale is not None
@@ -193,3 +203,12 @@ class Contract:
         for name in self.aligned:
             if getattr(operands, name).data_ptr() % 16:
                 raise InputError(f"{name} does not start at a multiple of 16 bytes, as its copies need; give a copy.")
+
+    def _check_input_scales(self, operands: Operands) -> None:
+        for name in INPUT_SCALES:
+            its = getattr(operands, name)
+            if self.shape.scales != "static" and its is not None:
+                raise InputError(f"{name} was given for a layer of {self.shape}; leave it out or use scales='static'.")
+            if self.shape.scales == "static" and (its is None or its.numel() != 1 or its.dtype != torch.float32):
+                kind = "missing" if its is None else f"{its.dtype} of shape {tuple(its.shape)}"
+                raise InputError(f"{name} is {kind}; give one float32 number for the layer.".replace("torch.", ""))

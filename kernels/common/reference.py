@@ -69,6 +69,8 @@ def random_weights(shape: MoEShape, device: torch.device, seed: int) -> dict[str
         scale = torch.rand(scale_shapes(shape)[f"{name}_scale"], generator=generator, device=device)
         weights[name] = w
         weights[f"{name}_scale"] = (scale + 0.5) * (std / 64)
+        if shape.scales == "static":  # some values in a thousand are beyond it
+            weights[f"{name}_input_scale"] = torch.tensor(3.0 / FP8_MAX, device=device)
     return weights
 
 
@@ -77,6 +79,12 @@ def quantise(x: torch.Tensor, group: int = GROUP) -> tuple[torch.Tensor, torch.T
     groups = x.float().view(*x.shape[:-1], x.shape[-1] // group, group)
     scale = groups.abs().amax(-1).clamp_min(MIN_ABS) / FP8_MAX
     return (groups / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8).flatten(-2), scale
+
+
+def quantise_by(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float [..., n] -> (e4m3 [..., n], the scale for each [..., 1]): what is beyond 448 of it is cut off."""
+    q = (x.float() * (1.0 / scale.float())).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return q, scale.float().expand(*x.shape[:-1], 1)
 
 
 def dequantise(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -128,8 +136,13 @@ def layer(
     x, ids = inputs["hidden_states"], local_ids(inputs["topk_ids"], inputs.get("expert_map"))
     routing = inputs["topk_weights"].double()
     fp8, h_dtype = shape.dtype == "fp8", h_dtype or (torch.bfloat16 if shape.dtype == "fp8" else torch.float64)
-    group = shape.scale_group
-    x = dequantise(*quantise(x, group or shape.hidden_size)) if fp8 else x.double()
+
+    def rounded(its: torch.Tensor, scale: str) -> torch.Tensor:
+        if shape.scales == "static":
+            return dequantise(*quantise_by(its, inputs[scale]))
+        return dequantise(*quantise(its, shape.scale_group or its.shape[-1]))
+
+    x = rounded(x, "w13_input_scale") if fp8 else x.double()
     out = torch.zeros(x.shape[0], shape.hidden_size, dtype=torch.float64, device=x.device)
     w13_scale, w2_scale = inputs.get("w13_scale"), inputs.get("w2_scale")
     for expert in range(shape.num_local_experts):
@@ -139,6 +152,6 @@ def layer(
         w13 = weights_of(inputs["w13"][expert], None if w13_scale is None else w13_scale[expert])
         w2 = weights_of(inputs["w2"][expert], None if w2_scale is None else w2_scale[expert])
         h = activate(x[token], w13, gate_up_dtype, shape.activation).to(h_dtype)
-        h = dequantise(*quantise(h, group or shape.intermediate_size)) if fp8 else h.double()
+        h = rounded(h, "w2_input_scale") if fp8 else h.double()
         out.index_add_(0, token, (h @ w2.T) * routing[token, k, None])
     return out

@@ -20,7 +20,11 @@ from rampwrap.errors import InputError
 GROUP = 128
 _FIELDS = ("quantization_config", "compression_config")
 _BLOCK_FP8 = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [GROUP, GROUP]}
-_OTHER_SCALES = {"fp8_channel": ("channel", ("token",)), "fp8_tensor": ("tensor", ("tensor", "token"))}
+_OTHER_SCALES = {
+    "fp8_channel": ("channel", ("token",)),
+    "fp8_tensor": ("tensor", ("tensor", "token")),
+    "fp8_static": ("static", ("tensor",)),
+}
 "Forms without blocks: their scales, as `MoEShape` names them, and compressed-tensors' strategies for activations."
 _EXEMPT = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "exclude", "llm_int8_skip_modules")
 "Lists of modules that a quantisation leaves alone, by the names that its methods have for them."
@@ -156,13 +160,12 @@ def _fp8(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
     block, scheme = quantised.get("weight_block_size"), quantised.get("activation_scheme", "dynamic")
     kind = quantised.get("fmt") or "e4m3"
     its = Stored("fp8")
-    of_tensors = "fp8_tensor" if scheme == "dynamic" else "fp8_static"
-    form = of_tensors if block is None else "fp8_block"
+    form = "fp8_block" if block is not None else "fp8_static" if scheme == "static" else "fp8_tensor"
     if block is None:
-        its = Stored("fp8", form=form, scales="tensor")
+        its = Stored("fp8", form=form, scales=_OTHER_SCALES[form][0])
     elif block != [GROUP, GROUP]:
         its = Stored(why_not=f"{field} of quant_method 'fp8' with weight_block_size={short(block)}", form=form)
-    if its.dtype and scheme != "dynamic":
+    if its.dtype and scheme != "dynamic" and form != "fp8_static":
         its = Stored(why_not=f"{field}.activation_scheme={short(scheme)}", form=form)
     elif its.dtype and kind not in ("e4m3", "float8_e4m3fn"):
         its = Stored(why_not=f"{field}.fmt={short(kind)}")
@@ -208,7 +211,7 @@ def _group(group: Any, place: str) -> Stored:
             return Stored(why_not=f"{place}.weights.{key}={short(weights.get(key))}", form=form)
     if not isinstance(activations, Mapping):  # null: weights alone are quantised
         return Stored(why_not=f"{place}.input_activations={short(activations)}")
-    if not activations.get("dynamic", True):
+    if not activations.get("dynamic", True) and form != "fp8_static":
         return Stored(why_not=f"{place}.input_activations.dynamic={short(activations['dynamic'])}")
     if strategies and weights.get("symmetric", True) is not True:
         return Stored(why_not=f"{place}.weights.symmetric={short(weights['symmetric'])}", form=form)
@@ -232,13 +235,15 @@ def _form(weights: Mapping[str, Any], activations: Any) -> str:
 
 
 def _modelopt(quantised: Mapping[str, Any], field: str, where: str) -> Reader:
-    """No format of ModelOpt's is one of ours; but it may quantise the cache alone, or other modules than the experts."""
+    """``FP8`` has static activations; it may quantise the cache alone, or other modules than the experts."""
     algo = quantised.get("quant_algo")
     if algo is None:
         return _always(Stored())
     named = quantised.get("quantized_layers")
     if algo != "MIXED_PRECISION" or not isinstance(named, Mapping):
         kind = _MODELOPT.get(algo, "other") if isinstance(algo, str) else "other"
+        if kind == "fp8_static":
+            return _always(Stored("fp8", form=kind, scales=_OTHER_SCALES[kind][0]))
         return _always(Stored(why_not=f"{field}.quant_algo={short(algo)}", form=kind))
     patterns = Patterns([str(key) for key in named], f"{field}.quantized_layers", where)
     kinds = sorted({str(its.get("quant_algo")) for its in named.values() if isinstance(its, Mapping)})

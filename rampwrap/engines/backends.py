@@ -10,8 +10,10 @@ import attrs
 
 from rampwrap.checkpoint.model import Alike, Layers, Ranks
 from rampwrap.checkpoint.quantisation import PLAIN
+from rampwrap.engines import vllm_cutlass
 
 TRITON = "Triton"
+CUTLASS = "vLLM's CUTLASS"
 
 
 @attrs.frozen
@@ -58,7 +60,7 @@ _ROWS = (
     _Row("vllm", ("fp8_block",), Backend("FlashInfer CUTLASS", remark=_WITHOUT_NVCC), expert_parallel=True),
     _Row("vllm", ("fp8_static",), Backend("FlashInfer CUTLASS", remark="Triton where FlashInfer is not there")),
     _Row("vllm", ("fp8_tensor",), _FUSED),
-    _Row("vllm", ("fp8_channel",), Backend("vLLM's CUTLASS")),
+    _Row("vllm", ("fp8_channel",), Backend(CUTLASS, hooked=vllm_cutlass.SERVED)),
     _Row("vllm", _WEIGHTS, Backend("Marlin"), until=(0, 32)),
     _Row("vllm", _WEIGHTS, Backend("Humming"), since=(0, 32)),
     _Row("sglang", ("mxfp4",), _MONOLITHIC, kind="gpt_oss"),

@@ -10,8 +10,8 @@ import attrs
 
 from rampwrap.checkpoint.model import Alike, Layers, Ranks, layers_of
 from rampwrap.checkpoint.quantisation import FORMS
-from rampwrap.engines import sglang
-from rampwrap.engines.backends import TRITON, Backend, backend_for
+from rampwrap.engines import sglang, vllm_cutlass
+from rampwrap.engines.backends import CUTLASS, TRITON, Backend, backend_for
 from rampwrap.engines.defaults import KERNELS as DEFAULTS
 from rampwrap.engines.defaults import TRITON as TRITON_KERNEL
 from rampwrap.engines.defaults import kernel_without_plan
@@ -187,6 +187,8 @@ def diagnose(
                 continue
             if backend is not None and not backend.hooked and engine == "vllm":
                 reason = by_another(backend.name).reason
+            if backend is not None and backend.name == CUTLASS and its.version and not reason:
+                reason = "; ".join(vllm_cutlass.faults())
             served += [_served(engine, plans, shape, device, kernels, command) for device in devices]
         findings.append(Finding(alike, backend, reason, tuple(served)))
     return Diagnosis(os.fspath(model), its, plans, tuple(findings))

@@ -4,9 +4,9 @@ vLLM finds `register` by the entry point group ``vllm.general_plugins``. It chan
 `FusedMoEKernel`: a kernel that is made for a layer with a plan (`rampwrap.plan.folder` says where those lie) or defaults gets our
 launch in place of its own `_fused_experts`; all others stay as they are. A layer is taken where
 
-- vLLM itself runs it with `TritonExperts` (its choice on Hopper; elsewhere start it with ``--moe-backend triton``),
+- vLLM itself runs it with `TritonExperts` or, in FP8, its CUTLASS (its choices on Hopper; else start it with ``--moe-backend triton``),
 - it is gated by SiLU, with a limit or as SwiGLU-OAI or not, or by GELU-tanh, without biases and LoRA,
-- in bf16, fp16 or FP8 with scales for blocks of 128, 64 or 32, channels or tensors and activations quantised as they come,
+- in bf16, fp16 or FP8 with scales for blocks of 128, 64 or 32, channels or tensors and activations quantised as they come or, by tensors, with static scales,
 - a plan names exactly this GPU, kernel version, shape and dtype, and `VLLM_BATCH_INVARIANT` is not set. Where plans of
   several kernels do, `preference` says which serves; one whose kernel cannot run here is passed over with a warning. Where
   none does, our kernels' defaults serve on sm_90 (`rampwrap.engines.defaults`).
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
-from rampwrap.engines import vllm_contract, vllm_gather
+from rampwrap.engines import vllm_contract, vllm_cutlass, vllm_gather
 from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
 from rampwrap.engines.prepare import ensure_compiled
 from rampwrap.engines.vllm_experts import Experts
@@ -216,10 +216,11 @@ def _attach(kernel: Any) -> None:
             _warn(refusal.reason, said, refusal.reason, level=refusal.level)
             return
         graph_dispatcher = engine.graph_dispatcher(fit, shape, device, tokens)
+    kind: Any = type(experts)
     if shape.dtype == "fp8":
-        kind: Any = type(experts)
         experts.__class__ = _deferring(kind)
-    impl._fused_experts = Experts(impl, graph_dispatcher, engine.kept, _warn)
+    cutlass = kind.__name__ == vllm_cutlass.NAME
+    impl._fused_experts = Experts(impl, graph_dispatcher, engine.kept, _warn, cutlass=cutlass)
     engine.layers += 1
     engine.seconds += time.perf_counter() - start
 
@@ -255,14 +256,19 @@ def _without_plan(
 def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refusal | None:
     """What stands against our launch in a layer."""
     triton = importlib.import_module(f"{_PACKAGE}.experts.triton_moe").TritonExperts
-    if type(experts) is not triton:
-        return by_another(type(experts).__name__)
+    name = type(experts).__name__
+    if vllm_cutlass.SERVED and name == vllm_cutlass.NAME:
+        if (reason := vllm_cutlass.refusal(experts, shape)) is not None:
+            return Refusal(reason, logging.WARNING)
+    elif type(experts) is not triton:
+        return by_another(name)
     if engine.ubatches:
         return Refusal("micro-batches (DBO) share scratch memory between streams", logging.WARNING)
     plain = type(impl.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"
     if shape.dtype == "fp8" and not plain:
         return Refusal("FP8 activations of other ranks arrive quantised", logging.WARNING)
-    return unlike(experts, shape)
+    both = (experts, experts.experts) if name == vllm_cutlass.NAME else (experts,)
+    return next((found for its in both if (found := unlike(its, shape)) is not None), None)
 
 
 @functools.cache

@@ -216,7 +216,8 @@ def class_faults(
     owner: str,
     signatures: Mapping[str, tuple[str, ...]],
     optional: Mapping[str, tuple[str, ...]],
-    members: Collection[str],
+    members: Collection[str] | None = None,
+    bases: tuple[str, ...] | None = None,
 ) -> list[str]:
     """What a class has changed in, as `faults`.
 
@@ -225,17 +226,34 @@ def class_faults(
         file, owner: where the class is, and its name.
         signatures: by method its parameters after self, all of them.
         optional: likewise, of methods that may be absent.
-        members: of the class, all that are known.
+        members: of the class, all that are known; None where others do not matter.
+        bases: what it inherits from; None where that does not matter.
     """
     files = _Sources(root)
     node = files.owner(file, owner)
-    if node is None:
+    if not isinstance(node, ast.ClassDef):
         return [f"{owner} is not in {file}"]
     expected = dict(signatures) | {name: its for name, its in optional.items() if _parameters(node, name) is not None}
     found = list(_signatures(files, {(file, owner, name): its for name, its in expected.items()}))
-    if new := sorted(one for one in _members(node) if one not in members):
-        found.append(f"{owner} has {', '.join(new)}, which rampwrap does not know")
-    return found
+    return found + list(_new(node, members, bases))
+
+
+def new_arguments(root: pathlib.Path, file: str, function: str, known: Collection[str]) -> list[str]:
+    """Parameters of a function of a release that are not known, as `faults`; or that it is gone."""
+    found = _parameters(_Sources(root).tree(file), function)
+    if found is None:
+        return [f"{function} is not in {file}"]
+    new = [name for name in found if name not in known]
+    return [f"{function} {_difference('takes', new, [])}"] if new else []
+
+
+def _new(node: ast.ClassDef, members: Collection[str] | None, bases: tuple[str, ...] | None) -> Iterator[str]:
+    found = tuple(ast.unparse(base) for base in node.bases)
+    if bases is not None and found != bases:
+        yield f"{node.name} inherits from {', '.join(found) or 'nothing'}"
+    known = _members(node) if members is None else members
+    if new := sorted(one for one in _members(node) if one not in known and not one.startswith(_FREE)):
+        yield f"{node.name} has {', '.join(new)}, which rampwrap does not know"
 
 
 def _signatures(files: _Sources, signatures: Mapping[tuple[str, str, str], tuple[str, ...]]) -> Iterator[str]:
@@ -258,11 +276,7 @@ def _faults(files: _Sources) -> Iterator[str]:
         if not isinstance(node, ast.ClassDef):
             yield f"{owner} is not in {file}"
             continue
-        bases = tuple(ast.unparse(base) for base in node.bases)
-        if bases != expected:
-            yield f"{owner} inherits from {', '.join(bases) or 'nothing'}"
-        if new := sorted(one for one in _members(node) if one not in MEMBERS and not one.startswith(_FREE)):
-            yield f"{owner} has {', '.join(new)}, which rampwrap does not know"
+        yield from _new(node, MEMBERS, expected)
     yield from _settings(files)
     silu = _members(files.owner(f"{_LAYER}/activation.py", "MoEActivation"), values=True).get("SILU")
     if silu != "'silu'":

@@ -12,6 +12,7 @@ import torch
 from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.dispatch.lane import Layer
 from rampwrap.dispatch.spans import capturing
+from rampwrap.engines import vllm_cutlass
 from rampwrap.errors import CaptureError, InputError, RampwrapError
 from rampwrap.kernel.shape import MoEShape
 
@@ -24,6 +25,7 @@ class Experts:
         graph_dispatcher: what serves the layer.
         kept: memory of captured graphs by address, to which the engine holds on.
         warn: called with a key, by which it speaks once, a format and its arguments.
+        cutlass: whether vLLM's own experts are CUTLASS's, which take quantised rows alone.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class Experts:
         graph_dispatcher: GraphDispatcher,
         kept: MutableMapping[int, torch.Tensor],
         warn: Callable[..., None],
+        *,
+        cutlass: bool = False,
     ) -> None:
         self._impl, self._kept, self._warn, self.graph_dispatcher = impl, kept, warn, graph_dispatcher
-        self._own = impl._fused_experts
+        self._own, self._cutlass = impl._fused_experts, cutlass
         parameters = inspect.signature(graph_dispatcher.kernel.launch).parameters
         self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
         self._layer: Layer | None = None
@@ -44,7 +48,7 @@ class Experts:
     def __call__(self, **call: Any) -> Any:
         """One step of the layer; what we cannot run goes to vLLM's own launch."""
         if self._given_up or not self._runnable(call):
-            return self._own(**call)
+            return self._leave(call)
         self._reserve(call)
         try:
             if self._layer is None:
@@ -60,7 +64,11 @@ class Experts:
                 raise
             self._given_up = True
             self._warn(repr(error), "rampwrap leaves a layer to vLLM from here on: %s", error)
-        return self._own(**call)
+        return self._leave(call)
+
+    def _leave(self, call: dict[str, Any]) -> Any:
+        """vLLM's own launch of a step."""
+        return self._own(**(vllm_cutlass.quantised(self._impl, call) if self._cutlass else call))
 
     def _runnable(self, call: Mapping[str, Any]) -> bool:
         shape, hidden, ids = self.graph_dispatcher.shape, call["a1q"], call["topk_ids"]
@@ -95,6 +103,8 @@ class Experts:
             # Read at each step, as vLLM does: weights may have been loaded anew.
             quant = self._impl.fused_experts.quant_config
             out |= {"w13_scale": quant.w1_scale, "w2_scale": quant.w2_scale}
+            if quant.a1_scale is not None:
+                out |= {"w13_input_scale": quant.a1_scale, "w2_input_scale": quant.a2_scale}
         if call["expert_map"] is not None:
             out["expert_map"] = call["expert_map"]
         if self._takes_out:
@@ -154,6 +164,8 @@ class Experts:
             **sizes,
             **{name: call[name] for name in named},
         )
+        if self._cutlass:
+            vllm_cutlass.reserve(self._impl.fused_experts)
         self._reserved = num_tokens
 
     def _name(self) -> str:

@@ -70,11 +70,11 @@ def layer_shape(config: Any, quant: Any) -> MoEShape | Refusal:
     if quant.quant_dtype is None and quant.weight_quant_dtype is None:
         dtype = _DTYPES[config.in_dtype]
     elif quant.quant_dtype == _FP8 and quant.weight_quant_dtype == _FP8 and (scales := _scales(quant)):
-        if quant.a1_scale is not None or quant.a2_scale is not None:
-            return Refusal("its activations have static scales")
         if config.in_dtype != torch.bfloat16:
             return Refusal(f"its FP8 layers take {config.in_dtype}, not bfloat16")
         dtype = "fp8"
+    elif quant.quant_dtype == _FP8 and (quant.a1_scale is not None or quant.a2_scale is not None):
+        return Refusal("its activations have static scales that are not two float32 numbers, beside one an expert")
     else:
         return Refusal(f"it is quantised as {quant.weight_quant_dtype} with {quant.quant_dtype} activations")
     if (reason := _strange(config, quant)) is not None:
@@ -116,6 +116,12 @@ def _activation(config: Any, quant: Any) -> Activation | Refusal:
 
 def _scales(quant: Any) -> str:
     """The form of an FP8 layer's scales as `MoEShape` names it, "" for another one."""
+    given = [its for its in (quant.a1_scale, quant.a2_scale) if its is not None]
+    if given:
+        numbers = [its.numel() == 1 and its.dtype == torch.float32 for its in given] == [True, True]
+        plain = quant.block_shape is None and not quant.per_act_token_quant and not quant.per_out_ch_quant
+        by_tensor = all(its is not None and its.dim() == 1 for its in (quant.w1_scale, quant.w2_scale))
+        return "static" if numbers and plain and by_tensor else ""
     if quant.block_shape is not None:
         return {(side, side): f"block-{side}" for side in (128, 64, 32)}.get(tuple(quant.block_shape), "")
     # A scale an expert may come with a scale a token or one for all of them: ours is by token, which is never coarser.

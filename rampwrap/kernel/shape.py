@@ -9,11 +9,12 @@ from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.schema import MOST_EXPERTS, MOST_SIZE, OMIT, between
 
 DTYPES = ("bf16", "fp16", "fp8")
-SCALES = {"block-128": 128, "block-64": 64, "block-32": 32, "channel": 0, "tensor": 0}
+SCALES = {"block-128": 128, "block-64": 64, "block-32": 32, "channel": 0, "tensor": 0, "static": 0}
 """Scales of an FP8 layer, with the side of the blocks of weights that share one.
 
 In blocks, activations have a scale for as many columns of a token. With a scale a channel (row of w13 and w2) or a tensor (of
-one expert) activations have one a token.
+one expert) activations have one a token. ``static`` is by tensor too, and activations have one for all tokens that comes with the
+weights: one for x, one for h.
 """
 
 

@@ -140,7 +140,14 @@ def test_shapes(tmp_path: pathlib.Path, config: dict, options: dict, want: list[
         (MIXTRAL | {"hidden_act": "relu2"}, {}, "relu2"),
         (OLMOE | {"quantization_config": {"quant_method": "awq"}}, {}, "awq"),
         (
-            DEEPSEEK | {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
+            DEEPSEEK
+            | {
+                "quantization_config": {
+                    "quant_method": "fp8",
+                    "activation_scheme": "static",
+                    "weight_block_size": [128, 128],
+                }
+            },
             {},
             "activation_scheme='static'; our kernels run bf16, fp16 and FP8 with scales for 128x128 blocks, channels or",
         ),

@@ -174,10 +174,11 @@ def test_the_engine_is_looked_at_first(
     [
         ({"quantization_config": BLOCKS}, ("--tp-size", "2", "--ep"), "with FlashInfer CUTLASS (DeepGEMM where"),
         ({"quantization_config": BLOCKS}, (), None),
+        ({"quantization_config": CHANNEL}, (), None),
         (
-            {"quantization_config": CHANNEL},
+            {"quantization_config": BLOCKS | {"weight_block_size": None, "activation_scheme": "static"}},
             (),
-            "with vLLM's CUTLASS; plans serve where it is started with --moe-backend",
+            "with FlashInfer CUTLASS (Triton where FlashInfer is not there); plans serve where it is started with --moe-backend",
         ),
         ({}, ("--tp-size", "2", "--ep"), None),
     ],
@@ -199,10 +200,6 @@ def test_a_dry_run_names_the_engines_own_kernel(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (
-            {"quantization_config": BLOCKS | {"weight_block_size": None, "activation_scheme": "static"}},
-            "vLLM itself runs them with FlashInfer CUTLASS (Triton where FlashInfer is not there).",
-        ),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "triton_kernels of OpenAI"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "channels or tensors.\n"),
     ],

@@ -213,6 +213,46 @@ def test_vllm_told_to_run_its_own_triton(model: pathlib.Path, ask: Any) -> None:
     assert ask(TINY | BLOCKS, "--tp-size", "2", "--ep", "--moe-backend", "triton")[0] == 0
 
 
+CHANNELS = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "a": {
+            "targets": ["Linear"],
+            "weights": {"type": "float", "num_bits": 8, "strategy": "channel"},
+            "input_activations": {"type": "float", "num_bits": 8, "strategy": "token"},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "backend", "status"),
+    [
+        (CHANNELS, (), "vLLM's CUTLASS", 0),
+        ({"quant_method": "fp8"}, (), "Triton", 0),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, (), "FlashInfer CUTLASS", 1),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, ("--moe-backend", "triton"), "Triton", 0),
+    ],
+)
+def test_fp8_by_channel_and_by_tensor(
+    stored: dict[str, Any],
+    options: tuple[str, ...],
+    backend: str,
+    status: int,
+    model: pathlib.Path,
+    ask: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On an H100 our Triton kernel's defaults serve what vLLM runs with its CUTLASS or Triton; not what FlashInfer's runs."""
+    monkeypatch.delenv(PLANS_ONLY)
+    found = ask(TINY | {"quantization_config": stored}, "--gpu", "h100", *options)
+    (alike,) = found[1]["layers"]
+    assert found[0] == status and alike["backend"]["name"] == backend
+    assert ("--moe-backend triton" in alike["reason"]) == bool(status)
+    if not status:
+        assert {(its["kernel"], its["source"]) for its in alike["served"]} == {("triton_fused_moe", "defaults")}
+
+
 def test_only_some_layers(model: pathlib.Path, ask: Any, plan: Plan) -> None:
     """A layer of another size lacks its plan; all others are served, and that is not enough."""
     plan.save(model.parent / "plans" / "a.plan.json")

@@ -164,8 +164,11 @@ class ActivationConfig:
 class MoEPrepareAndFinalizeNoDPEPModular:
     """Quantises unless it is deferred; copies the result unless it is in place."""
 
-    def prepare(self, a1, defer):
-        return (a1, None) if defer else (a1.to(torch.float8_e4m3fn), torch.ones(1))
+    def prepare(
+        self, a1, topk_weights, topk_ids, num_experts, expert_map, weighted, quant_config, defer_input_quant=False
+    ):
+        its = (a1, None) if defer_input_quant else (a1.to(torch.float8_e4m3fn), torch.ones(1))
+        return (*its, None, None, None)
 
 
 class NaiveDPEP(MoEPrepareAndFinalizeNoDPEPModular):
@@ -262,7 +265,10 @@ class StandIn:
                 output = torch.empty_like(hidden_states)
                 quantised = self.fused_experts.quant_config.quant_dtype is not None
                 defer = self.fused_experts.expects_unquantized_inputs or not quantised
-                a1q, scale = self.prepare_finalize.prepare(hidden_states, defer)
+                a1q, scale, *_ = self.prepare_finalize.prepare(
+                    *(hidden_states, topk_weights, topk_ids, 8, expert_map, weighted, self.fused_experts.quant_config),
+                    defer_input_quant=defer,
+                )
                 found = self._fused_experts(
                     in_dtype=hidden_states.dtype,
                     a1q=a1q,

@@ -271,7 +271,12 @@ def test_which_layers_and_devices(built, monkeypatch):
     for device in (DEVICES["nvidia-b200"], DEVICES["nvidia-a100-sxm4-80gb"], attrs.evolve(HOPPER, capability="10.0")):
         assert "sm_90 alone" in its(FP8, device)
     assert "silu:limit=10" in its(attrs.evolve(FP8, activation=Activation("silu", limit=10.0)), HOPPER)
-    assert "scales=channel" in its(attrs.evolve(FP8, scales="channel"), HOPPER)
+    assert "scales=block-64" in its(attrs.evolve(FP8, scales="block-64"), HOPPER)
+    for scales in ("channel", "tensor", "static"):
+        assert its(attrs.evolve(FP8, scales=scales), HOPPER).name == "triton_fused_moe"
+    assert "silu:limit=10" in its(
+        attrs.evolve(FP8, scales="channel", activation=Activation("silu", limit=10.0)), HOPPER
+    )
     assert its(attrs.evolve(BF16, dtype="fp16"), HOPPER) == "no defaults serve layers with fp16"
     assert its(attrs.evolve(BF16, intermediate_size=96), HOPPER).name == "triton_fused_moe"  # what CuTe cannot
     kernel = its(FP8, HOPPER)

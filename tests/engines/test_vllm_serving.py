@@ -301,7 +301,7 @@ def test_plans_that_rampwrap_brings_need_no_stand_in(scripts, tmp_path):
 
 
 def test_the_model_with_scales_by_channel(scripts, monkeypatch, tmp_path):
-    """As installed vLLM runs it on CUTLASS; the plugin's engine is told to take Triton, and its plan is profiled in the run."""
+    """As installed vLLM runs it on CUTLASS, and the plugin stands in for that; its plan is profiled in the run, or defaults serve."""
     setup = scripts["serve_vllm_setup"]
     made, called = {}, []
     monkeypatch.setattr(setup, "device_on", lambda gpu: Device("NVIDIA H200", 132))
@@ -317,11 +317,14 @@ def test_the_model_with_scales_by_channel(scripts, monkeypatch, tmp_path):
     arguments = argparse.Namespace(**arguments, profile_budget=60.0, shipped_plans=False)
     made = setup.prepare("qwen3-30b-fp8-channel", tmp_path, arguments, "0")
     assert made["shape"] == MoEShape(128, 8, 2048, 768, "fp8", scales="channel") and called == ["triton_fused_moe"]
+    without = argparse.Namespace(**vars(arguments) | {"profile_budget": None, "shipped_plans": True, "stand_in": False})
+    assert setup.prepare("qwen3-30b-fp8-channel", tmp_path / "2", without, "0")["shape"] == made["shape"]
+    assert len(called) == 1
     options = {
         arm: setup.settings_of("qwen3-30b-fp8-channel", made, tmp_path, arguments, arm)["options"].get("moe_backend")
         for arm in ("installed", "vllm_triton", "plugin")
     }
-    assert options == {"installed": None, "vllm_triton": "triton", "plugin": "triton"}
+    assert options == {"installed": None, "vllm_triton": "triton", "plugin": None}
     names = ["cub::detail::radix_sort::DeviceRadixSortSingleTileKernel", "void expandInputRowsKernel<bf16>"]
     names += ["void cutlass::device_kernel<(anonymous namespace)::cutlass_3x_group_gemm<cutlass::float_e4m3_t>>"]
     names += ["void vllm::dynamic_per_token_scaled_fp8_quant_kernel_strided<c10::BFloat16>", "compute_expert_offsets"]

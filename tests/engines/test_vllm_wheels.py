@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from rampwrap.engines import vllm_contract as contract
+from rampwrap.engines import vllm_cutlass
 from rampwrap.plan import folder as places
 
 HERE = pathlib.Path(__file__).parent
@@ -29,6 +30,7 @@ WANTED += ("vllm/__init__.py", "vllm/_version.py")
 def test_a_release_keeps_the_contract(version, released):
     root = released("vllm", version, WANTED)
     assert contract.source_version(root) == version and contract.faults(root) == []
+    assert vllm_cutlass.faults(root) == ()
 
 
 def test_the_ends_of_what_was_read_are_checked():

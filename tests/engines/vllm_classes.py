@@ -15,7 +15,10 @@ vllm_alone.install(pathlib.Path(sys.argv[1]), sys.argv[2])
 import test_cute_moe as cute
 import test_vllm as tests
 import torch
+import vllm.model_executor.layers.fused_moe.experts.cutlass_moe as cutlass_moe
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+import vllm.model_executor.layers.fused_moe.utils as utils
+import vllm_cutlass_operators
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -24,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.config import (
     RoutingMethodType,
     fp8_w8a8_moe_quant_config,
 )
+from vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe import TritonOrCutlassExperts
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.prepare_finalize.no_dp_ep import MoEPrepareAndFinalizeNoDPEPModular
 from vllm.v1.worker import workspace
@@ -42,7 +46,7 @@ MOST = 1024
 "Tokens at which vLLM's own scratch memory is larger than ours, as it is at real sizes."
 
 
-def kernel(quant, change=None, **sizes):
+def kernel(quant, change=None, kind=TritonExperts, **sizes):
     """A layer's kernel as loading its weights makes it."""
     sizes = {"num_experts": 8, "experts_per_token": 2, "hidden_dim": 64, "intermediate_size": 32} | sizes
     config = FusedMoEConfig(
@@ -58,9 +62,9 @@ def kernel(quant, change=None, **sizes):
     )
     if change is not None:
         change(config)
-    experts = TritonExperts(config, quant)
-    # Its kernels need a GPU; all around them is vLLM's.
-    experts.apply = lambda **its: its["output"].copy_(by_hand(its))
+    experts = kind(config, quant)
+    if kind is TritonExperts:  # its kernels need a GPU; all around them is vLLM's
+        experts.apply = lambda **its: its["output"].copy_(by_hand(its))
     return mk.FusedMoEKernel(MoEPrepareAndFinalizeNoDPEPModular(), experts)
 
 
@@ -205,6 +209,38 @@ def check_forms():
             assert float((out.double() - want).norm() / want.norm()) < 2e-2
 
 
+def check_cutlass():
+    """Layers of vLLM's CUTLASS experts: ours against vLLM's own steps in plain torch, which run where we do not, its memory locked."""
+    vllm_cutlass_operators.install(cutlass_moe, utils)
+    if hasattr(cutlass_moe, "get_moe_permute_scratch"):  # kept with the workspaces, and locked with them
+        cutlass_moe.moe_permute_unpermute_supported = lambda: True
+        cutlass_moe.get_moe_permute_scratch = lambda **_: workspace.current_workspace_manager().get_persistent_resource(
+            "scratch", object
+        )
+    for scales in ("channel", "static"):
+        shape = tests.MoEShape(8, 2, 64, 64, "fp8", scales=scales)
+        wanted = tests.TritonFusedMoE(shape)
+        its = wanted.inputs(shape, tests.inputs(12)["topk_ids"])
+        form = {"per_act_token_quant": True, "per_out_ch_quant": True}
+        if scales == "static":
+            form = {"a1_scale": its["w13_input_scale"], "a2_scale": its["w2_input_scale"]}
+        quant = fp8_w8a8_moe_quant_config(w1_scale=its["w13_scale"], w2_scale=its["w2_scale"], **form)
+        its["w1"], want = its["w13"], wanted.reference(shape, its)
+        workspace.reset_workspace_manager()
+        workspace.init_workspace_manager(torch.device("cpu"))
+        layer = kernel(quant, kind=TritonOrCutlassExperts, hidden_dim=64, intermediate_size=64)
+        assert ours(layer) and layer.impl._fused_experts.graph_dispatcher.shape == shape
+        out, asked = apply(layer, its), []
+        workspace.lock_workspace()
+        own = layer.impl._fused_experts._own
+        layer.impl._fused_experts._own = lambda **call: asked.append(call["a1q"].dtype) or own(**call)  # noqa: B023
+        layer.impl._fused_experts._given_up = True
+        theirs = apply(layer, its)
+        assert asked == [torch.float8_e4m3fn]
+        for found, against in ((out, want), (theirs, want), (out, theirs.double())):
+            assert float((found.double() - against).norm() / against.norm()) < 2e-2, scales
+
+
 def check_defaults():
     """Layers without a plan on a Hopper: the CuTe kernels' defaults, on stand-ins of the compiled ones, in vLLM's own memory."""
     library, ids = cute.StandIns(), tests.inputs(8)["topk_ids"]
@@ -229,7 +265,8 @@ def check_defaults():
 def main():
     make_plan(tests.timings_of(tests.SHAPE)).save(pathlib.Path(sys.argv[3]) / "tiny.plan.json")
     make_plan(tests.timings_of(FP8)).save(pathlib.Path(sys.argv[3]) / "fp8.plan.json")
-    for name, shape in (("oai", OAI), ("channel", tests.MoEShape(8, 2, 64, 64, "fp8", scales="channel"))):
+    fp8 = [tests.MoEShape(8, 2, 64, 64, "fp8", scales=scales) for scales in ("channel", "static")]
+    for name, shape in zip(("oai", "channel", "static"), (OAI, *fp8), strict=True):
         make_plan(tests.timings_of(shape)).save(pathlib.Path(sys.argv[3]) / f"{name}.plan.json")
     plugin.register()
     plugin.register()
@@ -242,6 +279,7 @@ def main():
     check_memory()
     check_settings()
     check_forms()
+    check_cutlass()
     check_defaults()
     print("ran in vLLM", sys.argv[2])
 

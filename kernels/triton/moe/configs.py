@@ -272,13 +272,21 @@ _FP8_MEAN: _Rows = (
     (28, (32, 256, 128, 8, 4, 3, True)),
     (float("inf"), (64, 128, 128, 8, 4, 4, False)),
 )
+_FP8_WHOLE_MEAN: _Rows = (
+    *_FP8_MEAN[:-1],
+    (80, (64, 128, 128, 1, 4, 4, False)),
+    (200, (128, 256, 128, 1, 8, 4, False)),
+    (float("inf"), (128, 256, 128, 8, 8, 4, False)),
+)
+"""Scales outside the loop, a prediction: few rows stream weights as with blocks of 128, many have the accumulators of bf16 and,
+at twice the depth, its bytes in flight."""
 _FP8_OTHERWISE: _Rows = (
     (12, (16, 128, 128, 1, 4, 4, True)),
     (32, (32, 128, 128, 1, 4, 4, True)),
     (96, (64, 128, 128, 1, 4, 4, False)),
     (float("inf"), (128, 128, 128, 8, 8, 4, False)),
 )
-"Other blocks of scales and none: nothing was measured."
+"Smaller blocks of scales: nothing was measured."
 
 
 def _first(value: float, rows: _Rows) -> tuple[int | bool, ...] | None:
@@ -292,10 +300,11 @@ def default_config(num_tokens: int, num_experts: int, top_k: int, dtype: str, gr
     of tokens above 1.07 (`benchmarks/defaults.py`).
     """
     num_slots, per_expert = num_tokens * top_k, num_tokens * top_k / num_experts
-    if dtype == "fp8" and group != GROUP:
+    if dtype == "fp8" and 0 < group < GROUP:
         row = _first(per_expert, _FP8_OTHERWISE)
     else:
-        few, mean = (_FEW_FP8, _FP8_MEAN) if dtype == "fp8" else (_FEW_BF16, _BF16_MEAN)
+        in_fp8 = _FEW_FP8, _FP8_MEAN if group else _FP8_WHOLE_MEAN
+        few, mean = in_fp8 if dtype == "fp8" else (_FEW_BF16, _BF16_MEAN)
         # A slot mostly has an expert of its own there: how many CTAs there are, and how the last wave is filled, is theirs.
         row = (_first(num_slots, few) if per_expert <= 0.5 else None) or _first(per_expert, mean)
     assert row is not None

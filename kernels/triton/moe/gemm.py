@@ -44,6 +44,7 @@ def up_kernel(
     SWAP_AB: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STATIC: tl.constexpr,
     GELU_TANH: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -82,6 +83,7 @@ def up_kernel(
                 SWAP_AB,
                 GROUP,
                 CHANNELS,
+                STATIC,
                 GELU_TANH,
                 LIMIT,
                 ALPHA,
@@ -117,6 +119,7 @@ def up_kernel(
             SWAP_AB,
             GROUP,
             CHANNELS,
+            STATIC,
             GELU_TANH,
             LIMIT,
             ALPHA,
@@ -150,6 +153,7 @@ def down_kernel(
     SWAP_AB: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STATIC: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -184,6 +188,7 @@ def down_kernel(
                 SWAP_AB,
                 GROUP,
                 CHANNELS,
+                STATIC,
             )
     else:
         if tl.program_id(0) >= num_blocks * TILES_N * SPLIT_K:
@@ -216,6 +221,7 @@ def down_kernel(
             SWAP_AB,
             GROUP,
             CHANNELS,
+            STATIC,
         )
 
 

@@ -66,8 +66,10 @@ class _Layer:
             x_scale = operands.hidden_scale
         elif fp8:
             assert workspace.x_fp8 is not None and workspace.x_scale is not None
-            x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
-            quantise_rows(operands.hidden_states, x, x_scale, launch=launch, group=shape.scale_group)
+            given = operands.w13_input_scale
+            x, x_scale = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens] if given is None else given
+            group = shape.scale_group
+            quantise_rows(operands.hidden_states, x, x_scale, launch=launch, group=group, given=given is not None)
         return cls(operands, shape, x, x_scale, operands.output(), workspace, launch)
 
     def gemms(self, config: Mapping[str, Any], blocks: TokenBlocks | None, most_ctas: int | None) -> None:
@@ -99,6 +101,8 @@ class _Layer:
         if self.x_scale is not None:
             assert workspace.h_fp8 is not None and workspace.h_scale is not None
             h_scale, in_epilogue = workspace.h_scale[:num_slots], quantises_h(config, self.shape.scale_group)
+            if its.w2_input_scale is not None:  # which no tile has to find
+                h_scale, in_epilogue = its.w2_input_scale, True
             if in_epilogue:
                 h = workspace.h_fp8[:num_slots]
         up_kernel[grid(triton.cdiv(intermediate, block_n // 2))](
@@ -219,7 +223,8 @@ def fused_moe_candidates(
 
 def scale_arguments(shape: MoEShape) -> dict[str, Any]:
     """A layer's form of scales as keyword arguments of both GEMMs."""
-    return {"GROUP": shape.scale_group, "CHANNELS": shape.scales == "channel"}
+    static = shape.scales == "static"
+    return {"GROUP": shape.scale_group, "CHANNELS": shape.scales == "channel", "STATIC": static}
 
 
 def form_arguments(shape: MoEShape) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from rampwrap.kernels.triton.align.by_expert import local_expert_ids
 from rampwrap.kernels.triton.interpreter import downcast, operand
 from rampwrap.kernels.triton.moe.activate import activate
-from rampwrap.kernels.triton.quantise import quantise_groups
+from rampwrap.kernels.triton.quantise import quantise_by, quantise_groups
 
 
 @triton.jit
@@ -132,21 +132,34 @@ def multiply_tile(
 
 
 @triton.jit
-def scaled(acc, x_scale_ptr, rows, row_mask, w_scale_ptr, w_rows, CHANNELS: tl.constexpr, SWAP_AB: tl.constexpr):
-    """A product of FP8 numbers, times the scale of each row of x and of each row of the weights, or one for all of them."""
-    x_scale = tl.load(x_scale_ptr + rows, mask=row_mask, other=0.0)
-    if CHANNELS:
-        w_scale = tl.load(w_scale_ptr + w_rows)
-        if SWAP_AB:
-            return acc * (w_scale[:, None] * x_scale[None, :])
-        else:
-            return acc * (x_scale[:, None] * w_scale[None, :])
+def scaled(
+    acc,
+    x_scale_ptr,
+    rows,
+    row_mask,
+    w_scale_ptr,
+    w_rows,
+    CHANNELS: tl.constexpr,
+    STATIC: tl.constexpr,
+    SWAP_AB: tl.constexpr,
+):
+    """A product of FP8 numbers, times the scale of each row of x and of each row of the weights, or one for all of either."""
+    if STATIC:
+        return acc * (tl.load(x_scale_ptr) * tl.load(w_scale_ptr))
     else:
-        scale = x_scale * tl.load(w_scale_ptr)
-        if SWAP_AB:
-            return acc * scale[None, :]
+        x_scale = tl.load(x_scale_ptr + rows, mask=row_mask, other=0.0)
+        if CHANNELS:
+            w_scale = tl.load(w_scale_ptr + w_rows)
+            if SWAP_AB:
+                return acc * (w_scale[:, None] * x_scale[None, :])
+            else:
+                return acc * (x_scale[:, None] * w_scale[None, :])
         else:
-            return acc * scale[:, None]
+            scale = x_scale * tl.load(w_scale_ptr)
+            if SWAP_AB:
+                return acc * scale[None, :]
+            else:
+                return acc * scale[:, None]
 
 
 @triton.jit
@@ -171,6 +184,7 @@ def up_tile(
     SWAP_AB: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STATIC: tl.constexpr,
     GELU_TANH: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -229,7 +243,7 @@ def up_tile(
     if w_scale_ptr is not None:  # noqa: SIM102
         if GROUP == 0:
             w_scale_ptr += expert_offset * (2 * INTERMEDIATE if CHANNELS else 1)
-            acc = scaled(acc, x_scale_ptr, slots // TOP_K, row_mask, w_scale_ptr, w_rows, CHANNELS, SWAP_AB)
+            acc = scaled(acc, x_scale_ptr, slots // TOP_K, row_mask, w_scale_ptr, w_rows, CHANNELS, STATIC, SWAP_AB)
     if SWAP_AB:
         pairs = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
         gate, up = tl.split(pairs)
@@ -245,6 +259,9 @@ def up_tile(
         mask = mask & (columns < INTERMEDIATE)[None, :]
     if h_scale_ptr is None:
         tl.store(h_ptr + h_rows[:, None] + columns[None, :], downcast(h, h_ptr.dtype.element_ty), mask=mask)
+    elif STATIC:
+        q = quantise_by(downcast(h, tl.bfloat16).to(tl.float32), tl.load(h_scale_ptr), h_ptr.dtype.element_ty)
+        tl.store(h_ptr + h_rows[:, None] + columns[None, :], q, mask=mask)
     else:
         # HALF_N is one group. Rounded to bf16 first, as the configs do whose h passes through memory.
         q, scale = quantise_groups(downcast(h, tl.bfloat16).to(tl.float32), h_ptr.dtype.element_ty)
@@ -275,6 +292,7 @@ def down_tile(
     SWAP_AB: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS: tl.constexpr,
+    STATIC: tl.constexpr,
 ):
     """y[split, slot] = topk_weight[slot] * (h[slot] W_down^T) for one M block, BLOCK_N columns of y, a part of K."""
     slots = block_slots(block, sorted_token_ids_ptr, num_slots, BLOCK_M)
@@ -322,7 +340,7 @@ def down_tile(
     if w_scale_ptr is not None:  # noqa: SIM102
         if GROUP == 0:
             w_scale_ptr += expert_offset * (HIDDEN if CHANNELS else 1)
-            acc = scaled(acc, h_scale_ptr, slots, row_mask, w_scale_ptr, w_rows, CHANNELS, SWAP_AB)
+            acc = scaled(acc, h_scale_ptr, slots, row_mask, w_scale_ptr, w_rows, CHANNELS, STATIC, SWAP_AB)
     if SWAP_AB:
         acc = tl.trans(acc)
     weight = tl.load(topk_weights_ptr + slots, mask=row_mask, other=0.0).to(tl.float32)

@@ -10,7 +10,7 @@ import torch
 
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.common.operands import TORCH_DTYPES, WEIGHT_DTYPES, Operands, scale_shapes
+from rampwrap.kernels.common.operands import INPUT_SCALES, TORCH_DTYPES, WEIGHT_DTYPES, Operands, scale_shapes
 from rampwrap.kernels.common.workers import main_hidden
 from rampwrap.kernels.triton import pdl
 from rampwrap.kernels.triton.moe.host import DIRECT_FACTOR, fused_moe
@@ -108,6 +108,7 @@ def _zeros(shape: MoEShape, num_tokens: int, ids_dtype: torch.dtype, device: str
         return torch.empty(1, *sizes, dtype=dtype, device=device).zero_().expand(experts, *sizes)
 
     scales = scale_shapes(shape) if shape.dtype == "fp8" else {}
+    given = {name: torch.ones((), device=device) for name in INPUT_SCALES if shape.scales == "static"}
     return Operands(
         hidden_states=torch.zeros(num_tokens, hidden, dtype=TORCH_DTYPES[shape.dtype], device=device),
         w13=expert(2 * inter, hidden, dtype=weight),
@@ -115,4 +116,5 @@ def _zeros(shape: MoEShape, num_tokens: int, ids_dtype: torch.dtype, device: str
         topk_weights=torch.zeros(num_tokens, shape.top_k, device=device),
         topk_ids=torch.zeros(num_tokens, shape.top_k, dtype=ids_dtype, device=device),
         **{name: expert(*its[1:]) for name, its in scales.items()},
+        **given,
     )

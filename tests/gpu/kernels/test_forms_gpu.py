@@ -37,6 +37,7 @@ FORMS = {
     "blocks of 32": attrs.evolve(FP8, intermediate_size=96, scales="block-32"),
     "channels": attrs.evolve(FP8, intermediate_size=176, scales="channel"),
     "tensors": attrs.evolve(FP8, scales="tensor"),
+    "static": attrs.evolve(FP8, scales="static"),
 }
 # Slices of published models in which a form occurs: Qwen3-30B TP4, MiniMax-M2 TP8, GLM-4.5 TP8, GLM-4.5-Air TP8, MiniMax-M3 TP4.
 PUBLISHED = {

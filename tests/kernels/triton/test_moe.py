@@ -420,7 +420,7 @@ for row, dtype, scales, persistent in json.loads(sys.argv[1]):
     layer = MoEShape(64, 8, 2048, 768, dtype, scales=scales)
     config = dict(zip(configs.KEYS, row))
     fp8 = dtype == "fp8"
-    act, quant = ("fp8e4nv" if fp8 else "bf16"), fp8 and configs.quantises_h(config, layer.scale_group)
+    act, quant = ("fp8e4nv" if fp8 else "bf16"), fp8 and (scales == "static" or configs.quantises_h(config, layer.scale_group))
     tuning = fused_moe.tuning_arguments(config)
     options = {key: tuning.pop(key) for key in ("num_warps", "num_stages")}
     constants = dict(tuning, **form_arguments(layer), TOP_K=8, HIDDEN=2048, INTERMEDIATE=768, SPLIT_K=1, PERSISTENT=persistent)
@@ -457,7 +457,8 @@ def test_compiles_for_hopper(tmp_path):
     forms = [
         ((16, 128, 64, 1, 4, 6, True), "fp8", "block-64"),
         ((64, 128, 32, 1, 4, 6, False), "fp8", "block-32"),
-        ((128, 256, 128, 8, 8, 3, False), "fp8", "channel"),
+        ((128, 256, 128, 8, 8, 4, False), "fp8", "channel"),
+        ((32, 256, 128, 8, 4, 3, True), "fp8", "static"),
     ]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = str(pathlib.Path(rampwrap.__file__).parent.parent)

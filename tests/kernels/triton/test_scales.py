@@ -1,4 +1,4 @@
-"""FP8 scales by smaller blocks, by channel and by tensor: our Triton kernel against float64 and against an engine's own steps."""
+"""FP8 scales by smaller blocks, by channel, by tensor and of all activations: our Triton kernel against float64 and against an engine's own steps."""
 
 import os
 
@@ -31,6 +31,7 @@ HALF = MoEShape(4, 2, 128, 192, "fp8", scales="block-64")
 QUARTER = MoEShape(4, 2, 64, 96, "fp8", scales="block-32")
 CHANNEL = MoEShape(4, 2, 96, 80, "fp8", scales="channel")
 TENSOR = MoEShape(4, 2, 64, 48, "fp8", scales="tensor")
+STATIC = MoEShape(4, 2, 96, 80, "fp8", scales="static")
 LAYERS = [
     (HALF, (16, 64, 64, 1, 4, 3, False)),
     (HALF, (16, 128, 64, 1, 4, 3, True)),  # one group of h a tile: quantised in the epilogue
@@ -41,6 +42,8 @@ LAYERS = [
     (CHANNEL, (16, 128, 32, 1, 4, 3, True)),
     (TENSOR, (16, 32, 32, 1, 4, 3, False)),
     (TENSOR, (16, 64, 32, 1, 4, 3, True)),
+    (STATIC, (16, 32, 32, 1, 4, 3, False)),
+    (STATIC, (16, 64, 32, 1, 4, 3, True)),
 ]
 
 
@@ -77,7 +80,7 @@ def test_layer(shape, row):
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [HALF, CHANNEL], ids=str)
+@pytest.mark.parametrize("shape", [HALF, CHANNEL, STATIC], ids=str)
 def test_parts_of_the_depth(shape):
     """Each part of the down GEMM is scaled by its own blocks, or all of them by the channel."""
     kernel = TritonFusedMoE(shape)
@@ -107,18 +110,21 @@ def test_slices_with_refined_scales_add_up():
 
 
 def engine(inputs, w13_scale, w2_scale, activation):
-    """The layer in the steps of vLLM's Triton experts with a scale a token: FP8, bf16, SiLU or SwiGLU-OAI, bf16, FP8, bf16.
+    """The layer in the steps of vLLM's Triton and CUTLASS experts: FP8, bf16, SiLU or SwiGLU-OAI, bf16, FP8, bf16.
 
-    Written from its sources (`scaled_fp8_quant` by token, scales applied to the finished sum), with nothing of our reference.
+    Written from its sources (`scaled_fp8_quant` by token or by what is given, scales applied to the finished sum), with nothing of
+    our reference.
     """
 
-    def by_token(row):
+    def rounded(row, given):
+        if given is not None:
+            return (row.float() * (1 / given)).clamp(-448, 448).to(torch.float8_e4m3fn).float(), given
         scale = row.float().abs().max() / 448
         return (row.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float(), scale
 
     out = torch.zeros(inputs["hidden_states"].shape, device=DEVICE)
     for token, experts in enumerate(inputs["topk_ids"].tolist()):
-        x, x_scale = by_token(inputs["hidden_states"][token])
+        x, x_scale = rounded(inputs["hidden_states"][token], inputs.get("w13_input_scale"))
         for slot, expert in enumerate(experts):
             both = ((inputs["w13"][expert].float() @ x) * w13_scale[expert] * x_scale).bfloat16().float()
             gate, up = both.chunk(2)
@@ -127,14 +133,14 @@ def engine(inputs, w13_scale, w2_scale, activation):
                 gate = gate * torch.sigmoid(1.702 * gate)
             else:
                 gate = gate * torch.sigmoid(gate)
-            h, h_scale = by_token((gate * up).bfloat16())
+            h, h_scale = rounded((gate * up).bfloat16(), inputs.get("w2_input_scale"))
             row = (inputs["w2"][expert].float() @ h) * w2_scale[expert] * h_scale
             out[token] += (row * inputs["topk_weights"][token, slot]).bfloat16().float()
     return out
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [CHANNEL, TENSOR, attrs.evolve(CHANNEL, activation=SWIGLU_OAI)], ids=str)
+@pytest.mark.parametrize("shape", [CHANNEL, TENSOR, STATIC, attrs.evolve(CHANNEL, activation=SWIGLU_OAI)], ids=str)
 def test_as_an_engine_computes_it(shape):
     """Scales in the layout of compressed-tensors checkpoints: [E, n, 1] by channel, [E] by tensor."""
     kernel = TritonFusedMoE(shape)
@@ -164,6 +170,20 @@ def test_quantised_rows(columns, group):
     assert (found - groups).abs().amax() <= groups.abs().amax() / 16 and not found[1].any()
 
 
+@needs_kernels
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_rows_quantised_by_a_given_scale(shape):
+    """vLLM's numbers bit for bit: times the inverse, cut off at 448, nearest even; infinities and halfway cases among them."""
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0, :6] = torch.tensor([float("inf"), -float("inf"), 0.0, 3.0, 1e-7, -900.0])
+    scale = torch.tensor(0.0071).reshape(shape)
+    x[1] = (torch.arange(300) * 0.5 * float(scale)).bfloat16()
+    wanted = (x.float() * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    q = torch.empty(5, 300, dtype=torch.float8_e4m3fn, device=DEVICE)
+    quantise_rows(x.to(DEVICE), q, scale.to(DEVICE), group=0, given=True)
+    assert torch.equal(q.cpu().view(torch.uint8), wanted.view(torch.uint8))
+
+
 def test_configs():
     """Lists of each form: legal, deep as the blocks are, with the default of every batch in them."""
     for group in (128, 64, 32, 0):
@@ -179,7 +199,7 @@ def test_configs():
 
 
 @needs_kernels
-@pytest.mark.parametrize(("shape", "row"), [LAYERS[0], LAYERS[5], LAYERS[7]], ids=str)
+@pytest.mark.parametrize(("shape", "row"), [LAYERS[0], LAYERS[5], LAYERS[7], LAYERS[9]], ids=str)
 def test_warming(shape, row):
     """What compiles ahead gives the kernel what a layer of this form has."""
     assert run_once(shape, [config(row)], torch.int32, DEVICE) == [None]
@@ -200,6 +220,17 @@ def test_refused():
             make_kernel("cute_moe", shape)
     with pytest.raises(ConfigError, match="torch_grouped_mm has no scales=channel"):
         make_kernel("torch_grouped_mm", CHANNEL)
+    kernel = TritonFusedMoE(STATIC)
+    inputs, row = inputs_of(kernel), kernel.configs[0]
+    for wrong, says in (
+        (None, "is missing; give one"),
+        (torch.ones(4, device=DEVICE), r"is float32 of shape \(4,\); give one"),
+    ):
+        with pytest.raises(InputError, match=f"w2_input_scale {says} float32 number"):
+            kernel.launch(row, **(inputs | {"w2_input_scale": wrong}))
+    other = inputs_of(TritonFusedMoE(TENSOR)) | {"w13_input_scale": torch.ones((), device=DEVICE)}
+    with pytest.raises(InputError, match="w13_input_scale was given for a layer of"):
+        TritonFusedMoE(TENSOR).launch(row, **other)
     with pytest.raises(InputError, match="scales 'block-16' are unknown"):
         MoEShape(4, 2, 64, 96, "fp8", scales="block-16")
     with pytest.raises(InputError, match="A bf16 layer has no scales"):
