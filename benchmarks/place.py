@@ -1,44 +1,57 @@
-"""What placing experts by predicted time is worth over balancing tokens, on recordings that are drawn, no GPU.
+"""What placing experts by predicted time is worth over balancing tokens, and how far predictions are from measured times.
 
-    python benchmarks/place.py --out results/cpu-place.json
+    python benchmarks/place.py --hindsight --out results/cpu-place.json
+    python benchmarks/place.py --kernel triton_fused_moe --dtype fp8 bf16 --out FILE.json
 
-A simulated kernel's rank of 128 experts on 4 ranks, FP8. Every layer draws its popularities once (dirichlet), every step its
-tokens and a lognormal factor a expert. Placements see the first half of 400 steps and are judged on the second; "hindsight"
-are placements judged on the steps they saw, which tells how much of a gain would be noise. Gains over contiguous.
+128 experts of Qwen3-30B on 4 ranks; the kernel is simulated unless one is named, which needs a GPU. A table of one rank's part
+is profiled here, over a few configs, and a plan made of it. Recordings are drawn: every layer draws its popularities once
+(dirichlet), every step its tokens and a lognormal factor a expert. Placements see the first half of the steps and are judged on the
+second. "hindsight" are placements judged on the steps they saw, which tells how much of a gain would be noise.
+
+Measured: in some of the steps held out every rank's part is timed alone, with the config that the plan chooses, one rank after the
+other on the one GPU, weights not in L2. A step takes as long as its slowest rank. Rows come in all ranks' number, as our dispatch
+leaves them. The error is that of the predicted against the measured time: of single ranks, mean and 95th percentile of its size; and
+of the mean slowest rank, signed.
 """
 
 import argparse
+import functools
 import json
+import math
 import pathlib
 import tempfile
+import time
 from typing import Any
 
 import attrs
 import numpy as np
+import torch
 from common import stamp
+from ep_shard import REAL, Shard, shard
 
-from rampwrap.ep.study import CONTIGUOUS, study
+from rampwrap.ep.expert_maps import ExpertMaps
+from rampwrap.ep.forecast import Forecast
+from rampwrap.ep.study import CONTIGUOUS, TIME, TOKENS, Study, study
 from rampwrap.kernel.grid import IntArray
-from rampwrap.kernel.shape import MoEShape
-from rampwrap.measure.full import profile
-from rampwrap.plan.make import make_plan
-from rampwrap.plan.plan import Plan
+from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.routing.recorded import Recording, read_recording
-from rampwrap.routing.workloads import Routing, workload_grid
-from rampwrap.testing.sim import SimKernel
+from rampwrap.routing.workloads import RecordedWorkload, Routing
 
-SHAPE = MoEShape(128, 8, 2048, 768, "fp8")
+SHAPE = SHAPES["qwen3-30b"]
 RANKS, LAYERS, STEPS, NOISE = 4, 4, 400, 0.3
-CASES = ((0.1, (64,)), (0.3, (2048,)), (0.3, (64, 256, 2048)))
+CASES = ((0.1, (64,)), (0.3, (256,)), (0.3, (2048,)), (0.3, (64, 256, 2048)))
 "Concentration of the popularities, and the token counts that steps draw from."
-ROUTINGS = ("uniform", "dirichlet:1.0", "dirichlet:0.3", "zipf:1.2")
+PROFILED = (1, 4, 16, 64, 128, 256, 1024, 2048, 4096)
+HEADER = """\
+                                     | gain over contiguous            | by time over   | error of predictions
+                                     | predicted:     measured:        | by tokens:     | ranks:        slowest
+dtype dirichlet tokens         repl. | tokens   time  tokens   time us | pred.    meas. | mean    p95   rank"""
 
 
-def rank_plan(redundant: int) -> Plan:
-    """Of one rank, from a full table of the simulated kernel."""
-    shape = attrs.evolve(SHAPE, num_local_experts=(SHAPE.num_experts + redundant) // RANKS)
-    rows = workload_grid([1, 4, 16, 64, 128, 256, 1024, 4096], [Routing.parse(name) for name in ROUTINGS])
-    return make_plan(profile(SimKernel(shape), shape, rows))
+def rank_shape(dtype: str, redundant: int) -> MoEShape:
+    """Of one rank, whose replicas are experts of their own."""
+    slots = SHAPE.num_experts + redundant
+    return attrs.evolve(SHAPE, num_experts=slots, num_local_experts=slots // RANKS, dtype=dtype)
 
 
 def recorded(concentration: float, tokens: tuple[int, ...], steps: int, seed: int) -> IntArray:
@@ -63,33 +76,114 @@ def twice(recording: Recording) -> Recording:
     return attrs.evolve(recording, counts=halves[0], step=step, layer=halves[1])
 
 
+def some(recording: Recording, most: int) -> list[tuple[int, IntArray]]:
+    """Layers and counts of some of the steps held out, spread over both."""
+    rows = np.flatnonzero(recording.step >= recording.steps // 2)
+    chosen = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)]
+    return [(int(recording.layer[row]), recording.counts[row].astype(np.int64)) for row in chosen]
+
+
+def launch(its: Shard, slots: IntArray, rank: int, tokens: int) -> Any:
+    """A rank's part of a step: slots [ranks, slots of a rank]; its own come first."""
+    counts = np.roll(slots, -rank, axis=0).ravel()
+    workload = RecordedWorkload(tokens, Routing("trace", "drawn"), counts=tuple(counts.tolist()))
+    ids = workload.topk_ids(its.shape.num_experts, its.shape.top_k)
+    config = its.plan.configs[its.plan.policy().index(slots[rank], tokens)]
+    return functools.partial(its.kernel.launch, config, **its.inputs(ids))
+
+
+def measured(its: Shard, maps: dict[str, ExpertMaps], steps: list[tuple[int, IntArray]], rounds: int) -> dict[str, Any]:
+    """Predicted and measured microseconds by placement, [steps, ranks]."""
+    forecast = Forecast.by(its.plan)
+    found: dict[str, Any] = {name: {"predicted_us": [], "measured_us": []} for name in maps}
+    for layer, counts in steps:
+        tokens = int(counts.sum()) // its.shape.top_k
+        slots = {name: each.counts(layer, counts) for name, each in maps.items()}
+        calls = {(name, rank): launch(its, slots[name], rank, tokens) for name in maps for rank in range(RANKS)}
+        us = its.us(calls, rounds)
+        for name in maps:
+            found[name]["predicted_us"].append([forecast.us(each, tokens) for each in slots[name]])
+            found[name]["measured_us"].append([us[name, rank] for rank in range(RANKS)])
+    return found
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Gains and errors of `measured`."""
+    slowest = {
+        kind: {name: float(np.max(its[f"{kind}_us"], axis=1).mean()) for name, its in found.items()}
+        for kind in ("predicted", "measured")
+    }
+    ratio = np.concatenate([np.divide(its["predicted_us"], its["measured_us"]).ravel() for its in found.values()]) - 1
+    return {
+        "slowest_us": slowest,
+        "gain": {kind: {name: us[CONTIGUOUS] / its for name, its in us.items()} for kind, us in slowest.items()},
+        "time_over_tokens": {kind: us[TOKENS] / us[TIME] for kind, us in slowest.items()},
+        "rank_error": {"mean": float(np.abs(ratio).mean()), "p95": float(np.quantile(np.abs(ratio), 0.95))},
+        "slowest_error": slowest["predicted"][TIME] / slowest["measured"][TIME] - 1,
+    }
+
+
+def gains(judged: Study) -> dict[str, float]:
+    """Of all held-out steps, predicted, over contiguous."""
+    us = {name: its.slowest_us for name, its in judged.judged.items()}
+    return {name: us[CONTIGUOUS] / its for name, its in us.items()}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row under `HEADER`."""
+    its, tokens = row["measured"], ",".join(map(str, row["tokens"]))
+    gain, over = its["gain"], its["time_over_tokens"]
+    return (
+        f"{row['dtype']:6s}{row['dirichlet']:9g} {tokens:15s}{row['redundant']:5d} |"
+        f"{gain['predicted'][TOKENS]:6.3f}x{gain['predicted'][TIME]:6.3f}x {gain['measured'][TOKENS]:6.3f}x"
+        f"{gain['measured'][TIME]:6.3f}x{its['slowest_us']['measured'][TIME]:5.0f} |{over['predicted']:6.3f}x"
+        f"{over['measured']:7.3f}x |{its['rank_error']['mean']:5.1%}{its['rank_error']['p95']:7.1%}{its['slowest_error']:+7.1%}"
+    )
+
+
 def main() -> None:
     """Runs all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--kernel", default="sim", help=f"{REAL} on a GPU")
+    parser.add_argument("--dtype", nargs="+", choices=["fp8", "bf16"], default=["fp8"])
+    parser.add_argument("--redundant", nargs="+", type=int, default=[0, 8])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a recording")
+    parser.add_argument("--measured", type=int, default=24, help="steps of single layers that are measured")
+    parser.add_argument("--hindsight", action="store_true", help="judges placements by the steps they saw, too")
+    parser.add_argument("--rounds", type=int, default=2, help="of samples")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further case is begun")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
+    until = time.monotonic() + args.seconds
     found: list[dict[str, Any]] = []
-    for redundant in (0, 8):
-        plan = rank_plan(redundant)
-        for concentration, tokens in CASES:
-            with tempfile.TemporaryDirectory() as folder:
-                np.save(f"{folder}/recorded.npy", recorded(concentration, tokens, args.steps, args.seed))
-                recording = read_recording(f"{folder}/recorded.npy", SHAPE.num_experts)
-            row: dict[str, Any] = {"redundant": redundant, "dirichlet": concentration, "tokens": tokens}
-            for name, its in (("held_out", recording), ("hindsight", twice(recording))):
-                judged = study(plan, its, RANKS, redundant, most_steps=args.steps).judged
-                row[name] = {key: judged[CONTIGUOUS].slowest_us / each.slowest_us for key, each in judged.items()}
-            found.append(row)
-            gains = "; ".join(
-                f"{name}: tokens {row[name]['token-balanced']:.3f}x, time {row[name]['predicted time']:.3f}x"
-                for name in ("held_out", "hindsight")
-            )
-            print(f"dirichlet {concentration} {tokens} tokens, {redundant} replicas: {gains}", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps({**stamp(), "cases": found}, indent=1) + "\n")
+    print(HEADER)
+    for dtype in args.dtype:
+        for redundant in args.redundant:
+            its = shard(args.kernel, rank_shape(dtype, redundant), PROFILED, rounds=args.rounds)
+            for concentration, tokens in CASES:
+                if time.monotonic() > until:
+                    break
+                row: dict[str, Any] = {"dtype": dtype, "dirichlet": concentration, "tokens": tokens}
+                found.append(row | case(its, concentration, tokens, redundant, args))
+                print(line(found[-1]), flush=True)
+                if args.out:
+                    args.out.write_text(json.dumps({**stamp(), "kernel": args.kernel, "cases": found}, indent=1) + "\n")
+
+
+def case(its: Shard, concentration: float, tokens: tuple[int, ...], redundant: int, args: argparse.Namespace) -> Any:
+    """One recording, placed, judged and measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/recorded.npy", recorded(concentration, tokens, args.steps, args.seed))
+        recording = read_recording(f"{folder}/recorded.npy", SHAPE.num_experts)
+    judged = study(its.plan, recording, RANKS, redundant, most_steps=args.steps)
+    taken = measured(its, judged.maps, some(recording, args.measured), args.rounds)
+    found = {"redundant": redundant, "profiled_configs": len(its.configs), "held_out": gains(judged)}
+    if args.hindsight:
+        found["hindsight"] = gains(study(its.plan, twice(recording), RANKS, redundant, most_steps=args.steps))
+    return found | {"measured": summary(taken)}
 
 
 if __name__ == "__main__":
-    main()
+    with torch.inference_mode():
+        main()

@@ -85,7 +85,8 @@ class SimKernel:
     def launch(self, config: Config, topk_ids: Any) -> float:
         """Pretends to run the layer; returns its simulated microseconds."""
         self.launches += 1
-        counts = expert_counts(topk_ids, self.shape.num_experts)
+        # As with every kernel that is timed: a rank has the first experts.
+        counts = expert_counts(topk_ids, self.shape.num_experts)[: self.shape.num_local_experts]
         return self.time_us(config, counts) * (1.0 + self.noise * float(self._rng.standard_normal()))
 
     def inputs(self, shape: MoEShape, topk_ids: Any, *, seed: int = 0) -> dict[str, Any]:

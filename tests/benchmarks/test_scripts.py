@@ -13,7 +13,15 @@ pytest.importorskip("triton")
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 RESULTS = FOLDER / "results"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
-PARTS = {"common", "ep_layer", "ep_ranks", "serve_vllm_setup", "serve_vllm_report"}  # of other scripts
+PARTS = {
+    "common",
+    "ep_flashinfer",
+    "ep_layer",
+    "ep_ranks",
+    "ep_shard",
+    "serve_vllm_setup",
+    "serve_vllm_report",
+}  # of other scripts
 
 
 SLOW = {"generate_transformers"}  # half a minute of imports

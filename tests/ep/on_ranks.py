@@ -176,6 +176,13 @@ def benchmark(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
     return phases, layers, [*map(its["line"], phases), *map(its["ep_layer"].line, layers)]
 
 
+def rivals(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
+    """Rows of benchmarks/ep_rivals.py, without those who need GPUs."""
+    sys.path.insert(0, str(pathlib.Path(path).parent))
+    its = runpy.run_path(path)
+    return list(its["near"](group, its["arguments"]().parse_args(arguments), torch.device("cpu"), math.inf))
+
+
 OTHERS: dict[int, dist.ProcessGroup] = {}
 "Groups of the first ranks, by their number; -2 is another of two."
 

@@ -30,3 +30,15 @@ def test_the_benchmark(ranks: Any) -> None:
     assert [row["dtype"] for row in layers] == ["bf16", "fp8"]
     assert all(row["ours_us"] > 0 and row["rival_us"] > 0 for row in [*phases, *layers] if row["tokens"])
     assert len(lines) == 8
+
+
+def test_rivals_are_right(ranks: Any) -> None:
+    """Ours and NCCL's part: the sums are compared inside, before and after timing."""
+    script = str(ROOT / "benchmarks/ep_rivals.py")
+    if not pathlib.Path(script).exists():
+        pytest.skip("the benchmarks are not beside these tests")
+    arguments = ["--device", "cpu", "--hidden-size", "256", "--tokens", "1", "4", "--replays", "2"]
+    first, second = ranks.run(2, "rivals", script, arguments)
+    assert first == second
+    assert [(row["payload"], row["tokens"]) for row in first] == [(p, t) for p in ("bf16", "fp8") for t in (1, 4)]
+    assert all(row["ours_us"] > 0 and row["nccl_us"] > 0 for row in first)
