@@ -17,7 +17,8 @@ measured. As many engines of a model as fit live on one GPU at the same time and
 same clocks; only one runs at a time. `--cpus` drives all engines of a turn from the quietest of some CPUs: on a shared host
 the same engine takes 12 or 20 ms a step at 512 sequences, depending on its CPU. `--restart` starts the plugin's engine
 and the installed one once more at the end, each alone on the GPU, for the start-up cost with warm caches and the memory
-that the driver sees. Needs vLLM importable, 0.26 or later; models are spread over the GPUs given with `--gpus`. The model
+that the driver sees. `--cold` makes the first start one of a new machine: what the plugin does by itself, and what Triton
+compiles of ours in the engine more than of vLLM's. Needs vLLM importable, 0.26 or later; models are spread over the GPUs given with `--gpus`. The model
 with FP8 blocks needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY), the one with FP8 channels a plan
 that is made in the run (`--profile-budget 60`).
 """
@@ -222,7 +223,7 @@ def run_model(
         folder = pathlib.Path(temporary)
         made = prepare(name, folder, arguments, gpu)
         settings = {arm: settings_of(name, made, folder, arguments, arm) for arm in ARMS}
-        environments = {arm: environment_of(arm, folder, gpu, arguments.deep_gemm) for arm in ARMS}
+        environments = {arm: environment_of(arm, folder, gpu, arguments.deep_gemm, arguments.cold) for arm in ARMS}
         fit = max(1, int(0.95 * free_gb(gpu) // needed_gb(made, settings["plugin"])))
         fit = min(fit, arguments.concurrent or fit)
         # The pair that matters most shares the clocks, if only two fit.
@@ -273,11 +274,14 @@ def run_model(
             finally:
                 for engine in arms.values():
                     engine.stop()
-        for number, arm in itertools.product(range(arguments.restart), ("installed", "plugin")):
+        for number, arm in itertools.product(range(arguments.restart), ("installed", *PLUGINS)):
+            if arm not in arguments.arms:
+                continue
             free = free_gb(gpu)
             again = Arm(arm, settings[arm], environments[arm], logs / f"{name}-{arm}-again.log")
             try:
                 found = again.started()
+                say(start, f"{name}: {arm} again, up after {found['wall_s']:.0f} s")
                 starts[f"{arm} again{number or ''}"] = found | {"device_gb": free - free_gb(gpu)}
             finally:
                 again.stop()
@@ -323,6 +327,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=230.0, help="no further round is begun after this time")
     parser.add_argument(
         "--restart", nargs="?", type=int, const=1, default=0, metavar="N", help="start both N times more, caches warm"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="empty caches for each engine: its first start is that of a new machine"
     )
     parser.add_argument("--logs", type=pathlib.Path, help="keep vLLM's logs in this folder")
     parser.add_argument("--out", type=pathlib.Path)

@@ -100,6 +100,19 @@ class Pools:
         torch.cuda.synchronize()
 
 
+class Compiled:
+    """Seconds that this process spends on compiling the MoE layers' own Triton kernels, ours or vLLM's, and how many those are."""
+
+    def __init__(self) -> None:
+        self.seconds, self.kernels = 0.0, 0
+        triton.knobs.compilation.listener = self
+
+    def __call__(self, *, src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit and MOE_KERNELS.search(str(getattr(src, "name", ""))):
+            self.seconds += times.total / 1e6
+            self.kernels += 1
+
+
 @torch.inference_mode()
 def fill_fp8(model: torch.nn.Module) -> int:
     """Random values for the weights of FP8 layers; how many tensors.
@@ -121,7 +134,7 @@ class Engine:
     """vLLM in this process, driven step by step."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), Compiled()
         import vllm
         from vllm.model_executor.layers.fused_moe.router import routing_simulator_router as simulator
 
@@ -157,6 +170,7 @@ class Engine:
         self.requests = 0
         now = time.perf_counter()
         self.started = {"import_s": imported - start, "engine_s": now - imported, **self.memory()}
+        self.started |= {"moe_compile_s": compiled.seconds, "moe_compiled": compiled.kernels}
         self.started["plugin_s"] = sum(its["seconds"] for its in self.choices().get("engines", ()))
         if settings["fp8"]:
             self.llm.apply_model(fill_fp8)

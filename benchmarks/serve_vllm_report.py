@@ -6,32 +6,36 @@ import statistics
 from typing import Any
 
 import numpy as np
-from serve_vllm_setup import ARMS, requests_of
+from serve_vllm_setup import ARMS, PLUGINS, requests_of
 
 OTHERS = ARMS[:-1]
 "What the plugin is compared with."
 
 
-def costs(result: dict[str, Any]) -> dict[str, float]:
-    """What the plugin adds to the installed engine: GPU memory, and seconds of a start with warm caches.
+def costs(result: dict[str, Any], arm: str) -> dict[str, float]:
+    """What the plugin adds to the installed engine: GPU memory, seconds of a first start and of one with warm caches.
 
-    Memory of torch's allocator after all measurements, of the driver after a start; medians over restarts.
+    Memory of torch's allocator after all measurements, of the driver after a start; medians over restarts. Of a first start
+    what the plugin does by itself, and what Triton compiles for the experts more than in the installed engine.
     """
     out: dict[str, float] = {}
     memory, starts = result["memory"], result["starts"]
-    if {"plugin", "installed"} <= set(memory):
+    if {arm, "installed"} <= set(memory):
         for field in ("reserved_gb", "allocated_gb", "peak_gb"):
-            out[field] = memory["plugin"][field] - memory["installed"][field]
-        out["reserved_share"] = out["reserved_gb"] / memory["plugin"]["card_gb"]
+            out[field] = memory[arm][field] - memory["installed"][field]
+        out["reserved_share"] = out["reserved_gb"] / memory[arm]["card_gb"]
+    if {arm, "installed"} <= set(starts):
+        out["first_s"] = starts[arm]["plugin_s"] + starts[arm]["moe_compile_s"] - starts["installed"]["moe_compile_s"]
+        out["first_wall_s"] = starts[arm]["wall_s"] - starts["installed"]["wall_s"]
     again = {
-        arm: [its for name, its in starts.items() if name.startswith(f"{arm} again")] for arm in ("plugin", "installed")
+        each: [its for name, its in starts.items() if name.startswith(f"{each} again")] for each in (arm, "installed")
     }
     if all(again.values()):
         for field in ("wall_s", "engine_s", "device_gb"):
-            ours, theirs = (statistics.median(its[field] for its in again[arm]) for arm in ("plugin", "installed"))
+            ours, theirs = (statistics.median(its[field] for its in again[each]) for each in (arm, "installed"))
             out[field] = ours - theirs
-        out["plugin_s"] = statistics.median(its["plugin_s"] for its in again["plugin"])
-        out["device_share"] = out["device_gb"] / again["plugin"][0]["card_gb"]
+        out["plugin_s"] = statistics.median(its["plugin_s"] + its["moe_compile_s"] for its in again[arm])
+        out["device_share"] = out["device_gb"] / again[arm][0]["card_gb"]
     return out
 
 
@@ -120,19 +124,27 @@ def report(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> 
     result["prefill_gains"] = report_prefill(rows, arms, arguments)
     for arm, its in result["starts"].items():
         print(f"  start {arm}: " + ", ".join(f"{key} {value:.2f}" for key, value in its.items()))
-    extra = result["costs"] = costs(result)
+    result["costs"] = {arm: report_costs(arm, costs(result, arm)) for arm in PLUGINS if arm in result["starts"]}
+    return gains
+
+
+def report_costs(arm: str, extra: dict[str, float]) -> dict[str, float]:
+    """Prints what the plugin costs in memory and in time to start, and returns it."""
     if "reserved_gb" in extra:
         print(
-            f"  memory, plugin - installed: reserved {extra['reserved_gb']:+.2f} GB ({extra['reserved_share']:+.2%} of the "
+            f"  memory, {arm} - installed: reserved {extra['reserved_gb']:+.2f} GB ({extra['reserved_share']:+.2%} of the "
             f"card), allocated {extra['allocated_gb']:+.2f} GB, peak {extra['peak_gb']:+.2f} GB"
+        )
+    if "first_s" in extra:
+        print(
+            f"  first start of {arm}: its own and its kernels' {extra['first_s']:.1f} s, wall {extra['first_wall_s']:+.1f} s"
         )
     if "wall_s" in extra:
         print(
-            f"  start-up cost of the plugin, warm caches: wall {extra['wall_s']:+.1f} s, engine {extra['engine_s']:+.1f} s, "
-            f"its own {extra['plugin_s']:.1f} s; of the whole device {extra['device_gb']:+.2f} GB "
-            f"({extra['device_share']:+.2%} of the card)"
+            f"  start of {arm} with warm caches: its own {extra['plugin_s']:.1f} s, wall {extra['wall_s']:+.1f} s, engine "
+            f"{extra['engine_s']:+.1f} s; of the whole device {extra['device_gb']:+.2f} GB ({extra['device_share']:+.2%} of the card)"
         )
-    return gains
+    return extra
 
 
 def report_prefill(rows: list[dict[str, Any]], arms: list[str], arguments: argparse.Namespace) -> dict[str, Any]:

@@ -228,8 +228,14 @@ def profiled(folder: pathlib.Path, arguments: argparse.Namespace, gpu: str, kern
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpu})
 
 
-def environment_of(arm: str, folder: pathlib.Path, gpu: str, deep_gemm: bool = False) -> dict[str, str]:
-    """What an engine's process starts with; `deep_gemm` leaves DeepGEMM on, as a user's vLLM has it, in all arms alike."""
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "CUDA_CACHE_PATH")
+
+
+def environment_of(
+    arm: str, folder: pathlib.Path, gpu: str, deep_gemm: bool = False, cold: bool = False
+) -> dict[str, str]:
+    """What an engine's process starts with; `deep_gemm` leaves DeepGEMM on, as a user's vLLM has it, in all arms alike, and
+    `cold` gives each arm empty caches of its own, so that it starts as on a new machine."""
     names = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
     paths = [str(ROOT), *([] if "rampwrap" in names else [str(folder / "site")]), os.environ.get("PYTHONPATH", "")]
     out = os.environ | {
@@ -252,6 +258,8 @@ def environment_of(arm: str, folder: pathlib.Path, gpu: str, deep_gemm: bool = F
     out.pop("VLLM_TUNED_CONFIG_FOLDER", None)
     if arm == "static":
         out["VLLM_TUNED_CONFIG_FOLDER"] = str(folder / "static")
+    if cold:
+        out |= {name: str(folder / "caches" / arm / name) for name in CACHES}
     if arm == "plugin_triton":
         out[VARIABLE] = str(folder / "no kernels")
     if arm in PLUGINS:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -118,27 +119,47 @@ def test_costs_of_the_plugin(scripts):
     def memory(reserved):
         return {"reserved_gb": reserved, "allocated_gb": reserved - 1, "peak_gb": reserved, "card_gb": 150.0}
 
-    def started(wall, device, own=0.0):
-        return memory(20.0) | {"wall_s": wall, "engine_s": wall - 10, "device_gb": device, "plugin_s": own}
+    def started(wall, device, own=0.0, compiling=0.0):
+        its = {"wall_s": wall, "engine_s": wall - 10, "device_gb": device}
+        return memory(20.0) | its | {"plugin_s": own, "moe_compile_s": compiling}
 
     result = {
         "memory": {"installed": memory(30.0), "plugin": memory(31.5)},
         "starts": {
-            "plugin": started(99, 0),
+            "installed": started(95, 0, 0.0, 3.0),
+            "plugin": started(99, 0, 2.0, 4.5),
             "installed again": started(50, 33.0),
             "plugin again": started(53, 33.3, 0.4),
             "installed again1": started(52, 33.0),
-            "plugin again1": started(54, 33.3, 0.6),
+            "plugin again1": started(54, 33.3, 0.5, 0.1),
         },
     }
-    found = scripts["serve_vllm_report"].costs(result)
+    costs = scripts["serve_vllm_report"].costs
+    found = costs(result, "plugin")
     assert found["reserved_gb"] == 1.5 and found["reserved_share"] == pytest.approx(0.01)
-    assert found["wall_s"] == found["engine_s"] == 2.5 and found["plugin_s"] == 0.5
+    assert found["wall_s"] == found["engine_s"] == 2.5 and found["plugin_s"] == pytest.approx(0.5)
+    assert found["first_s"] == 3.5 and found["first_wall_s"] == 4
     assert found["device_gb"] == pytest.approx(0.3) and found["device_share"] == pytest.approx(0.002)
-    assert (
-        scripts["serve_vllm_report"].costs({"memory": {"plugin": memory(1.0)}, "starts": {"plugin": started(9, 0)}})
-        == {}
-    )
+    assert costs({"memory": {"plugin": memory(1.0)}, "starts": {"plugin": started(9, 0)}}, "plugin") == {}
+
+
+def test_cold_caches_are_of_one_arm(scripts, tmp_path):
+    """Each that an engine's start fills, and none of another arm's."""
+    setup = scripts["serve_vllm_setup"]
+    arms = [setup.environment_of(arm, tmp_path, "0", cold=True) for arm in setup.ARMS]
+    found = {its[name] for its in arms for name in setup.CACHES}
+    assert len(found) == len(setup.ARMS) * len(setup.CACHES)
+    assert setup.environment_of("plugin", tmp_path, "0").get("VLLM_CACHE_ROOT") == os.environ.get("VLLM_CACHE_ROOT")
+
+
+def test_compiled_kernels_are_told_from_cached_ones(scripts, monkeypatch):
+    """Of Triton's own listener: what compiling took, of the experts' kernels alone."""
+    triton = scripts["serve_vllm_arm"].triton
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    compiled, took = scripts["serve_vllm_arm"].Compiled(), types.SimpleNamespace(total=500_000)
+    for name, hit in (("up_kernel", False), ("fused_moe_kernel", True), ("triton_poi_fused_add", False)):
+        triton.knobs.compilation.listener(src=types.SimpleNamespace(name=name), times=took, cache_hit=hit, metadata={})
+    assert (compiled.seconds, compiled.kernels) == (0.5, 1)
 
 
 def test_the_fp8_model(scripts, tmp_path, monkeypatch):
@@ -232,7 +253,7 @@ class FakeArm:
     def started(self):
         if self.name == "deep_gemm":
             raise RuntimeError("the engine of arm 'deep_gemm' ended with 1")
-        return {"wall_s": 40.0, "engine_s": 30.0, "plugin_s": 1.0, "card_gb": 80.0}
+        return {"wall_s": 40.0, "engine_s": 30.0, "plugin_s": 1.0, "moe_compile_s": 0.0, "card_gb": 80.0}
 
     def __call__(self, do, **more):
         if do == "choices":
