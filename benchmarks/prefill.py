@@ -34,7 +34,8 @@ import attrs
 import numpy as np
 import torch
 from common import geometric_mean, stamp
-from race import measured, poisoned
+from race_check import poisoned
+from race_field import measured
 
 from rampwrap.adapters.deep_gemm import MASKED_MAX_SLOTS, find
 from rampwrap.errors import RampwrapError

@@ -1,239 +1,248 @@
-"""Best config against best config, whole layers, any adapters, one run.
+"""Whole layers of several kernels beside each other, one run: time over the roofline, by band of token counts and skew.
 
-    python benchmarks/race.py --kernels triton_fused_moe cute_moe vllm_fused_moe --shapes qwen3-30b --dtype fp8 --out OUT.json
+    python benchmarks/race.py --layers olmoe:bf16 qwen3-30b:fp8 --kernels cute_moe alpha_moe vllm_fused_moe --as-served vllm_fused_moe --out OUT.json
 
-Adapters go by the names that `rampwrap profile --kernel` knows, `package.module:factory` among them. Those of a layer form
-a `Portfolio`, so that they read the same weights and routings (a kernel with another layout gets its own copy), and all
-their configs are timed in turn: alignment, quantisation, GEMMs, activation and sum, in CUDA graphs, weights not in L2.
+Adapters go by the names that `rampwrap profile --kernel` knows, `package.module:factory` among them; those of a layer form a `Portfolio`, so
+that they read the same weights and routings. The first is ours. For each layer, token count and routing:
 
-1. Every config runs on poisoned memory against float64; one that is wrong is named and left out.
-2. A short sweep keeps the --most-configs of each kernel that are near its best somewhere; 0 keeps all.
-3. The race: --rounds samples of each in turn. Per workload the best median of a kernel counts, with its spread
-   ((p80 - p20) / median), its share of the roofline, max(bytes / copy bandwidth, FLOPs / peak), and how many times longer
-   each rival takes than the first kernel.
+1. Every config that may win runs on poisoned memory against float64, replayed from a CUDA graph whose ids change between replays. One
+   that is wrong is named and left out. The nodes of such a graph of one layer are listed.
+2. A survey times these configs in graphs of two launches each; the best --finalists of a kernel go on, with what serves without a plan
+   (`default_config`) and the config that is best under uniform routing (`static`). Of kernels --as-served only the default races.
+3. Finalists are sampled in turn, --rounds times: alignment, quantisation, GEMMs and sum, weights not in L2.
+4. Replayed with routing that changes: one graph for each winner, default and static config of a token count, ids of another routing before
+   every replay. Its figures are those called "changing".
 
-What is absent or cannot run the layer is left out with the reason. A race cut short by --budget-seconds holds the
-workloads that were finished. Exits 1 if nothing was raced.
+May win: block_m from a quarter of the mean of active experts to twice the tokens of the largest (at least 24), one launch up to a mean of 16, the prefill
+form from 4 on, and the order of tiles with which blocks share weights only for finalists. On 434 workloads of five H200 tables of the CuTe
+kernels up to 1024 tokens every winner is within these (`tests/benchmarks/test_race.py`).
+
+Layers with fewer experts here than in all get tokens that name at least one of them; `slots` says how many rows that makes.
+
+Floor: max(bytes of active experts / copy bandwidth + 2 us, FLOPs / 1500 or 750 TFLOP/s). Bands hold geometric means:
+
+    default, oracle, static, ragged   time over the floor: what serves without a plan; the best config of our other forms; the config best
+                                      under uniform routing at that token count; the form "ragged", where the kernel has it
+    d/o, worst                        default over oracle, and at worst; o:static and d:static the static config over them
+    others                            the best of their configs over our default; above 1 we are faster
+
+A race cut short by --budget-seconds holds the token counts that were finished, as does one that fails; exits 1 then, and where a layer was not raced.
 """
 
 import argparse
-import inspect
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+import time
+import traceback
 from typing import Any
 
 import attrs
 import numpy as np
 import torch
 from common import geometric_mean, stamp
+from race_field import LAYERS, Field, measured
+from race_layer import Race
 
 from rampwrap.errors import RampwrapError
-from rampwrap.kernel.catalog import make_kernel
-from rampwrap.kernel.device import Device, device_of
-from rampwrap.kernel.portfolio import Memory, Portfolio
-from rampwrap.kernel.protocol import Config, Kernel, format_config, kernel_version, refusal
+from rampwrap.kernel.device import Device
+from rampwrap.kernel.protocol import MEMBER
 from rampwrap.kernel.shape import SHAPES, MoEShape
-from rampwrap.measure.full import profile, roofline_us
-from rampwrap.measure.sweep import sweep
-from rampwrap.measure.timings import Timings
-from rampwrap.routing.workloads import Routing, Workload, workload_grid
-from rampwrap.testing.conformance import TOLERANCE
 
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-ROUTINGS = ("uniform", "zipf:1.2", "dirichlet:0.1")
-CHECK_TOKENS = (1, 64)
-
-
-def measured(device: Device) -> Device:
-    """With the copy bandwidth of this GPU as it is now: read plus written by a copy of 2 GB, the best of five."""
-    if device.name == "simulated" or not torch.cuda.is_available():
-        return device
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end))
-    return attrs.evolve(device, copy_gbps=2 * source.numel() / best / 1e6)
+TOKENS = (64, 256, 16, 512, 1, 4, 1024, 128, 32, 8, 2, 96, 384)
+"In an order of which any beginning is a fair sample."
+ROUTINGS = ("uniform", "dirichlet:0.1", "zipf:1.2", "dirichlet:0.3")
+BANDS = {(1, 1): "1", (2, 4): "2-4", (6, 96): "6-96", (128, 384): "128-384", (512, 1024): "512-1024"}
+AIMS = {
+    "fp8": ((1.30, 1.30), (1.18, 1.18), (1.06, 1.10), (1.07, 1.12), (1.15, 1.25)),
+    "bf16": ((1.15, 1.15), (1.10, 1.10), (1.03, 1.05), (1.05, 1.08), (1.10, 1.15)),
+}
+"Time over the floor, even and skewed, by band."
+PEAK_TFLOPS = {"fp8": 1500.0, "bf16": 750.0}
+LAUNCH_US = 2.0
+OURS = ("default", "oracle", "static", "ragged")
 
 
-def poisoned(kernel: Kernel, tokens: int, like: torch.Tensor) -> dict[str, Any]:
-    """The workspace and the output that a launch takes, full of NaN."""
-    given: dict[str, Any] = {}
-    takes = inspect.signature(kernel.launch).parameters
-    if "workspace" in takes and hasattr(kernel, "workspace"):
-        given["workspace"] = memory = kernel.workspace(tokens, like.device)
-        for its in memory.by_member.values() if isinstance(memory, Memory) else [memory]:
-            for name, tensor in attrs.asdict(its, recurse=False).items() if attrs.has(type(its)) else ():
-                if isinstance(tensor, torch.Tensor) and name != "marks":  # zero between launches
-                    tensor.view(torch.uint8).fill_(0xFF)
-    if "out" in takes:
-        given["out"] = torch.full_like(like, torch.nan)
-    return given
+def floor_us(shape: MoEShape, counts: Any, device: Device) -> float:
+    """What no layer beats."""
+    active = np.count_nonzero(counts) / shape.num_local_experts
+    reading = active * shape.weight_bytes / (device.copy_gbps or 3000.0) * 1e-3 + LAUNCH_US
+    flop = 6.0 * float(np.sum(counts)) * shape.hidden_size * shape.intermediate_size
+    return float(max(reading, flop / PEAK_TFLOPS[shape.dtype] * 1e-6))
 
 
-def wrong(kernel: Portfolio, shape: MoEShape, seed: int) -> dict[str, str]:
-    """Configs that must not race, each with the reason: refused, raising, or off float64 by more than the tolerance."""
-    found = {format_config(c): why for c in kernel.configs if (why := refusal(kernel, c, shape)) is not None}
-    if not hasattr(kernel.first, "reference"):
-        print(f"  {kernel.first.name} has no reference: results are not checked", file=sys.stderr)
-        return found
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    for tokens in CHECK_TOKENS:
-        ids = Workload(tokens, Routing.parse("zipf:1.2"), seed=seed).topk_ids(shape.num_experts, shape.top_k)
-        inputs = kernel.inputs(shape, torch.from_numpy(ids).to(where), seed=seed)
-        expected = kernel.reference(shape, inputs)
-        left = [config for config in kernel.configs if format_config(config) not in found]
-        kernel.precompile(left, **inputs)
-        for config in left:
-            try:
-                out = kernel.launch(config, **inputs, **poisoned(kernel, tokens, inputs["hidden_states"]))
-                off = float((out.double() - expected).norm() / expected.norm())
-            except Exception as error:
-                found[format_config(config)] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                continue
-            member = kernel.untagged(config)[0]
-            if not off < getattr(member, "tolerance", TOLERANCE[shape.dtype]):
-                found[format_config(config)] = f"relative error {off:.3g} at {tokens} tokens"
+def line(row: dict[str, Any], shape: MoEShape, device: Device) -> dict[str, Any]:
+    """One workload with its floor and, for each contender, microseconds, spread and config."""
+    ours, table = row["ours"], row["cells"]
+    found: dict[str, Any] = {name: row[name] for name in ("label", "tokens", "even")}
+    found |= {"active_experts": int(np.count_nonzero(row["counts"])), "slots": int(np.sum(row["counts"]))}
+    found["floor_us"] = floor_us(shape, row["counts"], device)
+    best: dict[str, dict[str, Any]] = {}
+    for cell in sorted(table, key=lambda its: float(its["us"])):
+        ragged = cell["config"].get("form") == "ragged"
+        name = cell["kernel"] if cell["kernel"] != ours and not ragged else "ragged" if ragged else "oracle"
+        best.setdefault(name, cell)
+    for name in ("default", "static"):
+        picked = [cell for cell in table if {MEMBER: cell["kernel"], **cell["config"]} == row[name]]
+        best |= {name: picked[0]} if picked else {}
+    return found | {"best": best, "finalists": len(table)}
+
+
+def bands(rows: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
+    """Geometric means of the rows of each band and of all, even and skewed apart."""
+    spans = [(*span, name, aims) for (span, name), aims in zip(BANDS.items(), AIMS[dtype], strict=True)]
+    found = []
+    for least, most, name, aims in [*spans, (1, 1 << 62, "all", (None, None))]:
+        for even, aim in zip((True, False), aims, strict=True):
+            mine = [row for row in rows if least <= row["tokens"] <= most and row["even"] is even]
+            if mine:
+                found.append({"tokens": name, "even": even, "workloads": len(mine), "aim": aim} | means(mine))
     return found
 
 
-def contenders(names: Sequence[str], shape: MoEShape) -> tuple[list[Kernel], dict[str, str]]:
-    """The kernels that are here and can run the layer, and why the others are not."""
-    made: list[Kernel] = []
-    left_out: dict[str, str] = {}
-    for name in names:
-        try:
-            kernel = make_kernel(name, shape)
-            Portfolio([*made, kernel], extra_memory=True)
-            made.append(kernel)
-        except (RampwrapError, ImportError) as error:
-            left_out[name] = str(error)
-            print(f"  without {name}: {error}", file=sys.stderr)
-    return made, left_out
+def means(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric means of our contenders over the floor, and of contenders over each other."""
 
+    def over(upper: str, lower: str) -> list[float]:
+        both = [row["best"] for row in rows if {upper, lower} <= set(row["best"])]
+        return [its[upper]["us"] / its[lower]["us"] for its in both]
 
-@attrs.frozen(eq=False)
-class Raced:
-    """What a race of one layer timed."""
+    def mean(values: list[float]) -> float | None:
+        return geometric_mean(values) if values else None
 
-    kernels: list[Kernel]
-    left_out: dict[str, str]
-    wrong: dict[str, str]
-    table: Timings
-    device: Device
-
-
-def timed(shape: MoEShape, a: argparse.Namespace) -> Raced | None:
-    """Times the configs that are right and near the best somewhere; None where no kernel can run the layer."""
-    kernels, left_out = contenders(a.kernels, shape)
-    if not kernels:
-        return None
-    both = Portfolio(kernels, extra_memory=True)
-    rows = workload_grid(a.tokens, [Routing.parse(text) for text in a.routings], seed=a.seed)
-    bad = wrong(both, shape, a.seed)
-    kept: list[Config] = []
-    for kernel in kernels:
-        right = [c for c in kernel.configs if format_config(Portfolio.tagged(kernel, c)) not in bad]
-        if right and a.most_configs:
-            right = sweep(kernel, shape, a.most_configs, workloads=rows, configs=right, quiet=True, seed=a.seed)
-        kept += [Portfolio.tagged(kernel, config) for config in right]
-        print(f"  {kernel.name}: {len(right)} of {len(kernel.configs)} configs race", flush=True)
-    if not kept:
-        return None
-    quiet = not sys.stderr.isatty()
-    table = profile(
-        both, shape, rows, configs=kept, rounds=a.rounds, budget_s=a.budget_seconds, quiet=quiet, seed=a.seed
-    )
-    return Raced(kernels, left_out, bad, table, measured(device_of(both)))
-
-
-def race(shape: MoEShape, a: argparse.Namespace) -> dict[str, Any] | None:
-    """The race of one layer; None where no kernel can run it."""
-    found = timed(shape, a)
-    if found is None:
-        return None
-    return {
-        "shape": str(shape),
-        "copy_gbps": found.device.copy_gbps,
-        "versions": {kernel.name: kernel_version(kernel) for kernel in found.kernels},
-        "left_out": found.left_out,
-        "wrong": found.wrong,
-        "rows": [line(found.table, row, found.device) for row in range(len(found.table.us))],
+    found: dict[str, Any] = {
+        name: mean([row["best"][name]["us"] / row["floor_us"] for row in rows if name in row["best"]]) for name in OURS
     }
+    for key, pair in (("d/o", ("default", "oracle")), ("o:static", ("static", "oracle")), ("d:static", ("static", "default"))):  # fmt: skip
+        found[key] = mean(over(*pair))
+    found["worst"] = max(over("default", "oracle"), default=None)
+    names = sorted({name for row in rows for name in row["best"]} - set(OURS))
+    ratios = {name: over(name, "default") for name in names}
+    found["others"] = {name: {"mean": mean(its), "worst": min(its)} for name, its in ratios.items() if its}
+    return found
 
 
-def line(table: Timings, row: int, device: Device) -> dict[str, Any]:
-    """One workload: the best config of each kernel."""
-    floor = float(roofline_us(device, table.shape, table.counts[row])[0])
-    best: dict[str, Any] = {}
-    for column in np.argsort(table.us[row]).tolist():  # NaN last
-        config = dict(table.configs[column])
-        name, us = config.pop("kernel"), float(table.us[row, column])
-        if name not in best and np.isfinite(us):
-            spread = None if table.spread is None else float(table.spread[row, column])
-            best[name] = {"us": us, "spread": spread, "roofline_share": floor / us, "config": config}
-    active = int(np.count_nonzero(table.counts[row]))
-    tokens = int(table.num_tokens[row])
-    return {"label": table.label[row], "tokens": tokens, "active_experts": active, "roofline_us": floor, "best": best}
+def show(title: str, found: list[dict[str, Any]]) -> None:
+    def text(value: float | None, width: int = 7) -> str:
+        return f"{'-' if value is None else f'{value:.3f}':>{width}s}"
+
+    keys = ("default", "aim", "oracle", "static", "ragged", "d/o", "worst", "o:static", "d:static")
+    others = sorted({name for band in found for name in band["others"]})
+    print(f"{title}\n  {'tokens':8s} {'':6s} {'n':>3s}" + "".join(f"{key:>9s}" for key in keys) + "".join(f"{name[:16]:>18s}" for name in others))  # fmt: skip
+    for band in found:
+        its = [band["others"].get(name) for name in others]
+        cells = [" " * 18 if one is None else f"{one['mean']:8.3f} (>{one['worst']:.3f})" for one in its]
+        print(
+            f"  {band['tokens']:8s} {'even' if band['even'] else 'skewed':6s} {band['workloads']:3d}"
+            + "".join(text(band[key], 9) for key in keys)
+            + "".join(f"{cell:>18s}" for cell in cells),
+            flush=True,
+        )
 
 
-def report(title: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Prints the table; for each rival, how many times longer it takes than the first kernel."""
-    names = list(found["versions"])
-    first, *rivals = names
-    print(f"{title}: {found['copy_gbps'] or 0:.0f} GB/s in a copy; us (spread, share of the roofline)")
-    print(f"  {'workload':26s} {'active':>6s}  " + "  ".join(f"{name:>22s}" for name in names))
-    for row in found["rows"]:
-        cells = []
-        for name in names:
-            its = row["best"].get(name)
-            spread = "" if its is None or its["spread"] is None else f"{its['spread']:.1%}, "
-            cells.append("-" if its is None else f"{its['us']:.1f} ({spread}{its['roofline_share']:.0%})")
-        print(f"  {row['label']:26s} {row['active_experts']:6d}  " + "  ".join(f"{cell:>22s}" for cell in cells))
-    over = {}
-    for rival in rivals:
-        both = [row["best"] for row in found["rows"] if first in row["best"] and rival in row["best"]]
-        if both:
-            ratios = [its[rival]["us"] / its[first]["us"] for its in both]
-            over[rival] = {"mean": geometric_mean(ratios), "worst": min(ratios), "workloads": len(ratios)}
-            print(
-                f"  {first} over {rival}: {over[rival]['mean']:.3f}x, worst {min(ratios):.3f}x ({len(ratios)} workloads)"
+def of_layer(name: str, dtype: str, a: argparse.Namespace, keep: Any) -> dict[str, Any]:
+    """One layer; `keep` is called with what is there after every token count."""
+    began, shape = time.monotonic(), attrs.evolve(LAYERS.get(name) or SHAPES[name], dtype=dtype)
+    it = Field.of(shape, a)
+    found: dict[str, Any] = {
+        "shape": str(shape),
+        "left_out": it.left_out,
+        "wrong": {},
+        "nodes": {},
+        "rows": [],
+        "changing": [],
+    }
+    if not it.kernels:
+        return found
+    device, race = measured(it.device), Race(it)
+    found |= {"copy_gbps": device.copy_gbps, "versions": it.versions}
+    for done, tokens in enumerate(a.tokens):
+        elapsed = time.monotonic() - began
+        if a.budget_seconds is not None and done and elapsed * (1 + 1 / done) > a.budget_seconds:
+            found["gave_up"] = (
+                f"{len(a.tokens) - done} of {len(a.tokens)} token counts: {a.budget_seconds:g} s were over."
             )
-    return found | {"over": over}
+            print(f"  {found['gave_up']}")
+            break
+        try:
+            rows, changing = race.at(tokens)
+        except (KeyboardInterrupt, Exception) as error:
+            traceback.print_exc()
+            found["failed"] = (
+                f"{type(error).__name__} at {tokens} tokens, {len(a.tokens) - done} of {len(a.tokens)} token counts are left out"
+            )
+            print(f"  {found['failed']}")
+            break
+        for key, some in (("rows", rows), ("changing", changing)):
+            found[key] += [line(row, shape, device) for row in some]
+        found |= {"wrong": it.wrong, "nodes": it.nodes, "seconds": round(time.monotonic() - began, 1)}
+        keep(found)
+    found |= {key: bands(found[rows], dtype) for key, rows in (("summary", "rows"), ("summary_changing", "changing"))}
+    return found
+
+
+def report(title: str, found: dict[str, Any]) -> None:
+    """Prints the tables of one layer."""
+    print(f"{title}: {found['shape']}, {found.get('copy_gbps') or 0:.0f} GB/s in a copy, {found.get('seconds', 0)} s")
+    for name, why in found["left_out"].items():
+        print(f"  without {name}: {why}"[:200])
+    for config, why in [*found["wrong"].items()][:6]:
+        print(f"  wrong: {config}: {why}"[:200])
+    nodes = [f"{name} {len(its['kernels'])}+{len(its['others'])}" for name, its in found["nodes"].items()]
+    print(f"  kernels + other nodes of one layer in a graph: {', '.join(nodes)}")
+    show("  fixed routing", found["summary"])
+    show("  changing", found["summary_changing"])
+    if found["rows"]:
+        spreads = [cell["spread"] for row in found["rows"] for cell in row["best"].values()]
+        slots = [row["slots"] / row["tokens"] for row in found["rows"]]
+        print(
+            f"  spread of a cell: median {np.median(spreads):.2%}, p95 {np.quantile(spreads, 0.95):.2%}; {np.mean(slots):.2f} slots a token here"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", required=True, metavar="NAME", help="the first is what others are over")
-    parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=sorted(SHAPES))
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "fp16", "fp8"])
+    parser.add_argument("--kernels", nargs="+", default=["cute_moe"], metavar="NAME", help="the first is ours")
+    parser.add_argument(
+        "--as-served", nargs="+", default=[], metavar="NAME", help="those that race with their default alone"
+    )
+    parser.add_argument("--layers", nargs="+", default=["qwen3-30b:fp8"], metavar="NAME:DTYPE", help=f"of {', '.join(sorted({*LAYERS, *SHAPES}))}")  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS))
-    parser.add_argument("--most-configs", type=int, default=40, help="of each kernel")
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each config")
-    parser.add_argument("--budget-seconds", type=float, help="of a layer's race, sweeps not counted")
+    parser.add_argument("--recorded", metavar="FILE", help="recorded loads, raced too by layers with as many experts")
+    parser.add_argument("--finalists", type=int, default=8, help="of each kernel, after the survey")
+    parser.add_argument("--rounds", type=int, default=3, help="samples of each finalist")
+    parser.add_argument("--draws", type=int, default=2, help="of each routing, replayed changing")
+    parser.add_argument("--budget-seconds", type=float, help="of a layer; no further token count is begun after them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, metavar="JSON")
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="JSON", help="layers that stand there complete are not raced again"
+    )
     a = parser.parse_args()
-    races: dict[str, Any] = {}
-    for name in a.shapes:
-        for dtype in a.dtype:
-            found = race(attrs.evolve(SHAPES[name], dtype=dtype), a)
-            if found is not None:
-                races[f"{name} {dtype}"] = report(f"{name} {dtype}", found)
+    there = json.loads(a.out.read_text(encoding="utf-8")) if a.out and a.out.exists() else {}
+    races: dict[str, Any] = there.get("races", {})
+    for layer in a.layers:
+        name, _, dtype = layer.partition(":")
+        if "summary" in races.get(layer, {}) and "failed" not in races[layer]:
+            continue
+
+        def keep(found: dict[str, Any], layer: str = layer) -> None:
+            races[layer] = found
             if a.out:
                 a.out.write_text(json.dumps(stamp() | {"races": races}, indent=1) + "\n", encoding="utf-8")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    return 0 if races else 1
+
+        found = of_layer(name, dtype or "bf16", a, keep)
+        keep(found)
+        if "summary" in found:
+            report(layer, found)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return 0 if all(races[layer].get("rows") and "failed" not in races[layer] for layer in a.layers) else 1
 
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except RampwrapError as error:
+            sys.exit(f"race.py: {error}")

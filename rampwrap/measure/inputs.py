@@ -5,6 +5,7 @@ from typing import Any
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 
 from rampwrap.kernel.grid import IntArray
 from rampwrap.kernel.shape import MoEShape
@@ -16,6 +17,16 @@ Inputs = Callable[..., dict[str, Any]]
 
 # More shifts than this would need more copies of the activations than is worth a cold L2.
 MAX_ROTATIONS = 16
+
+
+def turned(topk_ids: npt.NDArray[np.int32], shape: MoEShape, turn: int, turns: int) -> npt.NDArray[np.int32]:
+    """Ids for one of several turns: shifted among the experts of this rank, the first; others stay, so no token changes ranks.
+
+    Every turn has the same sorted histogram.
+    """
+    here = shape.num_local_experts
+    moved = (topk_ids + turn * here // turns) % here
+    return np.where((topk_ids >= 0) & (topk_ids < here), moved, topk_ids).astype(np.int32)
 
 
 @attrs.frozen(eq=False)
@@ -42,13 +53,11 @@ class Arguments:
         shape = self.shape
         ids = self.workloads[row].topk_ids(shape.num_experts, shape.top_k)
         active = int(np.count_nonzero(self.counts[row]))
-        turns = 1
-        if shape.num_local_experts == shape.num_experts:  # else a shift would move tokens between ranks
-            turns = self.timer.rotations(shape.weight_bytes * active // shape.num_experts)
-        turns = min(turns, MAX_ROTATIONS, shape.num_experts)
+        turns = self.timer.rotations(shape.weight_bytes * active // shape.num_local_experts)
+        turns = min(turns, MAX_ROTATIONS, shape.num_local_experts)
         where = "cpu" if self.simulated or not torch.cuda.is_available() else "cuda"
         variants = []
         for turn in range(turns):
-            shifted = ((ids + turn * shape.num_experts // turns) % shape.num_experts).astype(np.int32)
+            shifted = turned(ids, shape, turn, turns)
             variants.append(self.inputs(shape, torch.from_numpy(shifted).to(where), seed=self.seed))
         return variants

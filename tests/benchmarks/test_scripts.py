@@ -19,6 +19,9 @@ PARTS = {
     "ep_layer",
     "ep_ranks",
     "ep_shard",
+    "race_check",
+    "race_field",
+    "race_layer",
     "serve_vllm_setup",
     "serve_vllm_report",
 }  # of other scripts
