@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import torch
-from race import poisoned
+from race_check import poisoned
 
 import rampwrap
 from rampwrap.kernel.catalog import make_kernel
