@@ -10,17 +10,18 @@ Arms, each an engine in a process of its own:
     deep_gemm   vLLM told to run its experts on DeepGEMM (with --deep-gemm, which leaves DeepGEMM on in all arms)
     vllm_triton vLLM told to run its experts on Triton: its own choice but for FP8 by channel and experts over ranks
     plugin_triton  as plugin, without the CuTe kernels: after 'pip install rampwrap' and nothing else
+    plugin_defaults  as plugin, without any plan
     plugin      vLLM with rampwrap and a plan, and nothing else changed
 
-vllm_triton and plugin_triton run where they are asked for. An engine that does not start is left out, and the others are
+vllm_triton, plugin_triton and plugin_defaults run where they are asked for. An engine that does not start is left out, and the others are
 measured. As many engines of a model as fit live on one GPU at the same time and are measured in turn, so that all see the
 same clocks; only one runs at a time. `--cpus` drives all engines of a turn from the quietest of some CPUs: on a shared host
 the same engine takes 12 or 20 ms a step at 512 sequences, depending on its CPU. `--restart` starts the plugin's engine
 and the installed one once more at the end, each alone on the GPU, for the start-up cost with warm caches and the memory
 that the driver sees. `--cold` makes the first start one of a new machine: what the plugin does by itself, and what Triton
 compiles of ours in the engine more than of vLLM's. Needs vLLM importable, 0.26 or later; models are spread over the GPUs given with `--gpus`. The model
-with FP8 blocks needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY), the one with FP8 channels a plan
-that is made in the run (`--profile-budget 60`).
+with FP8 blocks needs the CuTe kernels (`rampwrap build-kernels`, $RAMPWRAP_CUTE_LIBRARY), those with FP8 channels
+or static activations a plan that is made in the run (`--profile-budget 60`), or none (`--shipped-plans`).
 """
 
 import argparse
@@ -229,7 +230,7 @@ def run_model(
         # The pair that matters most shares the clocks, if only two fit.
         wanted = [
             arm
-            for arm in ("plugin", "deep_gemm", "vllm_triton", "static", "plugin_triton", "installed")
+            for arm in ("plugin", "deep_gemm", "vllm_triton", "static", "plugin_triton", "plugin_defaults", "installed")
             if arm in arguments.arms
         ]
         groups = [wanted[i : i + fit] for i in range(0, len(wanted), fit)]

@@ -18,7 +18,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.build.library import VARIABLE
 from rampwrap.measure.join import join
 from rampwrap.measure.timings import Timings
-from rampwrap.plan.folder import DISABLE, PLANS, SHIPPED, Plans
+from rampwrap.plan.folder import DISABLE, OWN_PLANS, PLANS, SHIPPED, Plans
 from rampwrap.plan.make import make_plan
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.static import static_table, write_static
@@ -26,9 +26,10 @@ from rampwrap.policy.static import static_table, write_static
 ROOT = pathlib.Path(__file__).parent.parent
 MAX_TOKENS = 8192
 "Of a step."
-ARMS = ("installed", "static", "deep_gemm", "vllm_triton", "plugin_triton", "plugin")
-PLUGINS = ("plugin_triton", "plugin")
-"With rampwrap; plugin_triton has no CuTe kernels, as after 'pip install rampwrap' and nothing else."
+ARMS = ("installed", "static", "deep_gemm", "vllm_triton", "plugin_triton", "plugin_defaults", "plugin")
+PLUGINS = ("plugin_triton", "plugin_defaults", "plugin")
+"""With rampwrap; plugin_triton has no CuTe kernels, as after 'pip install rampwrap' and nothing else, plugin_defaults no plan, not even
+one that comes with rampwrap."""
 COMMON = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
@@ -81,6 +82,10 @@ CHANNEL_FP8 = {
     },
     "ignore": BLOCK_FP8["modules_to_not_convert"],
 }
+# A scale a tensor, for activations too, as older checkpoints have it.
+STATIC_FP8 = {name: its for name, its in BLOCK_FP8.items() if name != "weight_block_size"} | {
+    "activation_scheme": "static"
+}
 
 
 @attrs.frozen
@@ -129,6 +134,7 @@ MODELS = {
         9.0,
     ),
     "qwen3-30b-fp8-channel": Model(QWEN3_30B | {"quantization_config": CHANNEL_FP8}, (), "", 9.0),
+    "qwen3-30b-fp8-static": Model(QWEN3_30B | {"quantization_config": STATIC_FP8}, (), "", 9.0),
 }
 
 
@@ -151,7 +157,7 @@ def prepare(name: str, folder: pathlib.Path, arguments: argparse.Namespace, gpu:
     """Writes the model's config, its plan, the static table, and an entry point where rampwrap is not installed."""
     model = MODELS[name]
     config = model.config | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
-    for part in ("model", "plans", "static", "site/rampwrap-0.dist-info"):
+    for part in ("model", "plans", "no plans", "static", "site/rampwrap-0.dist-info"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(config))
     (shape,) = read_layers(folder / "model").shapes
@@ -262,7 +268,9 @@ def environment_of(
         out |= {name: str(folder / "caches" / arm / name) for name in CACHES}
     if arm == "plugin_triton":
         out[VARIABLE] = str(folder / "no kernels")
-    if arm in PLUGINS:
+    if arm == "plugin_defaults":
+        out |= {PLANS: str(folder / "no plans"), OWN_PLANS: "1"}
+    elif arm in PLUGINS:
         out[PLANS] = str(folder / "plans")
     else:
         out[DISABLE] = "1"

@@ -258,9 +258,9 @@ class FakeArm:
     def __call__(self, do, **more):
         if do == "choices":
             plans = [path for path, _ in folder.Plans.read(self._plans).found] if self._plans else []
-            defaults = ["E=64 top_k=8"] if self.name == "plugin_triton" else []
+            defaults = ["E=64 top_k=8"] if self.name in ("plugin_triton", "plugin_defaults") else []
             its = {"layers": 16, "plans": plans[:1], "defaults": defaults, "kernels": ["cute_moe"]}
-            return {"engines": [its] if plans else []}
+            return {"engines": [its] if plans or defaults else []}
         if do == "memory":
             return {"reserved_gb": 1.0, "allocated_gb": 1.0, "peak_gb": 1.0, "card_gb": 80.0}
         us = 1e6 / self._speed
@@ -299,10 +299,11 @@ def test_a_run_says_which_plan_serves_and_goes_on_without_an_engine(scripts, mon
     assert found["failures"] == ["olmoe: the engine of arm 'deep_gemm' ended with 1"]
     served = found["models"]["olmoe"]["served"]
     assert (
-        set(served) == {"plugin", "plugin_triton"}
+        set(served) == {"plugin", "plugin_triton", "plugin_defaults"}
         and "matched by the GPU's name (A GPU (132 SMs))" in served["plugin"][0]
     )
     assert served["plugin_triton"][1:] == ["defaults of cute_moe for E=64 top_k=8 on A GPU (132 SMs), without a plan"]
+    assert served["plugin_defaults"] == served["plugin_triton"][1:]
     gains = found["models"]["olmoe"]["gains"]["uniform"]
     assert gains["installed"]["all"] == pytest.approx(1.1) and gains["plugin_triton"]["GPU time"] == pytest.approx(1.0)
     said = capsys.readouterr().out
@@ -321,9 +322,10 @@ def test_plans_that_rampwrap_brings_need_no_stand_in(scripts, tmp_path):
     assert "comes with rampwrap, matched by the GPU's name" in setup.match(fit.path, h200)
 
 
-def test_the_model_with_scales_by_channel(scripts, monkeypatch, tmp_path):
-    """As installed vLLM runs it on CUTLASS, and the plugin stands in for that; its plan is profiled in the run, or defaults serve."""
-    setup = scripts["serve_vllm_setup"]
+@pytest.mark.parametrize("scales", ["channel", "static"])
+def test_the_models_with_other_scales(scripts, monkeypatch, tmp_path, scales):
+    """By channel vLLM runs CUTLASS as installed, and the plugin stands in for that; a plan is profiled in the run, or defaults serve."""
+    setup, name = scripts["serve_vllm_setup"], f"qwen3-30b-fp8-{scales}"
     made, called = {}, []
     monkeypatch.setattr(setup, "device_on", lambda gpu: Device("NVIDIA H200", 132))
     monkeypatch.setattr(setup, "profiled", lambda *its: called.append(its[-1]))
@@ -336,13 +338,13 @@ def test_the_model_with_scales_by_channel(scripts, monkeypatch, tmp_path):
         "timings": None,
     }
     arguments = argparse.Namespace(**arguments, profile_budget=60.0, shipped_plans=False)
-    made = setup.prepare("qwen3-30b-fp8-channel", tmp_path, arguments, "0")
-    assert made["shape"] == MoEShape(128, 8, 2048, 768, "fp8", scales="channel") and called == ["triton_fused_moe"]
+    made = setup.prepare(name, tmp_path, arguments, "0")
+    assert made["shape"] == MoEShape(128, 8, 2048, 768, "fp8", scales=scales) and called == ["triton_fused_moe"]
     without = argparse.Namespace(**vars(arguments) | {"profile_budget": None, "shipped_plans": True, "stand_in": False})
-    assert setup.prepare("qwen3-30b-fp8-channel", tmp_path / "2", without, "0")["shape"] == made["shape"]
+    assert setup.prepare(name, tmp_path / "2", without, "0")["shape"] == made["shape"]
     assert len(called) == 1
     options = {
-        arm: setup.settings_of("qwen3-30b-fp8-channel", made, tmp_path, arguments, arm)["options"].get("moe_backend")
+        arm: setup.settings_of(name, made, tmp_path, arguments, arm)["options"].get("moe_backend")
         for arm in ("installed", "vllm_triton", "plugin")
     }
     assert options == {"installed": None, "vllm_triton": "triton", "plugin": None}
