@@ -32,6 +32,7 @@ A race cut short by --budget-seconds holds the token counts that were finished, 
 import argparse
 import json
 import pathlib
+import signal
 import sys
 import time
 import traceback
@@ -219,6 +220,7 @@ def main() -> int:
         "--out", type=pathlib.Path, metavar="JSON", help="layers that stand there complete are not raced again"
     )
     a = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs in the background without it
     there = json.loads(a.out.read_text(encoding="utf-8")) if a.out and a.out.exists() else {}
     races: dict[str, Any] = there.get("races", {})
     for layer in a.layers:

@@ -18,9 +18,10 @@ import torch
 from rampwrap.adapters.layer import LayerKernel, only_on_hopper
 from rampwrap.errors import ConfigError, InputError
 from rampwrap.kernel.grid import CtaGrid
+from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.common.operands import Contract, Operands
+from rampwrap.kernels.common.operands import FP8, Contract, Operands, scale_shapes
 
 MAX_TOKENS = 1024
 "Of the buffer, which is part of what is compiled: one for all batches, as it is served."
@@ -111,11 +112,23 @@ def main() -> int:
     if len(sys.argv) < 3 or sys.argv[1] not in LAYERS:
         print(f"usage: sglang_mega.py LAYER TOKENS..., LAYER one of {', '.join(LAYERS)}")
         return 0 if "--help" in sys.argv else 2
-    kernel = SglangMega(attrs.evolve(LAYERS[sys.argv[1]], dtype="fp8"))
+    shape = attrs.evolve(LAYERS[sys.argv[1]], dtype="fp8")
+    kernel, scales = SglangMega(shape), scale_shapes(shape)
+    experts, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
+    # Zeros: random weights would keep a GPU busy on which something else may be timed.
+    given: dict[str, Any] = {
+        "w13": torch.zeros(experts, 2 * inter, hidden, dtype=FP8, device="cuda"),
+        "w2": torch.zeros(experts, hidden, inter, dtype=FP8, device="cuda"),
+        **{name: torch.ones(its, device="cuda") for name, its in scales.items()},
+    }
+    if experts < shape.num_experts:
+        given["expert_map"] = torch.from_numpy(Placement.first(shape).expert_map).cuda()
     for tokens in map(int, sys.argv[2:]):
-        ids = torch.arange(tokens * kernel.shape.top_k, dtype=torch.int32, device="cuda") % kernel.shape.num_experts
-        inputs = kernel.inputs(kernel.shape, ids.view(tokens, -1))
-        kernel.launch(kernel.configs[0], **inputs)
+        ids = torch.arange(tokens * shape.top_k, dtype=torch.int32, device="cuda").view(tokens, -1) % shape.num_experts
+        x = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+        kernel.launch(
+            kernel.configs[0], hidden_states=x, topk_weights=torch.ones_like(ids).float(), topk_ids=ids, **given
+        )
         torch.cuda.synchronize()
         print(f"{tokens} tokens ran", flush=True)
     return 0
