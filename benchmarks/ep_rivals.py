@@ -337,6 +337,9 @@ def serve(rank: int, its: argparse.Namespace) -> None:
             with its.rows.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
     slowest(group, {})
+    its.done.touch()
+    if its.side == "far":
+        os._exit(0)  # NVSHMEM is not asked to end
     dist.destroy_process_group()
 
 
@@ -381,6 +384,7 @@ def run(its: argparse.Namespace, said: Callable[[str], None]) -> Row:
                 continue
             its.side, its.graphs, its.flashinfer = attempt.side, attempt.graphs, library if attempt.flashinfer else None
             its.rows, reason = pathlib.Path(folder, str(number)), attempt.reason
+            its.done = its.rows.with_suffix(".done")
             its.limit_s = its.seconds[attempt.side == "far"] + LATE_S
             its.rows.touch()
             if reason is None:
@@ -388,7 +392,8 @@ def run(its: argparse.Namespace, said: Callable[[str], None]) -> Row:
                     start(serve, its)
                 except Exception as error:  # a process that raised, exited or was ended
                     last = [line for line in str(error).splitlines() if line.strip()]
-                    reason = (last[-1] if last else type(error).__name__)[:300]
+                    reason = None if its.done.exists() else (last[-1] if last else type(error).__name__)[:300]
+                if reason is not None:
                     failed.add(attempt.side)
             rows = [json.loads(line) for line in its.rows.read_text(encoding="utf-8").splitlines()]
             if len(rows) >= len(found[attempt.side]):

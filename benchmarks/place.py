@@ -41,7 +41,7 @@ SHAPE = SHAPES["qwen3-30b"]
 RANKS, LAYERS, STEPS, NOISE = 4, 4, 400, 0.3
 CASES = ((0.1, (64,)), (0.3, (256,)), (0.3, (2048,)), (0.3, (64, 256, 2048)))
 "Concentration of the popularities, and the token counts that steps draw from."
-PROFILED = (1, 4, 16, 64, 128, 256, 1024, 2048, 4096)
+PROFILED = (1, 8, 64, 256, 1024, 2048, 4096)
 HEADER = """\
                                      | gain over contiguous            | by time over   | error of predictions
                                      | predicted:     measured:        | by tokens:     | ranks:        slowest
