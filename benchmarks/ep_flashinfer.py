@@ -15,16 +15,14 @@ The structures below are what its header of that version declares. Other version
 import ctypes
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
+from ep_mapped import ALIGNED, Mapped
 
 MOST_RANKS, MOST_PAYLOADS = 64, 6
 BF16, LINEAR = 7, 2
 "Of its enumerations: the type of sums, and how scales of a quantised output would lie."
-ALIGNED = 256
 _SPACE = "_ZN12tensorrt_llm7kernels12moe_alltoall"
 _P = ctypes.c_void_p
 
@@ -110,49 +108,27 @@ class OneSided:
                 call = getattr(loaded, f"{_SPACE}{len(name)}{name}ERKNS1_{len(kind) + 12}MoeA2A{kind}ParamsE")
                 call.restype = None
                 self._calls[name] = call
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.num_experts, self.top_k = num_experts, top_k
-        slots = self.ranks * most_tokens
+        ranks = dist.get_world_size(group)
+        slots = ranks * most_tokens
         sizes = {
-            **dict.fromkeys(("sent", "received", "dispatch_flags", "combine_flags"), 4 * self.ranks),
+            **dict.fromkeys(("sent", "received", "dispatch_flags", "combine_flags"), 4 * ranks),
             **dict.fromkeys(("epoch", "done"), 4),
             **dict.fromkeys(("targets", "places"), 4 * most_tokens * top_k),
             "rows": slots * row_bytes + MOST_PAYLOADS * ALIGNED,
             "y": slots * sum_bytes,
         }
-        self._at: dict[str, int] = {}
-        end = 0
-        for name, size in sizes.items():
-            self._at[name] = end
-            end += -(-size // ALIGNED) * ALIGNED
-        self.memory = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
-        handle = symmetric_memory.rendezvous(self.memory, group.group_name)
-        # Pointers are of allocations, and a pool may put a tensor anywhere in one.
-        offsets: list[Any] = [None] * self.ranks
-        dist.all_gather_object(offsets, self.memory.data_ptr() - handle.buffer_ptrs[self.rank], group=group)
-        self._bases = [pointer + its for pointer, its in zip(handle.buffer_ptrs, offsets, strict=True)]
-        self._handle = handle
-        self.memory.zero_()
-        torch.cuda.synchronize(device)
-        dist.barrier(group)
-
-    def view(self, name: str, dtype: torch.dtype, *shape: int, offset: int = 0) -> torch.Tensor:
-        """A part of this rank's memory."""
-        start = self._at[name] + offset
-        size = int(torch.Size(shape).numel()) * dtype.itemsize
-        return self.memory[start : start + size].view(dtype).view(shape)
+        self.mapped = Mapped(group, sizes, device)
+        self.rank, self.ranks = self.mapped.rank, ranks
 
     def _everywhere(self, name: str) -> "ctypes.Array[_P]":
-        return (_P * MOST_RANKS)(*(base + self._at[name] for base in self._bases))
-
-    def _here(self, name: str) -> int:
-        return self._bases[self.rank] + self._at[name]
+        return (_P * MOST_RANKS)(*self.mapped.everywhere(name))
 
     def rows(self, fields: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What was received of each field: [ranks, T, ...]; of a source only as many rows as "received" says."""
         tokens = len(fields[0])
         its = zip(fields, self._offsets(fields), strict=True)
-        return [self.view("rows", x.dtype, self.ranks, tokens, *x.shape[1:], offset=offset) for x, offset in its]
+        return [self.mapped.view("rows", x.dtype, self.ranks, tokens, *x.shape[1:], offset=offset) for x, offset in its]
 
     def _offsets(self, fields: Sequence[torch.Tensor]) -> list[int]:
         found, end = [], 0
@@ -178,12 +154,12 @@ class OneSided:
             flags=self._everywhere("dispatch_flags"),
             mask=(1 << 64) - 1,
             stream=torch.cuda.current_stream().cuda_stream,
-            **{name: self._here(name) for name in ("epoch", "done", "sent", "targets", "places")},
+            **{name: self.mapped.here(name) for name in ("epoch", "done", "sent", "targets", "places")},
         )
         for place, (field, offset) in enumerate(zip(fields, self._offsets(fields), strict=True)):
             its.payloads[place] = _Payload(field.data_ptr(), field.dtype.itemsize, field[0].numel())
-            for rank, base in enumerate(self._bases):
-                its.rows[rank][place] = base + self._at["rows"] + offset
+            for rank, base in enumerate(self.mapped.everywhere("rows")):
+                its.rows[rank][place] = base + offset
         self._launch("dispatch", its)
 
     def combine(self, out: torch.Tensor) -> None:
@@ -205,7 +181,7 @@ class OneSided:
             rows=self._everywhere("y"),
             mask=(1 << 64) - 1,
             stream=torch.cuda.current_stream().cuda_stream,
-            **{name: self._here(name) for name in ("epoch", "targets", "places", "received")},
+            **{name: self.mapped.here(name) for name in ("epoch", "targets", "places", "received")},
         )
         self._launch("combine", its)
 

@@ -53,7 +53,7 @@ def run(rivals, monkeypatch, tmp_path, fails):
     """With processes that write a row, or raise."""
 
     def start(_, its):
-        key = (its.side, its.graphs, its.flashinfer is not None)
+        key = (its.side, its.graphs, its.flashinfer is not None, its.deepep is not None)
         if key in fails:
             raise RuntimeError(f"traceback\n{key} is broken")
         its.rows.write_text(json.dumps(ROW | NCCL if its.side == "near" else FAR | NCCL) + "\n", encoding="utf-8")
@@ -61,17 +61,22 @@ def run(rivals, monkeypatch, tmp_path, fails):
     monkeypatch.setattr(rivals, "start", start)
     monkeypatch.setattr("torch.distributed._symmetric_memory.is_nvshmem_available", lambda: True)
     said = []
-    its = argparse.Namespace(device="cuda", ranks=2, flashinfer="a.so", seconds=[1, 1], out=tmp_path / "out.json")
+    its = argparse.Namespace(
+        device="cuda", ranks=2, flashinfer="a.so", deepep="b.so", seconds=[1, 1], out=tmp_path / "out.json"
+    )
     found = rivals.run(its, said.append)
     assert json.loads(its.out.read_text()) == found
     return found, "\n".join(said)
 
 
 def test_whoever_fails_is_left_out_and_the_others_are_timed(rivals, monkeypatch, tmp_path):
-    found, said = run(rivals, monkeypatch, tmp_path, {("near", True, True), ("far", True, True)})
+    fails = {("near", True, True, True), ("near", True, True, False), ("far", True, False, False)}
+    found, said = run(rivals, monkeypatch, tmp_path, fails)
     assert found["near"] == [ROW | NCCL] and found["far"] == [FAR | NCCL]
-    assert set(found["left_out"]) == {"ours, NCCL, FlashInfer", "vdev_2d in graphs"}
-    assert "ours, NCCL, FlashInfer: ('near', True, True) is broken" in said
+    assert set(found["left_out"]) == {
+        "ours, NCCL, FlashInfer, DeepEP", "ours, NCCL, FlashInfer", "vdev_2d in graphs",
+    }  # fmt: skip
+    assert "ours, NCCL, FlashInfer: ('near', True, True, False) is broken" in said
     assert "1.50x" in said and "2.50x" in said and "without graphs" in said
 
 

@@ -15,10 +15,13 @@ RESULTS = FOLDER / "results"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 PARTS = {
     "common",
+    "ep_deepep",
     "ep_flashinfer",
     "ep_layer",
+    "ep_mapped",
     "ep_ranks",
     "ep_shard",
+    "ep_sides",
     "race_check",
     "race_field",
     "race_layer",
