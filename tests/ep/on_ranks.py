@@ -183,6 +183,31 @@ def rivals(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
     return list(its["near"](group, its["arguments"]().parse_args(arguments), torch.device("cpu"), math.inf))
 
 
+class Standin:
+    """What a kernel must have for a benchmark of layers."""
+
+    def default_config(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def launch(self, config: int, /, **its: torch.Tensor) -> torch.Tensor:
+        assert config == len(its["hidden_states"])
+        here = local_ids(its["topk_ids"], its["expert_map"]) >= 0
+        factor = torch.where(here, its["topk_weights"], 0.0).sum(1, keepdim=True)
+        return (its["hidden_states"].float() * factor).bfloat16()
+
+
+def bulk_benchmark(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
+    """Rows of benchmarks/ep_bulk.py, of phases and of one layer, and as lines."""
+    sys.path.insert(0, str(pathlib.Path(path).parent))
+    its = runpy.run_path(path)
+    given, device = its["arguments"]().parse_args(arguments), torch.device("cpu")
+    phases = list(its["phases"](group, given, device, math.inf))
+    row: dict[str, Any] = {"ranks": dist.get_world_size(group), "layer": "small", "dtype": "bf16", "tokens": 8}
+    with ExpertParallel(group, MoEShape(8, 2, 128, 128), 8) as ep:
+        row |= its["layer"](group, ep, Standin(), {}, 8, 1)
+    return phases, [row], [*(its["phase_line"](one, 1e9) for one in phases), its["layer_line"](row)]
+
+
 OTHERS: dict[int, dist.ProcessGroup] = {}
 "Groups of the first ranks, by their number; -2 is another of two."
 

@@ -17,6 +17,19 @@ def test_the_soak_of_the_gpu_tests(ranks: Any) -> None:
     assert ranks.run(2, "script", script, "bulk", ["cpu", "collectives", 6]) == [30, 30]
 
 
+def test_the_bulk_benchmark(ranks: Any) -> None:
+    script = str(ROOT / "benchmarks/ep_bulk.py")
+    if not pathlib.Path(script).exists():
+        pytest.skip("the benchmarks are not beside these tests")
+    arguments = ["--device", "cpu", "--hidden-size", "256", "--tokens", "4", "1", "--rounds", "1"]
+    first, second = ranks.run(2, "bulk_benchmark", script, arguments)
+    assert first == second
+    phases, (layer,), lines = first
+    assert [(row["payload"], row["tokens"]) for row in phases] == [(p, t) for p in ("bf16", "fp8") for t in (4, 1)]
+    assert all(row[way]["us"] > 0 for row in phases for way in ("engines", "ctas", "launch", "nccl"))
+    assert layer["source"]["us"] > 0 and layer["error"] < 0.03 and len(lines) == 5
+
+
 def test_the_benchmark(ranks: Any) -> None:
     script = str(ROOT / "benchmarks/ep.py")
     if not pathlib.Path(script).exists():
