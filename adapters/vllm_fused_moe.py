@@ -190,10 +190,10 @@ class VllmFusedMoE(CandidateKernel):
         self.shape, self.per_tensor = shape, per_tensor
         if per_tensor and shape.dtype != "fp8":
             raise InputError(f"per_tensor scales were asked for a {shape.dtype} layer; give a shape with dtype='fp8'.")
-        if shape.scales == "tensor":
+        if shape.scales in ("tensor", "static"):
             raise InputError(
-                "vLLM quantises activations with one scale a batch here, unlike scales='tensor'; pass per_tensor=True and leave "
-                "scales out."
+                f"vLLM quantises activations with one scale a batch here, unlike scales={shape.scales!r}; pass per_tensor=True and "
+                "leave scales out."
             )
         self.name = "vllm_fused_moe_per_tensor" if per_tensor else "vllm_fused_moe"
         self.weight_layout = "vllm-per-tensor" if per_tensor else "vllm"

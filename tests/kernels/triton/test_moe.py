@@ -439,7 +439,9 @@ ids = dict(topk_ids_ptr="i32", sorted_token_ids_ptr="i32", expert_ids_ptr="i32",
 report("align", build(align.align_by_expert_kernel, ids, dict(CHUNK=1024, BINS=128), num_warps=4))
 report("count", build(align.count_and_fill_kernel, ids, dict(PIECE=256, BINS=512)))
 report("place", build(align.place_kernel, ids, dict(PIECE=256, BINS=512, ROWS=8, IDS=32, TILE=64), num_warps=8))
-report("quantise", build(quantise.quantise_rows_kernel, dict(q_ptr="fp8e4nv", scale_ptr="fp32", x_ptr="bf16"), dict(COLUMNS=2048, GROUPS=8, GROUP=128)))
+for given in (False, True):
+    sizes = dict(COLUMNS=2048, GROUPS=8, GROUP=128, GIVEN=given)
+    report("quantise", build(quantise.quantise_rows_kernel, dict(q_ptr="fp8e4nv", scale_ptr="fp32", x_ptr="bf16"), sizes))
 report("sum", build(gemm.sum_kernel, dict(out_ptr="bf16", y_ptr="bf16", topk_ids_ptr="i32"), dict(TOP_K=8, HIDDEN=2048, SPLIT_K=1, SPLIT_OF=0, BLOCK_H=1024)))
 """
 
@@ -481,7 +483,7 @@ def test_compiles_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 4 * len(rows) + 2 * len(forms) + 5
+    assert len(reports) == 4 * len(rows) + 2 * len(forms) + 6
     for built in reports:
         # n_spills is only known once a GPU has loaded the kernel.
         assert not built["spills"] and built["local"] == 0, built
