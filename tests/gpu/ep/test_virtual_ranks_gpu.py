@@ -24,9 +24,12 @@ if not torch.cuda.is_available():
 
 import triton.language as tl
 
+from rampwrap.ep.bulk import Bulk
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
+from rampwrap.ep.path import Path
 from rampwrap.ep.received import sum_in_order
+from rampwrap.ep.sent import Sent
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.triton.interpreter import INTERPRETED, downcast
 
@@ -88,7 +91,11 @@ class Rank:
 
 
 def made(num_ranks: int, partials: str, limit_s: float = LIMIT_S) -> list[Rank]:
-    layout = Layout(SHAPE, num_ranks, MOST, partials=partials)
+    return made_with_memory(Layout(SHAPE, num_ranks, MOST, partials=partials), limit_s)[0]
+
+
+def made_with_memory(layout: Layout, limit_s: float = LIMIT_S) -> tuple[list[Rank], list]:
+    num_ranks = layout.num_ranks
     memories = [torch.zeros(layout.bytes, dtype=torch.uint8, device="cuda") for _ in range(num_ranks)]
     placements = [contiguous(SHAPE.num_experts, num_ranks, rank) for rank in range(num_ranks)]
     bases = torch.tensor([its.data_ptr() for its in memories], device="cuda")
@@ -112,7 +119,30 @@ def made(num_ranks: int, partials: str, limit_s: float = LIMIT_S) -> list[Rank]:
         ranks.append(Rank(mapped, owners))
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
-    return ranks
+    return ranks, memories
+
+
+class Bulked(Rank):
+    """A rank whose steps go in bulk: whole, or source by source."""
+
+    def __init__(self, rank: Rank, layout: Layout, peers, max_ctas: int) -> None:
+        self.mapped, self.owners, self.stream = rank.mapped, rank.owners, rank.stream
+        self._bulk = Bulk(self.mapped, self.owners, layout, peers, max_ctas)
+
+    def step(self, brought: Batch, counts: Sequence[int], out, by_source: bool) -> None:
+        sent, path, dtype = Sent(*brought, None), Path(False, False, by_source), torch.bfloat16
+        if not by_source:
+            received = self._bulk.dispatch(sent, tuple(counts), path, None)
+            self._bulk.combine(received.through(HELP["summed"], dtype, {}), received, out)
+            return
+        for piece in self._bulk.pieces(sent, tuple(counts), path):
+            rows = (
+                piece.received.through(HELP["summed"], dtype, {}, piece.room)
+                if piece.received.num_tokens
+                else piece.room
+            )
+            self._bulk.send_home(piece, rows)
+        self._bulk.summed(out)
 
 
 def faults(ranks: Sequence[Rank], where: str) -> str:
@@ -205,6 +235,38 @@ def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None
         assert not found, found
         for rank, (out, wanted) in enumerate(zip(outs, expected(fresh, ranks, dtype), strict=True)):
             assert not (text := same(out, wanted, f"replay {number}, rank {rank}")), text
+
+
+@pytest.mark.parametrize("counts", [[48, 48], [40, 0, 7, 48]], ids=["two", "four"])
+@pytest.mark.parametrize("max_ctas", [0, 3], ids=["copies", "CTAs"])
+def test_bulk_steps_of_all_ranks(counts: list[int], max_ctas: int) -> None:
+    """Steps of one kind after the other, each rank on streams of its own. Each was run alone before, so that no memory is missing."""
+    layout = Layout(SHAPE, len(counts), MOST)
+    made_ranks, memories = made_with_memory(layout)
+    ranks = [Bulked(its, layout, memories, max_ctas) for its in made_ranks]
+    plans = [drawn(counts, HELP["KINDS"][number % 5], 50 * number) for number in range(ROUNDS)]
+    outs = [[torch.empty_like(its[0]) for its in plan] for plan in plans]
+    wanted = []
+    for plan in plans:
+        rows, ids, weights = (torch.cat([its[place] for its in plan]) for place in range(3))
+        parts = []
+        for rank in ranks:
+            given = {"topk_ids": ids, "topk_weights": weights, "expert_map": rank.owners.expert_map}
+            parts.append(HELP["summed"](hidden_states=rows, **given))
+        wanted.append(sum_in_order(torch.stack(parts), ranks[0].owners.ranks_of(ids)).bfloat16().split(counts))
+    for by_source in (False, True, False, True):
+        for rank, brought, out in zip(ranks, plans[0], outs[0], strict=True):
+            rank.alone(counts, lambda rank=rank, b=brought, o=out, s=by_source: rank.step(b, counts, o, s))
+    assert not faults(ranks, "alone")
+    for number, (plan, results) in enumerate(zip(plans, outs, strict=True)):
+        for rank, brought, out in zip(ranks, plan, results, strict=True):
+            with torch.cuda.stream(rank.stream):
+                rank.step(brought, counts, out, number % 3 > 0)
+        torch.cuda.synchronize()
+        found = faults(ranks, f"round {number}")
+        assert not found, found
+        for rank, (result, its) in enumerate(zip(results, wanted[number], strict=True)):
+            assert not (text := same(result, its, f"round {number}, rank {rank}")), text
 
 
 def test_a_rank_that_does_not_come() -> None:
