@@ -203,10 +203,6 @@ def check_forms():
         quant = fp8_w8a8_moe_quant_config(w1_scale=its["w13_scale"], w2_scale=its["w2_scale"], **form)
         layer = kernel(quant, hidden_dim=64, intermediate_size=64)
         assert vllm_layer.layer_shape(layer.impl.fused_experts.moe_config, quant) == shape
-        if scales == "channel":
-            out, want = apply(layer, its | {"w1": its["w13"]}), ours.reference(shape, its)
-            assert layer.impl.fused_experts.expects_unquantized_inputs
-            assert float((out.double() - want).norm() / want.norm()) < 2e-2
 
 
 def check_cutlass():

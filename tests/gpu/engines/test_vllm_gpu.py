@@ -488,7 +488,8 @@ def run_engine(tmp_path, plans, shape=SHAPE, options=None, kernel="triton_fused_
     model, site = tmp_path / "model", tmp_path / "site" / "rampwrap-0.dist-info"
     model.mkdir()
     site.mkdir(parents=True)
-    stored = {"quantization_config": CHANNEL_FP8 if shape.scales == "channel" else BLOCK_FP8}
+    static = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": CHANNEL_FP8["ignore"]}
+    stored = {"quantization_config": {"channel": CHANNEL_FP8, "static": static}.get(shape.scales, BLOCK_FP8)}
     (model / "config.json").write_text(json.dumps(CONFIG | (stored if shape.dtype == "fp8" else {})))
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: rampwrap\nVersion: 0\n")
     (site / "entry_points.txt").write_text("[vllm.general_plugins]\nrampwrap = rampwrap.engines.vllm:register\n")
@@ -548,6 +549,13 @@ def test_engine_with_scales_by_channel(tmp_path, backend):
     found, text = run_engine(tmp_path, True, shape=shape, options={"moe_backend": backend})
     assert sum(engine["layers"] for engine in found["engines"]) == 2
     assert "--moe-backend triton" not in text
+
+
+def test_engine_with_static_activations(tmp_path):
+    """From vLLM's own loader, where it is asked for Triton: FlashInfer's CUTLASS would be its choice."""
+    shape = attrs.evolve(SHAPE, dtype="fp8", scales="static")
+    found, _ = run_engine(tmp_path, True, shape=shape, options={"moe_backend": "triton"})
+    assert sum(engine["layers"] for engine in found["engines"]) == 2
 
 
 @pytest.mark.parametrize("name", ["triton_fused_moe", "cute_moe"])
