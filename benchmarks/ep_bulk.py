@@ -251,9 +251,6 @@ def layer(group: dist.ProcessGroup, ep: ExpertParallel, kernel: Any, weights: Ro
 
     Args:
         kernel: with ``launch`` and ``default_config``, as `TritonFusedMoE` has them.
-
-    Raises:
-        AssertionError: too far.
     """
     hidden, ids, scores = batch(ep, tokens)
     on_gpu, ranks = hidden.is_cuda, ep.num_ranks
@@ -314,8 +311,7 @@ def layer(group: dist.ProcessGroup, ep: ExpertParallel, kernel: Any, weights: Ro
     wanted = outs["nccl"].float()
     errors = {name: float((its.float() - wanted).abs().max() / wanted.abs().max()) for name, its in outs.items()}
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < MOST_ERROR, f"the output of {worst} for {tokens} tokens is {errors[worst]:.3f} apart"
-    return found | {"error": errors[worst]}
+    return found | slowest(group, {"error": errors[worst]}) | {"worst": worst}
 
 
 PHASE_HEADER = (
@@ -383,8 +379,11 @@ def serve(rank: int, its: argparse.Namespace) -> None:
     for row in layers(group, its, device, until):
         found["layers"].append(row)
         say(layer_line(row))
-    say(f"{time.monotonic() - begun:.0f} s")
+    wrong = [row for row in found["layers"] if not row["error"] < MOST_ERROR]
+    say(f"{time.monotonic() - begun:.0f} s" + "".join(f"\nWRONG: {layer_line(row)} {row['worst']}" for row in wrong))
     dist.destroy_process_group()
+    if wrong:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

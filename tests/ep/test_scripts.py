@@ -23,7 +23,7 @@ def test_the_bulk_benchmark(ranks: Any) -> None:
         pytest.skip("the benchmarks are not beside these tests")
     arguments = ["--device", "cpu", "--hidden-size", "256", "--tokens", "4", "1", "--rounds", "1"]
     first, second = ranks.run(2, "bulk_benchmark", script, arguments)
-    assert first == second
+    assert [row["nccl"] for row in first[0]] == [row["nccl"] for row in second[0]]
     phases, (layer,), lines = first
     assert [(row["payload"], row["tokens"]) for row in phases] == [(p, t) for p in ("bf16", "fp8") for t in (4, 1)]
     assert all(row[way]["us"] > 0 for row in phases for way in ("engines", "ctas", "launch", "nccl"))
