@@ -66,23 +66,29 @@ class Bulk:
         self._kept: list[Any] = []  # what the side stream still reads
 
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
-        """All on the current stream: what a step takes whose rows nothing hides."""
+        """On the current stream, but for the copy of this rank's own rows, 13 us for 4096 of H=2048 in bf16, beside it."""
         rows = self._own(sent, tokens_per_rank)
-        self._send(rows, tokens_per_rank)
         first, after, ranks = *self._span(self._owners.rank, tokens_per_rank), self._owners.num_ranks
         here = self._mapped.views["rows"][first:after]
         if rows.data_ptr() != here.data_ptr():
-            here.copy_(rows)
+            with self._side.after_current():
+                here.copy_(rows)
+        self._send(rows, tokens_per_rank)
+        self._side.join()
         if ranks > 1:
             copies.wait(self._mapped, ranks - 1, (self._owners.rank + 1) % ranks, DISPATCH, tokens_per_rank)
         return self._view(0, sum(tokens_per_rank), tokens_per_rank, path).aligned(block_m)
 
     def combine(self, expert_output: torch.Tensor, received: Received, out: torch.Tensor | None) -> torch.Tensor:
-        """All on the current stream."""
+        """On the current stream, but for this rank's own sums, beside it."""
         partial = received.partial(expert_output, self._layout.partial_dtype).contiguous()
-        for source in reversed(in_order_of_arrival(self._owners.rank, self._owners.num_ranks)):
-            first, after = self._span(source, received.tokens_per_rank)
-            self._push(partial[first:after], source, received.tokens_per_rank)
+        counts = received.tokens_per_rank
+        own, *others = in_order_of_arrival(self._owners.rank, self._owners.num_ranks)
+        with self._side.after_current():
+            self._push(partial[slice(*self._span(own, counts))], own, counts)
+        for source in reversed(others):
+            self._push(partial[slice(*self._span(source, counts))], source, counts)
+        self._side.join()
         return self._added(out, received.tokens_per_rank)
 
     def pieces(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path) -> Iterator[Piece]:
