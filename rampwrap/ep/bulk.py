@@ -66,15 +66,17 @@ class Bulk:
         self._kept: list[Any] = []  # what the side stream still reads
 
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
-        """On the current stream, but for the copy of this rank's own rows, 13 us for 4096 of H=2048 in bf16, beside it."""
+        """On the current stream, but for the copy of this rank's own rows, beside it."""
         rows = self._own(sent, tokens_per_rank)
         first, after, ranks = *self._span(self._owners.rank, tokens_per_rank), self._owners.num_ranks
         here = self._mapped.views["rows"][first:after]
-        if rows.data_ptr() != here.data_ptr():
+        apart = rows.data_ptr() != here.data_ptr()
+        if apart:
             with self._side.after_current():
                 here.copy_(rows)
         self._send(rows, tokens_per_rank)
-        self._side.join()
+        if apart:  # a graph that is captured may only wait for what is in it
+            self._side.join()
         if ranks > 1:
             copies.wait(self._mapped, ranks - 1, (self._owners.rank + 1) % ranks, DISPATCH, tokens_per_rank)
         return self._view(0, sum(tokens_per_rank), tokens_per_rank, path).aligned(block_m)
