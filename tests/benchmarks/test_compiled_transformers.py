@@ -1,27 +1,16 @@
 """What `compiled_transformers.py` makes of its measurements; the models themselves take a GPU, or minutes."""
 
 import argparse
-import importlib
 import math
-import pathlib
-import sys
 import types
 
 import pytest
 import torch
 
-FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
-if not FOLDER.exists():
-    pytest.skip("the wheel is tested without benchmarks", allow_module_level=True)
 
-
-@pytest.fixture(scope="module")
-def its():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("compiled_transformers")
-    finally:
-        sys.path.remove(str(FOLDER))
+@pytest.fixture
+def its(script):
+    return script("compiled_transformers")
 
 
 def test_the_ends_of_the_range_come_first(its):
