@@ -29,10 +29,8 @@ from rampwrap.kernels.cute.configs import (
     from_keys,
     why_illegal,
 )
-from rampwrap.kernels.cute.costs import Costs, known
 from rampwrap.kernels.cute.defaults import default
 from rampwrap.kernels.cute.host.launch import MAX_CTAS, run_layer
-from rampwrap.kernels.cute.host.ragged import Line, run_ragged, with_fragments
 from rampwrap.kernels.triton.align.host import TokenBlocks
 from rampwrap.kernels.triton.moe.workspace import Workspace, workspace
 
@@ -46,8 +44,8 @@ class CuteFusedMoE(LayerKernel):
     Args:
         shape: the layer, bf16 or fp8.
         form: "two" launches, "one", "prefill" (two launches for thousands of tokens), or "both" for the configs of all three; or
-            "ragged", which is part of no other list as it was slower wherever it was tried: each expert's tile as wide as its
-            tokens, the work split evenly.
+            "ragged", which is part of no other list until it is measured: two launches whose tiles are as wide as the tokens of
+            their block, up to block_m.
         library: compiled kernels: a path, a `Library`, or None for the default one (see `library.find`).
         waves: CTAs launched for each that an SM holds; each goes on to further tiles and loads them while it stores
             the last. 0 launches a CTA for every tile. Same bits.
@@ -83,7 +81,7 @@ class CuteFusedMoE(LayerKernel):
         legal = runnable(self.name, shape, every, why_illegal)
         self.library = library if isinstance(library, Library) else load(library)
         usable = runnable(self.name, shape, legal, lambda config, _: self.library.why_absent(config))
-        keys = [config.keys(group_m) for config in usable for group_m in (GROUP_MS if form != "ragged" else (1,))]
+        keys = [config.keys(group_m) for config in usable for group_m in GROUP_MS]
         copied = ("w13", "w2") if shape.dtype == "fp8" else ("w13", "w2", "hidden_states")
         super().__init__(shape, keys, Contract(shape, aligned=copied))
         if "one" in self.forms:
@@ -92,11 +90,6 @@ class CuteFusedMoE(LayerKernel):
             self.launch_names = ("kernel_cutlass",) * len(usable[0].variants)
         self._ready: dict[tuple[Any, ...], tuple[CuteConfig, tuple[Callable[..., Any], ...]]] = {}
         self._warm: set[tuple[str, int | None]] = set()
-
-    @functools.cached_property
-    def _line(self) -> Line:
-        """Of the ragged form, for layers that it runs."""
-        return Line.of(self.shape, Costs.of(known(device_of(self)), self.shape.dtype))
 
     def default_config(self, num_tokens: int) -> Config:
         """The config that serves `num_tokens` tokens of a routing that nobody knows (`rampwrap.kernels.cute.defaults`)."""
@@ -108,14 +101,11 @@ class CuteFusedMoE(LayerKernel):
         return found if isinstance(found, str) else why_illegal(found, shape) or self.library.why_absent(found)
 
     def grid(self, config: Config, shape: MoEShape) -> CtaGrid:
-        """Tiles of an M block: 2I / rows of the gate+up GEMM, and H / rows of the down GEMM in two launches.
-
-        Of the ragged form: units of an expert's pass, which CTAs share.
-        """
+        """Tiles of an M block: 2I / rows of the gate+up GEMM, and H / rows of the down GEMM in two launches."""
         found = from_keys(config, shape.dtype)
         if isinstance(found, str):
             raise ConfigError(found)
-        up, persistent = 2 * shape.intermediate_size // found.rows, self.waves > 0 or found.form == "ragged"
+        up, persistent = 2 * shape.intermediate_size // found.rows, self.waves > 0
         if found.form == "one":
             return CtaGrid(found.block_m, up, ctas_per_sm=found.ctas_per_sm, persistent=persistent)
         down = shape.hidden_size // found.rows
@@ -126,10 +116,7 @@ class CuteFusedMoE(LayerKernel):
 
     def workspace(self, num_tokens: int, device: torch.device | str = "cuda") -> Workspace:
         """Memory for `launch(..., workspace=...)` with any config and up to `num_tokens` tokens; fits Triton's too."""
-        made = workspace(self.shape, num_tokens, device)
-        if "ragged" in self.forms:
-            made = with_fragments(made, self.shape.dtype, self._most_ctas(1, torch.device(device)))
-        return made
+        return workspace(self.shape, num_tokens, device)
 
     def must_compile(self, configs: Sequence[Config]) -> bool:
         """Whether `precompile` would compile, seconds a kernel, rather than find all of them built."""
@@ -179,16 +166,11 @@ class CuteFusedMoE(LayerKernel):
         found, functions = self._ready[tuple(config.items())]
         check_workspace(operands, workspace)
         if blocks is not None:
-            check_blocks(operands, blocks, found.align_m)
+            check_blocks(operands, blocks, found.block_m)
         device = operands.topk_ids.device
         warm = (found.variants[0].symbol, device.index)
         if warm not in self._warm and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise CaptureError(f"The config {format_config(config)} was never launched; launch it before the capture.")
-        if found.form == "ragged":
-            ctas = self._most_ctas(1, device)
-            out = run_ragged(self.shape, found, functions, self._line, ctas, operands, memory=workspace, blocks=blocks)
-            self._warm.add(warm)
-            return out
         most_ctas = self._most_ctas(found.ctas_per_sm * (self.waves if waves is None else waves), device)
         out = run_layer(found, functions, config["group_m"], most_ctas, operands, workspace=workspace, blocks=blocks)
         self._warm.add(warm)  # only now: a launch that failed has warmed nothing

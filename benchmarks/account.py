@@ -46,10 +46,9 @@ from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.build.build import build
 from rampwrap.kernels.cute.build.library import Library, load
-from rampwrap.kernels.cute.configs import RAGGED, STREAM_CHUNK, STREAMS, all_variants, from_keys
+from rampwrap.kernels.cute.configs import FORMS, STREAM_CHUNK, STREAMS, all_variants, from_keys
 from rampwrap.kernels.cute.host.launch import run_layer
 from rampwrap.kernels.cute.host.prepare import prepare, sum_rows
-from rampwrap.kernels.cute.host.ragged import run_ragged
 from rampwrap.kernels.triton.moe.workspace import Workspace
 from rampwrap.measure.graph_timer import GraphTimer
 from rampwrap.measure.inputs import Arguments
@@ -68,9 +67,9 @@ Calls = Sequence[Callable[[], Any]]
 
 
 def poison(memory: Workspace) -> Workspace:
-    """A workspace full of NaN, but for marks, which are zero between launches."""
-    for name, tensor in attrs.asdict(memory, recurse=False).items():
-        if isinstance(tensor, torch.Tensor) and name != "marks":
+    """A workspace full of NaN."""
+    for tensor in attrs.asdict(memory, recurse=False).values():
+        if isinstance(tensor, torch.Tensor):
             tensor.view(torch.uint8).fill_(0xFF)
     return memory
 
@@ -85,20 +84,17 @@ def launches(
     seen: list[tuple[Any, ...]] = []
     most = kernel._most_ctas(found.ctas_per_sm, operands.topk_ids.device)
     note = lambda *arguments: seen.append(arguments)  # noqa: E731
-    if found.form == "ragged":
-        run_ragged(kernel.shape, found, (note, note), kernel._line, most, operands, memory=memory)
-    else:
-        run_layer(found, (note, note), config["group_m"], most, operands, workspace=memory)
+    run_layer(found, (note, note), config["group_m"], most, operands, workspace=memory)
     up, down = (
         functools.partial(kernel.library.function(variant), *arguments)
         for variant, arguments in zip(found.variants, seen, strict=True)
     )
     ids, experts = operands.topk_ids, kernel.shape.num_local_experts
-    blocks = memory.token_blocks(*ids.shape, experts, found.align_m)
+    blocks = memory.token_blocks(*ids.shape, experts, found.block_m)
     assert blocks is not None
     quantised = (seen[0][0], seen[0][1]) if kernel.shape.dtype == "fp8" else None
     aligned = functools.partial(
-        prepare, operands.hidden_states, quantised, None, ids, found.align_m, experts, expert_map=None, memory=blocks
+        prepare, operands.hidden_states, quantised, None, ids, found.block_m, experts, expert_map=None, memory=blocks
     )
     return {
         "P": aligned,
@@ -295,11 +291,7 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, metavar="JSON")
     a = parser.parse_args()
     if a.build:
-        print(
-            build(
-                [*all_variants(), *STREAMS, *(variant for its in RAGGED.values() for variant in its.variants)], a.build
-            )
-        )
+        print(build([*all_variants((*FORMS, "ragged")), *STREAMS], a.build))
         return 0
     library = load(a.library)
     found: dict[str, Any] = {}

@@ -3,9 +3,10 @@
 A config is
 
     form        "two" launches (gate/up, then down), "one" for the whole layer, or "prefill": two with tokens as M of wgmma;
-                or "ragged", on request only: two in which each expert's tile is as wide as its tokens (`schedule`)
+                or "ragged", on request only: two in which each tile is as wide as the tokens of its block
     dtype       "fp8" (128-block scales) or "bf16"
-    block_m     tokens of a CTA: the N of wgmma, so any multiple of 8; 128 of the prefill form, 64 a warpgroup
+    block_m     tokens of a CTA: the N of wgmma, so any multiple of 8, and the most of the ragged form; 128 of the prefill
+                form, 64 a warpgroup
     block_n     weight rows of a consumer warp, a multiple of 16; of the prefill form all 256 of the tile
     warp_n      consumer warps of a CTA, in warpgroups of 4
     stages      depth of the pipeline: `rows` x 128 bytes of weights and block_m x 128 bytes of tokens each
@@ -19,7 +20,6 @@ from typing import Any
 import attrs
 
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.cute.schedule import PADDING, WIDTHS
 
 FORMS = ("two", "one", "prefill")
 DTYPES = ("fp8", "bf16")
@@ -69,10 +69,14 @@ MAX_SUMS_OF_ONE = 128
 "float32 sums of a consumer thread in the one-launch form."
 DOWN_STAGES = {(16, 4): 6, (32, 4): 4, (64, 4): 3, (16, 8): 4, (32, 8): 3}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
-RAGGED_EXPERTS = 512
-"Most local experts of the ragged form, which keeps a table of them in shared memory, ..."
-RAGGED_TABLE = 16 * (RAGGED_EXPERTS + 1) + 32 + RAGGED_EXPERTS // 2
-"... of so many bytes, with this CTA's cuts and the sums of its warps."
+WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)
+"Of the tiles of the ragged form up to its block_m, which is the widest: each has a K loop and an epilogue in the kernel."
+RAGGED: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
+    "fp8": {(64, 4, 4): (40, 56, 72), (32, 8, 4): (64, 96), (32, 8, 3): (96,)},
+    "bf16": {(32, 4, 6): (64, 96), (64, 4, 4): (72,), (32, 8, 4): (64, 112, 144)},
+}
+"""The ragged form's (block_n, warp_n, stages), and block_m of each: the tiles that tables of the two-launch form have within 2 % of the
+best at 32 to 1024 tokens."""
 STREAM_CHUNK = 32 * 1024
 "Bytes that `device.stream` copies at once: those of a step of 256 weight rows."
 
@@ -127,7 +131,7 @@ class CuteConfig:
     @property
     def other_registers(self) -> int:
         """Registers of a consumer thread besides accumulators, without which it spills."""
-        if self.form != "two" or self.block_n < 64:
+        if self.form not in ("two", "ragged") or self.block_n < 64:
             return OTHER_REGISTERS
         # Four tiles of a thread are stored, and in bf16 activated, at once: 88x64 and 80x64 spill.
         return OTHER_REGISTERS + (16 if self.dtype == "fp8" else 48)
@@ -137,7 +141,7 @@ class CuteConfig:
         """FP8: 64-row tiles whose products of a step are under way at once, 1 to all of a warpgroup's, as registers allow."""
         tiles, each = self.block_n // 16, self.block_m // 2
         # With 8 registers fewer to spare than the legal least, 96x32 spills one.
-        spare = self.other_registers + (8 if self.form == "two" else 0)
+        spare = self.other_registers + (8 if self.form in ("two", "ragged") else 0)
         free = self.consumer_registers - spare - tiles * each
         return max(1, min(tiles, free // each))
 
@@ -150,18 +154,16 @@ class CuteConfig:
         return (self.block_n // 16 + sets) * self.block_m // 2
 
     @property
-    def product_columns(self) -> tuple[int, ...]:
-        """Every N of its wgmma: tokens, or in the prefill form the weight rows of a product."""
-        if self.form == "ragged":
-            return WIDTHS[self.dtype]
-        if self.form != "prefill":
-            return (self.block_m,)
-        return (SCALE if self.dtype == "fp8" else self.rows,)
+    def widths(self) -> tuple[int, ...]:
+        """Tokens of its tiles, ascending: those of a block that has as many or fewer take the first that holds them."""
+        return (*(width for width in WIDTHS if self.form == "ragged" and width < self.block_m), self.block_m)
 
     @property
-    def align_m(self) -> int:
-        """Rows of the blocks that its alignment makes."""
-        return PADDING if self.form == "ragged" else self.block_m
+    def product_columns(self) -> tuple[int, ...]:
+        """Every N of its wgmma: tokens, or in the prefill form the weight rows of a product."""
+        if self.form != "prefill":
+            return self.widths
+        return (SCALE if self.dtype == "fp8" else self.rows,)
 
     @property
     def shared_bytes(self) -> int:
@@ -184,10 +186,11 @@ class CuteConfig:
         """The kernels that are compiled for it, in the order of their launches; configs share their down kernels."""
         if self.form == "one":
             return (Variant("mega", self),)
-        if self.form in ("prefill", "ragged"):
-            return Variant(f"{self.form}_up", self), Variant(f"{self.form}_down", self)
+        if self.form == "prefill":
+            return Variant("prefill_up", self), Variant("prefill_down", self)
         depth = min(self.stages, DOWN_STAGES.get((self.block_n, self.warp_n), self.stages))
-        return Variant("up", self), Variant("down", attrs.evolve(self, stages=depth))
+        prefix = "ragged_" if self.form == "ragged" else ""
+        return Variant(f"{prefix}up", self), Variant(f"{prefix}down", attrs.evolve(self, stages=depth))
 
     @property
     def name(self) -> str:
@@ -231,7 +234,6 @@ class Variant:
             return size + (stages * 4 * (block_m + 2) if fp8 else 0)  # scales of tokens and of both boxes of weights
         size = stages * (config.rows + block_m) * STEP_BYTES + 16 * stages + 1024
         size += 4 * block_m * stages if fp8 else 0
-        size += RAGGED_TABLE if config.form == "ragged" else 0
         if self.role in ("down", "ragged_down"):
             return size + 16 * block_m  # slots and routing weights, of two tiles
         size += 8 * block_m  # slots of two tiles, or rows and factors
@@ -242,9 +244,6 @@ class Variant:
         return size + (block_m * STEP_BYTES * config.element_bytes if self.role == "mega" else 0)  # 128 columns of h
 
 
-RAGGED = {dtype: CuteConfig("ragged", dtype, WIDTHS[dtype][-1], 32, 8, 4) for dtype in DTYPES}
-"""The one config of a dtype of the form whose tiles are as wide as each expert's tokens (`schedule`): block_m is the widest. In no
-list: right, but slower than the best config on all 48 workloads measured (`NOTES.md`, 8)."""
 STREAMS = tuple(Variant(role, CuteConfig("stream", "fp8", 8, 32, 8, 6)) for role in ("stream", "stream_overlapping"))
 """What reads weights and does nothing with them, for `benchmarks/account.py`: part of no layer, and in no library unless asked
 for. Of the config only the stages count."""
@@ -277,10 +276,10 @@ def _why_not_compiled(config: CuteConfig) -> str | None:
         return f"dtype {config.dtype} is not compiled; use one of {', '.join(DTYPES)}."
     if config.form == "prefill":
         return _why_not_prefill(config)
-    if config.form == "ragged":
-        its = RAGGED[config.dtype].keys(1)
-        return None if config == RAGGED[config.dtype] else f"form='ragged' has one config, {its}; use it."
-    prefill = config.form == "two" and config.block_m in PREFILL_BLOCK_MS[config.dtype]
+    if config.form == "ragged" and config not in all_configs("ragged", config.dtype):
+        tiles = ", ".join(listed.name for listed in all_configs("ragged", config.dtype))
+        return f"{config.name} is not compiled for form='ragged'; use one of {tiles}."
+    prefill = config.form in ("two", "ragged") and config.block_m in PREFILL_BLOCK_MS[config.dtype]
     if config.block_m not in BLOCK_MS and not (prefill and (config.block_n, config.warp_n) == PREFILL_TILE):
         return f"block_m={config.block_m} is not compiled; use a multiple of 8 from 8 to {MAX_BLOCK_M}."
     if config.warp_n not in (4, 8):
@@ -324,12 +323,9 @@ def _why_not_shape(config: CuteConfig, shape: MoEShape) -> str | None:
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     if config.dtype != shape.dtype:
         return f"dtype {shape.dtype} is not that of the config, {config.dtype}; use configs of {shape.dtype}."
-    grouped = config.dtype == "fp8" or config.form == "one"
-    grouped = grouped or config.form in ("prefill", "ragged")
+    grouped = config.dtype == "fp8" or config.form in ("one", "prefill")
     multiple = SCALE if grouped else config.step
     what = "128-wide groups of h and scales" if grouped else f"{multiple} columns of a step"
-    if config.form == "ragged" and shape.num_local_experts > RAGGED_EXPERTS:
-        return f"num_local_experts={shape.num_local_experts} is more than the {RAGGED_EXPERTS} of form='ragged'; use another form."
     for name, size in (("hidden_size", hidden), ("intermediate_size", intermediate)):
         if size % multiple:
             return f"{name}={size} is no multiple of the {what}; pad it."
@@ -340,7 +336,7 @@ def _why_not_shape(config: CuteConfig, shape: MoEShape) -> str | None:
         )
     width = config.rows * (config.cluster if config.form == "one" else 1)
     if hidden % width:
-        remedy = "use the two-launch form" if config.form != "two" else "use a smaller block_n or warp_n"
+        remedy = "use the two-launch form" if config.form in ("one", "prefill") else "use a smaller block_n or warp_n"
         return f"hidden_size={hidden} is no multiple of the {width} output columns of a tile; {remedy}."
     return None
 
@@ -351,7 +347,8 @@ def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
     Others that `why_illegal` lets pass are compiled when they are asked for, where the DSL is installed.
     """
     if form == "ragged":
-        return (RAGGED[dtype],) if dtype in RAGGED else ()
+        every = ((*tile, block_m) for tile, most in RAGGED.get(dtype, {}).items() for block_m in most)
+        return tuple(CuteConfig(form, dtype, block_m, *tile) for *tile, block_m in every)
     if form == "prefill":
         return tuple(CuteConfig(form, dtype, *TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES if dtype in DTYPES)
     every = (

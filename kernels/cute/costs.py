@@ -1,8 +1,12 @@
-"""What a step of the ragged form takes, from a handful of measured points; and what follows for a layer, without a GPU.
+"""What the ragged form does with a histogram, and how long a layer should take, without a GPU.
 
-The points are measured on an H200 (`benchmarks/ragged.py --points`, `NOTES.md` 8).
+A model of tiles: an SM takes a number of clocks for each step of its tiles, by the tile's width, and all of them together read the
+weights of the active experts once; a GEMM takes the root of the squares of both. Its numbers were fitted to 3639 timings of whole
+layers in the two-launch form, whose tiles are of one width: OLMoE and Qwen3-30B on an H200, 32 to 1024 tokens, each within 1.6x of
+the best. They lie 2.5-2.8 % (one standard deviation) beside the model. No timing of the ragged form went into it.
 """
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -10,72 +14,34 @@ import attrs
 from rampwrap.errors import InputError
 from rampwrap.kernel.device import DEVICES, Device
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.cute.schedule import TICK, UNIT_ROWS, WIDTHS, Work, pieces
+from rampwrap.kernels.cute.configs import CuteConfig, all_configs, why_illegal
 
-STEP_BYTES = 128
+ROWS = 256
+"Weight rows of a tile that `Points` are of."
 
 
 @attrs.frozen
 class Points:
-    """Clocks of one SM, for one type of weights."""
+    """Of one type of weights, on Hopper."""
 
-    narrow: tuple[int, int]
-    "Tokens, and clocks of multiplying a step of 256 weight rows with them where nothing waits for memory, ..."
-    wide: tuple[int, int]
-    "... and the same of more tokens."
-    reread_bytes: float
-    "Bytes of weights a clock from L2."
-    unit: int
-    "Clocks of a unit besides its steps."
+    base: float
+    "Clocks of a step of 256 weight rows, ..."
+    slope: float
+    "... and more for each column of its wgmma."
+    reading: float
+    "Bytes that are read in the time of one that a copy reads or writes: what is read alone comes faster."
+    fixed_us: float
+    "Of a layer besides both GEMMs, and their launches, ..."
+    token_us: float
+    "... and more for each token."
     clock_mhz: float = 1755.0
-    launches_us: float = 9.0
-    "Of both GEMMs besides their work: their launches, the split, and the sums of fragments; 7.3 to 10.6 were measured."
 
-    @property
-    def slope(self) -> float:
-        """Clocks of a step for each token."""
-        return (self.wide[1] - self.narrow[1]) / (self.wide[0] - self.narrow[0])
-
-    @property
-    def base(self) -> float:
-        """Clocks of a step without tokens."""
-        return self.narrow[1] - self.slope * self.narrow[0]
+    def step(self, width: int) -> float:
+        """Clocks of a step of 256 weight rows."""
+        return self.base + self.slope * width
 
 
-POINTS = {
-    "fp8": Points(narrow=(8, 787), wide=(96, 1966), reread_bytes=34.0, unit=3200),
-    "bf16": Points(narrow=(64, 865), wide=(128, 1289), reread_bytes=34.0, unit=2500),
-}
-"Of Hopper; what its memory gives is the device's."
-
-
-@attrs.frozen
-class Costs:
-    """The five numbers that the kernels are launched with, in clocks: see `schedule.Work`."""
-
-    memory: int
-    reread: int
-    base: int
-    slope: int
-    overhead: int
-
-    @classmethod
-    def of(cls, device: Device, dtype: str) -> "Costs":
-        """Those of a GPU.
-
-        Raises:
-            InputError: its bandwidth is not known, or no points were measured for the type.
-        """
-        if dtype not in POINTS:
-            raise InputError(f"dtype {dtype} has no ragged form; use one of {', '.join(POINTS)}.")
-        if not device.copy_gbps:
-            raise InputError(f"the bandwidth of {device.name} is not known; give a device whose copy_gbps is stated.")
-        its = POINTS[dtype]
-        step = UNIT_ROWS * STEP_BYTES
-        memory = step * device.num_sms / device.copy_gbps * its.clock_mhz * 1e-3
-        return cls(
-            round(memory), round(min(memory, step / its.reread_bytes)), round(its.base), round(its.slope), its.unit
-        )
+POINTS = {"fp8": Points(637, 8.58, 1.14, 11.7, 0.029), "bf16": Points(811, 2.64, 1.175, 9.6, 0.049)}
 
 
 def known(device: Device) -> Device:
@@ -87,89 +53,86 @@ def known(device: Device) -> Device:
     return attrs.evolve(device, copy_gbps=h100.copy_gbps * device.num_sms / h100.num_sms)
 
 
-def works_of(shape: MoEShape, costs: Costs) -> tuple[Work, Work]:
-    """The lines of both GEMMs of a layer, gate+up and down."""
-    columns = STEP_BYTES if shape.dtype == "fp8" else STEP_BYTES // 2
-    numbers = attrs.astuple(costs)
-    up = Work(WIDTHS[shape.dtype], 2 * shape.intermediate_size // UNIT_ROWS, shape.hidden_size // columns, *numbers)
-    down = Work(WIDTHS[shape.dtype], shape.hidden_size // UNIT_ROWS, shape.intermediate_size // columns, *numbers)
-    return up, down
-
-
 @attrs.frozen
 class Predicted:
-    """One GEMM for one histogram."""
+    """A layer for one histogram."""
 
-    each_us: tuple[float, ...]
-    "Of each CTA, one an SM; 0 of those without work."
-    fragments: int
-    steps: int
-
-    @property
-    def ctas(self) -> int:
-        """That get work."""
-        return sum(us > 0 for us in self.each_us)
-
-    @property
-    def mean_us(self) -> float:
-        """Of all CTAs."""
-        return sum(self.each_us) / len(self.each_us)
-
-    @property
-    def most_us(self) -> float:
-        """Of the CTA with the most, which is the GEMM's time without its launch."""
-        return max(self.each_us)
-
-
-@attrs.frozen
-class Explained:
-    """A layer for one histogram, as predicted."""
-
-    widths: dict[int, int]
-    "Experts by wgmma width; an expert of several passes counts at that of each pass."
-    passes: int
-    "Of all experts; as many as experts have tokens where each goes through once."
-    up: Predicted
-    down: Predicted
+    config: CuteConfig
+    widths: tuple[tuple[int, ...], ...]
+    "Of the blocks of each expert; none of one without tokens."
+    up_us: tuple[float, ...]
+    "What each SM multiplies in gate+up, ..."
+    down_us: tuple[float, ...]
+    "... and in down."
+    reading_us: float
+    "The active experts' weights."
     us: float
-    "Both GEMMs with their launches; alignment, quantisation and the sum come on top."
+    "The layer, alignment, quantisation and the sum among it."
+
+    @property
+    def tiles(self) -> dict[int, int]:
+        """Blocks of each width."""
+        every = [width for widths in self.widths for width in widths]
+        return {width: every.count(width) for width in sorted(set(every))}
 
     def __str__(self) -> str:
-        widths = ", ".join(f"{number} x {width}" for width, number in self.widths.items())
+        widths = ", ".join(f"{blocks} x {width}" for width, blocks in self.tiles.items())
         shares = "; ".join(
-            f"{name}: {its.steps} steps on {its.ctas} CTAs, {its.fragments} fragments, {its.mean_us:.1f} us a CTA, "
-            f"at most {its.most_us:.1f}"
-            for name, its in (("gate+up", self.up), ("down", self.down))
+            f"{name}: {sum(each) / len(each):.1f} us an SM, at most {max(each):.1f}"
+            for name, each in (("gate+up", self.up_us), ("down", self.down_us))
         )
-        return f"widths {widths or 'none'} ({self.passes} passes); {shares}; predicted {self.us:.1f} us for both GEMMs"
+        return f"{self.config.name}, blocks {widths or 'none'}; {shares}; reading {self.reading_us:.1f}; {self.us:.1f} us"
 
 
-def explain(shape: MoEShape, counts: Sequence[int], device: Device) -> Explained:
-    """What the ragged form does with a histogram, and how long its GEMMs take by the points.
+def widths_of(config: CuteConfig, count: int) -> tuple[int, ...]:
+    """Of the blocks of an expert with so many tokens, in order."""
+    sizes = [config.block_m] * (count // config.block_m) + [count % config.block_m]
+    return tuple(next(width for width in config.widths if width >= size) for size in sizes if size)
+
+
+def predict(shape: MoEShape, counts: Sequence[int], device: Device, config: CuteConfig) -> Predicted:
+    """What a config of the ragged form does with a histogram.
 
     Args:
-        shape: bf16 or FP8, with sizes that the form runs (`configs.why_illegal`).
+        shape: of the config's dtype, with sizes that it runs.
         counts: tokens of each local expert.
-        device: its number of SMs and bandwidth.
+        device: its number of SMs and bandwidth (`known`).
+        config: of `all_configs("ragged", ...)`.
+
+    Raises:
+        InputError: the bandwidth is not known.
     """
-    counts = [int(count) for count in counts]
-    works = works_of(shape, Costs.of(device, shape.dtype))
-    tick_us = (1 << TICK) / POINTS[shape.dtype].clock_mhz
-    found = []
-    for work in works:
-        mine = pieces(work, counts, device.num_sms)
-        found.append(
-            Predicted(
-                tuple(sum(piece.cost for piece in some) * tick_us for some in mine),
-                sum(not piece.owned() for some in mine for piece in some),
-                sum(work.units(count) for count in counts) * work.steps,
-            )
-        )
-    widths: dict[int, int] = {}
-    for count in counts:
-        for turn in range(works[0].passes(count)):
-            width = works[0].width(works[0].tokens(turn, count))
-            widths[width] = widths.get(width, 0) + 1
-    up, down = found
-    us = up.most_us + down.most_us + POINTS[shape.dtype].launches_us
-    return Explained(dict(sorted(widths.items())), sum(widths.values()), up, down, us)
+    if not device.copy_gbps:
+        raise InputError(f"the bandwidth of {device.name} is not known; give a device whose copy_gbps is stated.")
+    points, sms = POINTS[shape.dtype], device.num_sms
+    widths = tuple(widths_of(config, int(count)) for count in counts)
+    read = sum(map(bool, widths)) / len(widths) * shape.weight_bytes / (points.reading * device.copy_gbps) * 1e-3
+    us, found = points.fixed_us + points.token_us * sum(counts) / shape.top_k, []
+    for rows, columns, part in (
+        (2 * shape.intermediate_size, shape.hidden_size, 2 / 3),
+        (shape.hidden_size, shape.intermediate_size, 1 / 3),
+    ):
+        step_us = columns / config.step * config.rows / ROWS / points.clock_mhz
+        each = [0.0] * sms
+        tiles = [width for its in widths for width in its for _ in range(rows // config.rows)]
+        for index, width in enumerate(tiles):
+            turn, place = divmod(index, sms)
+            each[sms - 1 - place if turn % 2 else place] += points.step(width) * step_us
+        us += math.hypot(max(each), read * part)
+        found.append(tuple(each))
+    return Predicted(config, widths, *found, read, us)
+
+
+def best(shape: MoEShape, counts: Sequence[int], device: Device) -> Predicted:
+    """What the config does that should be fastest.
+
+    Raises:
+        InputError: none runs the layer, or the bandwidth is not known.
+    """
+    listed = all_configs("ragged", shape.dtype)
+    if not listed:
+        raise InputError(f"dtype {shape.dtype} has no ragged form; use one of {', '.join(POINTS)}.")
+    legal = [config for config in listed if why_illegal(config, shape) is None]
+    if not legal:
+        raise InputError(f"the ragged form does not run {shape}: {why_illegal(listed[0], shape)}")
+    return min((predict(shape, counts, device, config) for config in legal), key=lambda found: found.us)

@@ -16,7 +16,6 @@ from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.grid import IntArray
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute import costs
-from rampwrap.kernels.cute.configs import RAGGED, why_illegal
 from rampwrap.measure.full import roofline_us
 from rampwrap.plan.plan import Plan
 from rampwrap.policy.policies import Policy
@@ -70,7 +69,7 @@ class ExplainRequest:
 @click.option(
     "--ragged",
     is_flag=True,
-    help="also what the CuTe kernels' ragged form would do; a prediction; no plan holds it, it is slower than the best config",
+    help="also what the CuTe kernels' ragged form would do, which no plan holds yet; a prediction",
 )
 def explain(its: ExplainRequest) -> Answer:
     """Which config a `Dispatcher` would launch for each routing, and why."""
@@ -98,13 +97,10 @@ def explain(its: ExplainRequest) -> Answer:
 
 def _ragged(plan: Plan, histogram: IntArray) -> tuple[dict[str, Any], str]:
     """What the ragged form would do with a histogram on the plan's GPU, as values and in words."""
-    shape, device = plan.shape, costs.known(plan.device)
-    reason = why_illegal(RAGGED[shape.dtype], shape) if shape.dtype in RAGGED else f"its dtype is {shape.dtype}."
-    if reason is not None:
-        raise InputError(f"the ragged form does not run {shape}: {reason}")
-    found = costs.explain(shape, histogram.tolist(), device)
-    share = float(roofline_us(device, shape, histogram)[0]) / found.us
-    values = attrs.asdict(found) | {"roofline_share": share, "predicted": True}
+    device = costs.known(plan.device)
+    found = costs.best(plan.shape, histogram.tolist(), device)
+    share = float(roofline_us(device, plan.shape, histogram)[0]) / found.us
+    values = attrs.asdict(found) | {"tiles": found.tiles, "roofline_share": share, "predicted": True}
     return values, f"ragged form, as predicted: {found}, {share:.0%} of the roofline"
 
 

@@ -29,10 +29,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.reference import activate, dequantise, quantise, weights_of
 from rampwrap.kernels.cute.build.library import Library
 from rampwrap.kernels.cute.configs import all_variants
-from rampwrap.kernels.cute.costs import Costs, works_of
 from rampwrap.kernels.cute.defaults import default
-from rampwrap.kernels.cute.host.ragged import Line
-from rampwrap.kernels.cute.schedule import pieces
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.testing.conformance import check
@@ -130,49 +127,9 @@ def stand_in(variant, calls):
             values = dequantise(h[part], scale[part]) if fp8 else h[part].double()
             rows[slots] = ((values @ w2[expert].T) * weights[slots, None].double()).to(torch.bfloat16)
 
-    def ragged_sums(tensors, numbers, which, x, w, rows_of):
-        """Pieces in the order of the CTAs, each the product over its own steps; whole units as (expert, slots, group, sums)."""
-        (sorted_ids, counts), (_, marks) = tensors[:2], tensors[-2:]
-        top_k, *costs, ctas = numbers
-        assert counts.dtype == torch.int32 and not marks.any() and len(marks) >= ctas
-        hidden, columns = (x.shape[1], w[0].shape[0] // 2) if which == 0 else (w[0].shape[0], x.shape[1])
-        shape = MoEShape(len(counts), min(top_k, len(counts)), hidden, columns, variant.config.dtype)
-        work, step, sums = works_of(shape, Costs(*costs))[which], variant.config.step, {}
-        for piece in (piece for mine in pieces(work, counts.tolist(), ctas) for piece in mine):
-            slots = sorted_ids[piece.first_row : piece.first_row + piece.tokens].long()
-            k = slice(piece.begin * step, piece.end * step)
-            key = piece.expert, piece.first_row, piece.group
-            assert (key in sums) != piece.owned()
-            more = x[slots // (top_k if which == 0 else 1)][:, k] @ rows_of(w[piece.expert], piece.group)[:, k].T
-            sums[key] = sums.get(key, 0) + more
-            if piece.end == work.steps:
-                yield piece.expert, slots, piece.group, sums[key]
-
-    def ragged_up(*arguments):
-        *tensors, numbers = *arguments[:-7], arguments[-7:]
-        x, w13 = take(tensors), take(tensors, weights=True)
-        h = tensors[2:-2]
-        rows = lambda w, group: torch.cat([part[group * 128 : group * 128 + 128] for part in w.chunk(2)])  # noqa: E731
-        for _, slots, group, sums in ragged_sums(tensors, numbers, 0, x, w13, rows):
-            gate, up = sums.chunk(2, 1)
-            values = torch.nn.functional.silu(gate) * up
-            if fp8:
-                h[0][slots, group * 128 : group * 128 + 128], scale = quantise(values)
-                h[1][slots, group] = scale[:, 0]
-            else:
-                h[0][slots, group * 128 : group * 128 + 128] = values.to(torch.bfloat16)
-
-    def ragged_down(*arguments):
-        *tensors, numbers = *arguments[:-7], arguments[-7:]
-        h, w2 = take(tensors), take(tensors, weights=True)
-        weights, rows = tensors[2:4]
-        part = lambda w, group: w[group * 256 : group * 256 + 256]  # noqa: E731
-        for _, slots, group, sums in ragged_sums(tensors, numbers, 1, h, w2, part):
-            rows[slots, group * 256 : group * 256 + 256] = (sums * weights[slots, None]).to(torch.bfloat16)
-
     run = {
         **{"up": up, "down": down, "mega": mega, "prefill_up": prefill_up, "prefill_down": prefill_down},
-        **{"ragged_up": ragged_up, "ragged_down": ragged_down},
+        **{"ragged_up": up, "ragged_down": down},
     }[variant.role]
 
     def function(*arguments):
@@ -435,73 +392,50 @@ def test_equal_values_under_other_keys_are_another_config():
 
 def test_the_ragged_form_is_reached_by_name_alone():
     """No list of any other form holds it, and nothing that chooses sees it; a config that names it runs all the same."""
-    kernel = kernel_of(FP8, "ragged")
-    (config,) = kernel.configs
-    assert config["form"] == "ragged" and kernel.default_config(64) == config
-    others = CuteFusedMoE(FP8, library=StandIns())
-    assert config not in others.configs and others.supports(config, FP8) is None
+    kernel, others = kernel_of(FP8, "ragged"), CuteFusedMoE(FP8, library=StandIns())
+    assert {config["form"] for config in kernel.configs} == {"ragged"} and kernel.default_config(64) in kernel.configs
+    assert all(config not in others.configs and others.supports(config, FP8) is None for config in kernel.configs)
     assert all(variant.config.form != "ragged" for variant in all_variants())
-    assert "has one config" in others.supports({**config, "block_m": 48}, FP8)
+    config = kernel.configs[0]
+    assert "m48_n64_w4_s4 is not compiled for form='ragged'" in others.supports({**config, "block_m": 48}, FP8)
     assert "hidden_size=384 is no multiple of the 256" in kernel.supports(config, attrs.evolve(FP8, hidden_size=384))
-    many = MoEShape(513, 2, 256, 256, "fp8")
-    assert "513 is more than the 512" in kernel.supports(config, many)
     assert kernel.grid(config, FP8).launches == (2, 1) and not hasattr(kernel, "nondeterministic")
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [FP8, BF16], ids=["fp8", "bf16"])
-def test_ragged_layers_are_right_whatever_an_expert_has(shape):
-    """No tokens, one, a width and one beside it, and more than the widest; cut among CTAs or not."""
-    counts = [0, 1, 8, 9, 49, 0, 131, 2]
-    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts)).int()
-    ids = ids[torch.randperm(200, generator=torch.Generator().manual_seed(0))].view(100, 2)
-    kernel = kernel_of(shape, "ragged")
-    for ctas in (1, 2, 132):
-        kernel._most_ctas = lambda for_each_sm, device, ctas=ctas: ctas
-        inputs = kernel.inputs(shape, ids)
-        memory = kernel.workspace(100, "cpu")
-        out = kernel.launch(kernel.configs[0], **inputs, workspace=memory)
-        assert error(out, kernel.reference(shape, inputs)) < 5e-3
-        assert len(memory.marks) == ctas and memory.fragments.numel() == ctas * 256 * kernel.configs[0]["block_m"]
-
-
-@needs_kernels
-def test_arguments_of_the_ragged_kernels():
-    kernel = kernel_of(FP8, "ragged")
-    inputs = kernel.inputs(FP8, routing(FP8, 5))
-    memory = kernel.workspace(8, "cpu")
-    kernel.launch(kernel.configs[0], **inputs, workspace=memory)
-    (up, ups), (down, downs) = kernel.library.calls
-    assert up.startswith("ragged_up_fp8_m96") and down.startswith("ragged_down_fp8_m96")
-    assert ups[-7:] == downs[-7:] == (2, *attrs.astuple(Costs.of(SIMULATED, "fp8")), 2)
-    assert ups[5].tolist() == inputs["topk_ids"].flatten().bincount(minlength=8).tolist()
-    assert ups[8] is memory.fragments is downs[8] and ups[9] is memory.marks is downs[9]
-    with pytest.raises(InputError, match="no room for fragments"):
-        kernel.launch(kernel.configs[0], **inputs, workspace=kernel_of(FP8).workspace(8, "cpu"))
-    huge = attrs.evolve(Costs.of(SIMULATED, "fp8"), memory=1 << 31)
-    kernel._line = Line.of(FP8, huge)
-    with pytest.raises(InputError, match="5 tokens are more than the ragged form counts"):
-        kernel.launch(kernel.configs[0], **inputs, workspace=memory)
+def test_ragged_kernels_take_what_those_of_two_launches_take():
+    """A block is what the config says, whatever its tile is."""
+    calls = {}
+    for form in ("two", "ragged"):
+        kernel = kernel_of(FP8, form)
+        config = next(its for its in kernel.configs if its["block_m"] == 56 and its["block_n"] == 64)
+        inputs = kernel.inputs(FP8, routing(FP8, 5))
+        kernel.launch(config, **inputs, workspace=kernel.workspace(8, "cpu"))
+        calls[form] = kernel.library.calls
+    for (plain, its), (name, ours) in zip(calls["two"], calls["ragged"], strict=True):
+        assert name == f"ragged_{plain}" and [*map(type, its)] == [*map(type, ours)] and its[-4:] == ours[-4:]
+        assert [a.shape for a in its if hasattr(a, "shape")] == [a.shape for a in ours if hasattr(a, "shape")]
 
 
 @needs_kernels
 def test_the_probe_says_what_is_wrong(capsys):
-    """On the stand-ins every case is right; one that forgets the second CTA's fragment is wrong in rows, not in h."""
+    """On the stand-ins every case is right; a down that forgets every other row is wrong in rows, not in h."""
     where = pathlib.Path(__file__).parent.parent / "gpu" / "kernels" / "ragged_probe.py"
     spec = importlib.util.spec_from_file_location("ragged_probe", where)
     probe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(probe)
     make = lambda shape, form: CuteFusedMoE(shape, form, StandIns())  # noqa: E731
-    assert probe.main(["--only", "one CTA"], "cpu", make) == 0
+    few = ["--only", "width 8", "--dtype", "bf16"]
+    assert probe.main(few, "cpu", make) == 0
     assert "all cases are right" in capsys.readouterr().out
 
     class Lazy(StandIns):
         def _find(self, variant):
             found = super()._find(variant)
-            half = lambda *its: (found(*its), its[-10].view(-1)[::2].zero_())  # noqa: E731
+            half = lambda *its: (found(*its), its[-5].view(-1)[::2].zero_())  # noqa: E731
             return half if variant.role == "ragged_down" else found
 
     lazy = lambda shape, form: CuteFusedMoE(shape, form, Lazy())  # noqa: E731
-    assert probe.main(["--only", "at most one", "--dtype", "bf16"], "cpu", lazy) == 1
+    assert probe.main(few, "cpu", lazy) == 1
     said = capsys.readouterr().out
-    assert "WRONG" in said and "h 0.00" in said and "1 cases are wrong" in said
+    assert "WRONG" in said and "h 0.00" in said and "cases are wrong" in said

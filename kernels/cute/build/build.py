@@ -81,10 +81,10 @@ class Build:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of all that decides what is compiled: the folder `device`, the configs, the schedule and how they are traced."""
+    """Digest of all that decides what is compiled: the folder `device`, the configs and how they are traced."""
     digest = hashlib.sha256(ARCH.encode())
     cute = pathlib.Path(__file__).parents[1]
-    others = [cute / "configs.py", cute / "schedule.py", cute / "build" / "emit.py"]
+    others = [cute / "configs.py", cute / "build" / "emit.py"]
     for path in [*sorted((cute / "device").glob("*.py")), *others]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

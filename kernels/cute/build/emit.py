@@ -20,8 +20,12 @@ from rampwrap.kernels.cute.device.down import DownBf16, DownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.mega import MegaBf16, MegaFp8  # noqa: E402
 from rampwrap.kernels.cute.device.prefill_down import PrefillDownBf16, PrefillDownFp8  # noqa: E402
 from rampwrap.kernels.cute.device.prefill_up import PrefillUpBf16, PrefillUpFp8  # noqa: E402
-from rampwrap.kernels.cute.device.ragged_down import RaggedDownBf16, RaggedDownFp8  # noqa: E402
-from rampwrap.kernels.cute.device.ragged_up import RaggedUpBf16, RaggedUpFp8  # noqa: E402
+from rampwrap.kernels.cute.device.ragged import (  # noqa: E402
+    RaggedDownBf16,
+    RaggedDownFp8,
+    RaggedUpBf16,
+    RaggedUpFp8,
+)
 from rampwrap.kernels.cute.device.stream import Stream, StreamOverlapping  # noqa: E402
 from rampwrap.kernels.cute.device.up import UpBf16, UpFp8  # noqa: E402
 
@@ -77,21 +81,13 @@ def arguments(variant: Variant) -> list[Any]:
     # The prefill form keeps h in the order of the blocks, and scales of 128 columns of all rows together.
     rows = size(divisibility=SCALE)
     ordered = [tensor(dtype, rows, columns), *([tensor(Float32, size(), rows)] if fp8 else [])]
-    # The ragged form reads the counts and computes its blocks; fragments and their marks, and five costs.
-    sorted_ids, counts = routing[0], tensor(Int32, experts, align=4)
-    left = [tensor(Float32, size()), tensor(Int32, size(), align=4)]
-    if variant.config.form == "ragged":
-        tensors = [*x, *w13, sorted_ids, counts, *h, *left]
-        if variant.role == "ragged_down":
-            tensors = [*h, *w2, sorted_ids, counts, weights, tensor(BFloat16, slots, hidden), *left]
-        return [*tensors, *(Int32(1) for _ in range(7)), STREAM]
     if variant.role == "prefill_up":
         tensors = [*x, *w13, *routing, *ordered]
     elif variant.role == "prefill_down":
         tensors = [*ordered, *w2, *routing, weights, tensor(BFloat16, slots, hidden)]
-    elif variant.role == "up":
+    elif variant.role in ("up", "ragged_up"):
         tensors = [*x, *w13, *routing, *h]
-    elif variant.role == "down":
+    elif variant.role in ("down", "ragged_down"):
         tensors = [*h, *w2, *routing, weights, tensor(BFloat16, slots, hidden)]
     else:
         tensors = [*x, *w13, *w2, *routing, weights, tensor(Float32, tokens, hidden)]

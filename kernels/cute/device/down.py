@@ -149,7 +149,7 @@ class Down(GroupedGemm):
                     self.copy_weights(tma, source, target, full, step, step, expert, tile)
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
-        for index in cutlass.range(start, stop, by, unroll=1):
+        for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
             # What a tile needs is loaded a tile ahead.
             rows = self.rows_of(slots, 1, num_slots)
             now_expert, now_tile = expert, tile
@@ -197,7 +197,7 @@ class Down(GroupedGemm):
         stage, phase, turn = Int32(0), Int32(0), Int32(0)
         block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
         expert, slot = expert_ids[block], self.slot_of(sorted_ids, block, num_slots, consumer)
-        for index in cutlass.range(start, stop, by, unroll=1):
+        for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
             now_expert, now_slot = expert, slot
             weight = topk_weights[cutlass.max(now_slot, 0)]
             first = tile * self.rows + warp * (16 * self.mt)

@@ -64,6 +64,9 @@ class GroupedGemm:
         self.looks_ahead = config.block_m <= (64 if config.warp_n > 4 else 128)
         self.box_rows = 64 * self.groups
         self.cluster = 1
+        # With a K loop for each width, accumulators of a first step that are read without having been written count as alive in
+        # all of them together, 416 registers in bf16, and ptxas spills them and waits behind each wgmma.
+        self.zeroed = config.form == "ragged"
 
     # ---- host side
 
@@ -141,6 +144,10 @@ class GroupedGemm:
         inside = index - first * tiles_n
         tile = quotient(inside, height)
         return first + inside - tile * height, tile
+
+    def end_of(self, start, stop, by):
+        """Where the loop of a CTA over its tiles stops, which counts from `start` by `by`."""
+        return stop
 
     @cute.jit
     def tile_after(self, index, stop, by):
@@ -264,13 +271,15 @@ class GroupedGemm:
     @cute.jit
     def multiply_bf16(self, mma, weights, tokens, acc, full, empty, stage, phase, steps):
         """acc = weights x tokens over `steps`; a stage is handed back when the wgmma after its own is under way."""
+        if const_expr(self.zeroed):
+            acc.fill(0.0)
         last = stage
         for step in cutlass.range(steps, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             cute.arch.fence_proxy("async.shared", space="cta")
             warpgroup.fence()
             for k in cutlass.range_constexpr(cute.size(weights, mode=[2])):
-                mma.set(warpgroup.Field.ACCUMULATE, True if const_expr(k > 0) else step > 0)
+                mma.set(warpgroup.Field.ACCUMULATE, True if const_expr(k > 0 or self.zeroed) else step > 0)
                 cute.gemm(mma, acc, weights[(None, None, k, stage)], tokens[(None, None, k, stage)], acc)
             warpgroup.commit_group()
             warpgroup.wait_group(1)

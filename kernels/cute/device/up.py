@@ -171,7 +171,7 @@ class Up(GroupedGemm):
         # What a tile needs is loaded a tile ahead.
         block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
         expert, slots = expert_ids[block], self.load_slots(sorted_ids, block, thread)
-        for index in cutlass.range(start, stop, by, unroll=1):
+        for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
             rows = self.rows_of(slots, top_k, num_slots)
             now_expert, now_tile = expert, tile
             block, tile = self.tile_of(self.tile_after(index, stop, by), num_blocks, tiles_n, group_m)
@@ -218,7 +218,7 @@ class Up(GroupedGemm):
         stage, phase, turn = Int32(0), Int32(0), Int32(0)
         block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
         expert, slot = expert_ids[block], self.slot_of(sorted_ids, block, num_slots, consumer)
-        for index in cutlass.range(start, stop, by, unroll=1):
+        for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
             now_expert, now_slot = expert, slot
             column_tile = tile * self.cluster + rank
             if now_expert >= 0:
@@ -265,7 +265,7 @@ class Up(GroupedGemm):
         if consumer < self.block_m:
             slots[consumer, turn % 2] = slot
         if const_expr(self.fp8):
-            self.maxima_of_warp(total, of_warps, lane, warp)
+            self.as_wide_as(total).maxima_of_warp(total, of_warps, lane, warp)
             self.meet()
             if consumer < self.block_m:
                 most = self.most_of_warps(of_warps, consumer)
@@ -278,6 +278,10 @@ class Up(GroupedGemm):
                     at = h_scale.iterator.toint() + (Int64(slot) * (columns // SCALE) + group) * 4
                     ptx.store_global_f32(at, scale)
         self.meet()
+
+    def as_wide_as(self, total):
+        """What goes through these sums: of one width this, of several that of theirs."""
+        return self
 
     @cute.jit
     def maxima_of_warp(self, total, of_warps, lane, warp):

@@ -39,18 +39,11 @@ class Workspace:
     h_fp8: torch.Tensor | None = None
     h_scale: torch.Tensor | None = None
     "[num_slots or `ordered_rows`, I / 128]; other groups where scales have them, one a row where they are by channel or tensor."
-    fragments: torch.Tensor | None = None
-    "float32, sums that CTAs of the CuTe kernels' ragged form leave each other; None where it does not run."
-    marks: torch.Tensor | None = None
-    "int32, zero between launches: whose sums are there. What writes another value here breaks the launches to come."
 
     @property
     def num_bytes(self) -> int:
         """Device memory held."""
-        tensors = (
-            *(self.h, self.y, self.alignment, self.x_fp8, self.x_scale, self.h_fp8, self.h_scale),
-            *(self.fragments, self.marks),
-        )
+        tensors = (*(self.h, self.y, self.alignment, self.x_fp8, self.x_scale, self.h_fp8, self.h_scale),)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def ordered_h(self, rows: int, fp8: bool) -> tuple[torch.Tensor, ...]:

@@ -1,10 +1,10 @@
-"""Where the ragged form goes wrong, if it does: h and the rows before the sum, with and without fragments, width by width.
+"""Where the ragged form goes wrong, if it does: h and the rows before the sum, width by width, for every config.
 
     python tests/gpu/kernels/ragged_probe.py [--dtype fp8]
 
-A line a case: the relative error of h, of the rows, of the output, and the worst expert. One CTA cuts nothing, so that fragments
-and marks are out of the game; one expert with n tokens is one width; one group and few steps are the least that runs. The first line
-that is wrong says what to look at. A process of its own, to be run under `timeout`: it prints before each launch.
+A line a case: the relative error of h, of the rows, of the output, and the worst expert. One expert with n tokens is one width; one
+tile and few steps are the least that runs. The first line that is wrong says what to look at. A process of its own, to be run
+under `timeout`: it prints before each launch.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.reference import activate, dequantise, quantise, weights_of
-from rampwrap.kernels.cute.schedule import WIDTHS
+from rampwrap.kernels.cute.configs import CuteConfig, all_configs
 
 BOUND = {"bf16": 5e-3, "fp8": 1.2e-2}
 
@@ -42,19 +42,17 @@ def off(found, wanted):
     return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def probe(shape, counts, ctas, device, make=CuteFusedMoE):
+def probe(kernel, config, counts, device):
     """Errors of (h, rows, output), and the expert whose rows are worst."""
-    kernel = make(shape, "ragged")
-    if ctas:
-        kernel._most_ctas = lambda for_each_sm, device: ctas
+    shape = kernel.shape
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).int()
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].view(-1, shape.top_k).to(device)
     inputs, memory = kernel.inputs(shape, ids), kernel.workspace(len(ids), device)
-    for tensor in (memory.h, memory.y, memory.h_fp8, memory.h_scale, memory.fragments):
+    for tensor in (memory.h, memory.y, memory.h_fp8, memory.h_scale):
         if tensor is not None:
             tensor.view(torch.uint8).fill_(0xFF)
     out = torch.full_like(inputs["hidden_states"], torch.nan)
-    kernel.launch(kernel.configs[0], **inputs, out=out, workspace=memory)
+    kernel.launch(config, **inputs, out=out, workspace=memory)
     h, rows = expected(shape, inputs)
     slots = ids.numel()
     found = memory.h[:slots].double()
@@ -66,24 +64,19 @@ def probe(shape, counts, ctas, device, make=CuteFusedMoE):
         off(memory.y[:slots], rows),
         off(out, rows.view(len(ids), shape.top_k, -1).sum(1)),
     )
-    assert not memory.marks.any(), "marks are left"
     return errors, max(each, key=lambda expert: (each[expert] != each[expert], each[expert]))
 
 
-def cases(dtype):
-    """(what, shape, counts, CTAs or None for one an SM), the least first."""
-    least = MoEShape(4, 1, 256, 128, dtype)
-    for width in WIDTHS[dtype]:
-        yield f"one expert, width {width}, one CTA", least, [width, 0, 0, 0], 1
-    yield "one row short of each width, one CTA", MoEShape(8, 1, 256, 128, dtype), [7, 15, 23, 31, 47, 63, 95, 1], 1
-    yield "two passes, one CTA", least, [0, WIDTHS[dtype][-1] + 9, 0, 3], 1
-    long = MoEShape(4, 1, 1024, 512, dtype)
-    yield "more steps and groups, one CTA", long, [9, 0, 30, 1], 1
-    yield "two CTAs: at most one fragment", long, [9, 0, 30, 1], 2
-    for width in WIDTHS[dtype]:
-        yield f"fragments, width {width}", long, [0, width, 0, 0], None
-    yield "an expert on many CTAs", long, [0, 0, 0, 1], None
-    yield "everything", MoEShape(32, 4, 1024, 512, dtype), [1, 0, 8, 9, 97, 0, 200, 5] * 4, None
+def cases(config: CuteConfig):
+    """(what, shape, counts), the least first."""
+    dtype, most = config.dtype, config.block_m
+    least, long = MoEShape(4, 1, 256, 128, dtype), MoEShape(4, 1, 1024, 512, dtype)
+    for width in config.widths:
+        yield f"one expert, width {width}", least, [width, 0, 0, 0]
+    for width in config.widths:
+        yield f"a row short of width {width}, and one over", long, [width - 1, 0, width + 1, 0]
+    yield "three blocks of an expert", long, [0, 2 * most + 9, 0, 3]
+    yield "everything", MoEShape(32, 4, 1024, 512, dtype), [1, 0, 8, 9, 97, 0, 200, 5] * 4
 
 
 def main(arguments=None, device="cuda", make=CuteFusedMoE):
@@ -93,13 +86,13 @@ def main(arguments=None, device="cuda", make=CuteFusedMoE):
     parser.add_argument("--only", help="cases whose name holds it")
     a = parser.parse_args(arguments)
     wrong = 0
-    for dtype in a.dtype:
-        for what, shape, counts, ctas in cases(dtype):
+    for config in (config for dtype in a.dtype for config in all_configs("ragged", dtype)):
+        for what, shape, counts in cases(config):
             if a.only and a.only not in what:
                 continue
-            print(f"{dtype:4s} {what:40s}", end=" ", flush=True)
-            (h, rows, out), worst = probe(shape, counts, ctas, device, make)
-            bad = not max(h, rows, out) < BOUND[dtype]
+            print(f"{config.name:20s} {what:40s}", end=" ", flush=True)
+            (h, rows, out), worst = probe(make(shape, "ragged"), config.keys(1), counts, device)
+            bad = not max(h, rows, out) < BOUND[config.dtype]
             wrong += bad
             print(
                 f"h {h:.4f} rows {rows:.4f} out {out:.4f}" + (f"  WRONG, expert {worst} most" if bad else ""),
