@@ -4,7 +4,6 @@ Weights are those of the Triton kernel, gate rows first, so both go into one `Po
 of time by ``rampwrap build-kernels``, or on first use where the CuTe DSL is installed.
 """
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 
 from rampwrap.adapters.layer import LayerKernel, check_blocks, check_workspace, only_on_hopper, runnable
 from rampwrap.errors import CaptureError, ConfigError, InputError
-from rampwrap.kernel.device import device_of
 from rampwrap.kernel.grid import CtaGrid
 from rampwrap.kernel.protocol import Config, format_config
 from rampwrap.kernel.shape import MoEShape

@@ -94,8 +94,9 @@ def launches(
     assert blocks is not None
     quantised = (seen[0][0], seen[0][1]) if kernel.shape.dtype == "fp8" else None
     aligned = functools.partial(
-        prepare, operands.hidden_states, quantised, None, ids, found.block_m, experts, expert_map=None, memory=blocks
-    )
+        prepare, operands.hidden_states, quantised, None, ids, found.block_m, experts, expert_map=None, memory=blocks,
+        widest_first=found.form == "ragged",
+    )  # fmt: skip
     return {
         "P": aligned,
         "U": up,
@@ -128,10 +129,9 @@ def best_config(
     kernel: CuteFusedMoE, timer: Timer, given: Sequence[dict[str, Any]], most: int, rounds: int
 ) -> tuple[Config, int]:
     """The fastest config of the whole layer, and among how many; blocks that no expert half fills are passed over."""
-    if len(kernel.configs) == 1:
-        return kernel.configs[0], 1
     tall = max(8, 2 * most)
-    tried = [c for c in kernel.configs if c["form"] != "one" and c["group_m"] == 1 and c["block_m"] <= tall]
+    tried = [c for c in kernel.configs if c["form"] != "one" and c["group_m"] == 1]
+    tried = [c for c in tried if c["form"] == "ragged" or c["block_m"] <= tall]
     memory, out = kernel.workspace(len(given[0]["topk_ids"]), DEVICE), torch.empty_like(given[0]["hidden_states"])
     left = {format_config(config): config for config in tried}
     for _ in range(2):

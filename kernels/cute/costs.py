@@ -81,7 +81,9 @@ class Predicted:
             f"{name}: {sum(each) / len(each):.1f} us an SM, at most {max(each):.1f}"
             for name, each in (("gate+up", self.up_us), ("down", self.down_us))
         )
-        return f"{self.config.name}, blocks {widths or 'none'}; {shares}; reading {self.reading_us:.1f}; {self.us:.1f} us"
+        return (
+            f"{self.config.name}, blocks {widths or 'none'}; {shares}; reading {self.reading_us:.1f}; {self.us:.1f} us"
+        )
 
 
 def widths_of(config: CuteConfig, count: int) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.dispatch.host import Dispatcher
 from rampwrap.errors import ConfigError, InputError
-from rampwrap.kernel.device import SIMULATED
 from rampwrap.kernel.grid import max_blocks
 from rampwrap.kernel.portfolio import Portfolio
 from rampwrap.kernel.protocol import Kernel
@@ -408,7 +407,7 @@ def test_ragged_kernels_take_what_those_of_two_launches_take():
     calls = {}
     for form in ("two", "ragged"):
         kernel = kernel_of(FP8, form)
-        config = next(its for its in kernel.configs if its["block_m"] == 56 and its["block_n"] == 64)
+        config = kernel.configs[0] | {"form": form, "block_m": 56, "block_n": 64, "warp_n": 4, "stages": 4}
         inputs = kernel.inputs(FP8, routing(FP8, 5))
         kernel.launch(config, **inputs, workspace=kernel.workspace(8, "cpu"))
         calls[form] = kernel.library.calls

@@ -84,6 +84,7 @@ def run_layer(
         expert_map=expert_map,
         memory=memory,
         aligned=blocks is not None,
+        widest_first=config.form == "ragged",  # whose tiles cost what their blocks hold
     )
     tokens: tuple[Any, ...] = quantised or (hidden_states,)
     routing = (memory.sorted_token_ids, memory.expert_ids, memory.num_tokens_post_padded)

@@ -93,17 +93,20 @@ def place_expert(
     num_local_experts,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
+    WIDEST_FIRST: tl.constexpr = False,
 ):
     """Writes the blocks of one expert, and this CTA's share of the sentinels after the last block.
 
     `ids` are those of all slots and `counts` their histogram (`ids_and_histogram`). Without `expert_counts_ptr` somebody
-    else writes the histogram and the number of rows.
+    else writes the histogram and the number of rows. With WIDEST_FIRST experts stand by their counts, not their numbers.
     """
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
-    num_blocks, first_block, own_blocks = sum3(
-        blocks, tl.where(bins < expert, blocks, 0), tl.where(bins == expert, blocks, 0)
-    )
+    ahead = bins < expert
+    if WIDEST_FIRST:
+        own = tl.sum(tl.where(bins == expert, counts, 0), 0)
+        ahead = (counts > own) | ((counts == own) & ahead)
+    num_blocks, first_block, own_blocks = sum3(blocks, tl.where(ahead, blocks, 0), tl.where(bins == expert, blocks, 0))
     post_padded = num_blocks * block_m
     base = first_block * block_m
 

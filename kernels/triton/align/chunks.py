@@ -115,14 +115,21 @@ def place_chunk(
     BINS: tl.constexpr,
     IDS: tl.constexpr,
     TILE: tl.constexpr,
+    WIDEST_FIRST: tl.constexpr = False,
 ):
     """Places the slots of one chunk and writes its share of the blocks' experts.
 
-    Without `expert_counts_ptr` somebody else writes the histogram and the number of rows.
+    Without `expert_counts_ptr` somebody else writes the histogram and the number of rows. WIDEST_FIRST as of `place_expert`.
     """
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
-    ends = tl.cumsum(blocks, 0)
+    if WIDEST_FIRST:
+        ahead = (counts[:, None] > counts[None, :]) | (
+            (counts[:, None] == counts[None, :]) & (bins[:, None] <= bins[None, :])
+        )
+        ends = tl.sum(tl.where(ahead, blocks[:, None], 0), 0)
+    else:
+        ends = tl.cumsum(blocks, 0)
     num_blocks = tl.max(ends, 0)
     rows = (ends - blocks) * block_m + before
 
@@ -143,10 +150,14 @@ def place_chunk(
         if pieces > 1:
             rows += count_ids(ids, num_local_experts, BINS)
 
-    # The expert of a block is the number of experts whose blocks end at or before it.
     for start in range(chunk * IDS, num_blocks, num_chunks * IDS):
         block = start + tl.arange(0, IDS)
-        expert = tl.sum((ends[None, :] <= block[:, None]).to(tl.int32), 1)
+        past = ends[None, :] <= block[:, None]
+        if WIDEST_FIRST:
+            own = ~past & ((ends - blocks)[None, :] <= block[:, None])
+            expert = tl.sum(tl.where(own, bins[None, :], 0), 1)
+        else:  # the number of experts whose blocks end at or before it
+            expert = tl.sum(past.to(tl.int32), 1)
         tl.store(expert_ids_ptr + block, expert, mask=block < num_blocks)
     if expert_counts_ptr is not None:  # noqa: SIM102  (known when compiled)
         if chunk == 0:
@@ -171,6 +182,7 @@ def place_kernel(
     ROWS: tl.constexpr,
     IDS: tl.constexpr,
     TILE: tl.constexpr,
+    WIDEST_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The second launch of an alignment without selection."""
@@ -194,4 +206,5 @@ def place_kernel(
         BINS,
         IDS,
         TILE,
+        WIDEST_FIRST,
     )

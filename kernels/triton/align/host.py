@@ -38,6 +38,8 @@ MAX_CHUNKS = 128
 # CTAs up to which the two launches overlap. CTAs that start early fill the SMs that are free, several on one, and then run
 # so: with 128 two launches took 15-29 us instead of 11, with 64 they took 8.6 instead of 9.5.
 MOST_OVERLAPPING = 64
+# Experts up to which the two-launch path sorts them: all pairs, 64 comparisons a thread of 256.
+MOST_SORTED = 128
 # Every part of the memory starts at a multiple of 16 bytes: Triton compiles another kernel for one that does not,
 # and would do so under capture.
 ALIGNED = 4
@@ -182,8 +184,11 @@ def align_tokens(
     return blocks
 
 
-def place_chunks(blocks: TokenBlocks, num_local_experts: int) -> None:
-    """The second launch of path ``chunks``, behind one that has counted and filled as `chunks.count_and_fill` does."""
+def place_chunks(blocks: TokenBlocks, num_local_experts: int, *, widest_first: bool = False) -> None:
+    """The second launch of path ``chunks``, behind one that has counted and filled as `chunks.count_and_fill` does.
+
+    With `widest_first` experts stand by their counts, the largest first, where a CTA's registers hold all pairs of them.
+    """
     num_chunks, pieces = chunks_of(blocks.num_slots)
     bins = histogram_bins(num_local_experts)
     place_kernel[(num_chunks,)](
@@ -198,6 +203,7 @@ def place_chunks(blocks: TokenBlocks, num_local_experts: int) -> None:
         num_local_experts,
         blocks.block_m,
         BINS=bins,
+        WIDEST_FIRST=widest_first and bins <= MOST_SORTED,
         **_placing(bins),
         **overlap(num_chunks),
     )

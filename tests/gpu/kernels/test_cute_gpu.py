@@ -277,7 +277,9 @@ def test_the_ragged_form_gives_the_same_bits_every_time(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("counts", [[400] + [0] * 31, [1] * 32, [0] * 31 + [1], [97] * 32, [1, 96] * 16, [8, 9, 300, 0] * 8])
+@pytest.mark.parametrize(
+    "counts", [[400] + [0] * 31, [1] * 32, [0] * 31 + [1], [97] * 32, [1, 96] * 16, [8, 9, 300, 0] * 8]
+)
 def test_the_ragged_form_on_counts_of_all_kinds(dtype, counts):
     shape = attrs.evolve(SHAPE, dtype=dtype, top_k=1)
     kernel = make(shape, "ragged")

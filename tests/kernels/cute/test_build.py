@@ -382,7 +382,9 @@ def test_products_of_the_ragged_form_run_on_until_their_sums_are_needed(real, tm
     """For each width one copy of the K loop, whose wgmma are waited for as often as they are committed. ptxas says nothing where it
     waits behind every single one."""
     objects = next((real[0].library.parent.parent / "rampwrap" / "cute" / "objects").iterdir())
-    every = [variant for dtype in ("fp8", "bf16") for config in all_configs("ragged", dtype) for variant in config.variants]
+    every = [
+        variant for dtype in ("fp8", "bf16") for config in all_configs("ragged", dtype) for variant in config.variants
+    ]
     for variant in {variant.symbol: variant for variant in every}.values():
         (tmp_path / "image.cubin").write_bytes(gate.cubin((objects / f"{variant.symbol}.o").read_bytes()))
         text = printed(tmp_path / "image.cubin")

@@ -67,7 +67,9 @@ def test_what_cannot_be_predicted():
 
 def test_the_points_lie_near_measured_layers():
     """Two-launch layers of one width on an H200, from the tables that the points were fitted to: geometric mean within 5 %."""
-    table = Timings.load(pathlib.Path(__file__).parents[3] / "benchmarks" / "results" / "h200-v2-cute-qwen3-30b-fp8.npz")
+    table = Timings.load(
+        pathlib.Path(__file__).parents[3] / "benchmarks" / "results" / "h200-v2-cute-qwen3-30b-fp8.npz"
+    )
     config = CuteConfig("ragged", "fp8", 96, 32, 8, 3)
     (column,) = [c for c, its in enumerate(table.configs) if its == config.keys(1) | {"form": "two", "block_m": 88}]
     one_width = attrs.evolve(config, form="two", block_m=88)

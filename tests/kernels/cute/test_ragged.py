@@ -60,7 +60,9 @@ def test_sums_say_which_width_they_are_of(monkeypatch):
     monkeypatch.setattr(ragged.cute, "size", lambda sums: sums)
     for config in CONFIGS:
         gemm = gemm_of(config)
-        assert [gemm.as_wide_as(width // 2 * config.block_n // 16).block_m for width in config.widths] == [*config.widths]
+        assert [gemm.as_wide_as(width // 2 * config.block_n // 16).block_m for width in config.widths] == [
+            *config.widths
+        ]
 
 
 @given(stop=st.integers(1, 900), by=st.integers(1, 140))
