@@ -21,10 +21,10 @@ from rampwrap.testing.conformance import TOLERANCE
 
 
 def poison(memory: Any) -> None:
-    """Fills a workspace with NaN, but for marks, which are zero between launches."""
+    """Fills a workspace with NaN."""
     for its in memory.by_member.values() if isinstance(memory, Memory) else [memory]:
-        for name, tensor in attrs.asdict(its, recurse=False).items() if attrs.has(type(its)) else ():
-            if isinstance(tensor, torch.Tensor) and name != "marks":
+        for tensor in attrs.asdict(its, recurse=False).values() if attrs.has(type(its)) else ():
+            if isinstance(tensor, torch.Tensor):
                 tensor.view(torch.uint8).fill_(0xFF)
 
 

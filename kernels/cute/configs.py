@@ -347,8 +347,8 @@ def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
     Others that `why_illegal` lets pass are compiled when they are asked for, where the DSL is installed.
     """
     if form == "ragged":
-        every = ((*tile, block_m) for tile, most in RAGGED.get(dtype, {}).items() for block_m in most)
-        return tuple(CuteConfig(form, dtype, block_m, *tile) for *tile, block_m in every)
+        tiles = RAGGED.get(dtype, {}).items()
+        return tuple(CuteConfig(form, dtype, block_m, *tile) for tile, heights in tiles for block_m in heights)
     if form == "prefill":
         return tuple(CuteConfig(form, dtype, *TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES if dtype in DTYPES)
     every = (

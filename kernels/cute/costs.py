@@ -109,7 +109,8 @@ def predict(shape: MoEShape, counts: Sequence[int], device: Device, config: Cute
     points, sms = POINTS[shape.dtype], device.num_sms
     widths = tuple(widths_of(config, int(count)) for count in counts)
     read = sum(map(bool, widths)) / len(widths) * shape.weight_bytes / (points.reading * device.copy_gbps) * 1e-3
-    us, found = points.fixed_us + points.token_us * sum(counts) / shape.top_k, []
+    us = points.fixed_us + points.token_us * sum(counts) / shape.top_k
+    found: list[tuple[float, ...]] = []
     for rows, columns, part in (
         (2 * shape.intermediate_size, shape.hidden_size, 2 / 3),
         (shape.hidden_size, shape.intermediate_size, 1 / 3),
@@ -122,7 +123,8 @@ def predict(shape: MoEShape, counts: Sequence[int], device: Device, config: Cute
             each[sms - 1 - place if turn % 2 else place] += points.step(width) * step_us
         us += math.hypot(max(each), read * part)
         found.append(tuple(each))
-    return Predicted(config, widths, *found, read, us)
+    up, down = found
+    return Predicted(config, widths, up, down, read, us)
 
 
 def best(shape: MoEShape, counts: Sequence[int], device: Device) -> Predicted:
