@@ -142,6 +142,10 @@ class RaggedUp(Ragged, Up):
         narrow.store(total, exchange, h, column_tile, columns, turn, consumer, warp)
         return stage, phase
 
+    def maxima_of_warp(self, total, of_warps, lane, warp):
+        """As of the GEMM of their width."""
+        self.as_wide_as(total).maxima_of_warp(total, of_warps, lane, warp)
+
 
 class RaggedDown(Ragged, Down):
     """Tiles as of `Down`."""

@@ -265,7 +265,7 @@ class Up(GroupedGemm):
         if consumer < self.block_m:
             slots[consumer, turn % 2] = slot
         if const_expr(self.fp8):
-            self.as_wide_as(total).maxima_of_warp(total, of_warps, lane, warp)
+            self.maxima_of_warp(total, of_warps, lane, warp)
             self.meet()
             if consumer < self.block_m:
                 most = self.most_of_warps(of_warps, consumer)
@@ -278,10 +278,6 @@ class Up(GroupedGemm):
                     at = h_scale.iterator.toint() + (Int64(slot) * (columns // SCALE) + group) * 4
                     ptx.store_global_f32(at, scale)
         self.meet()
-
-    def as_wide_as(self, total):
-        """What goes through these sums: of one width this, of several that of theirs."""
-        return self
 
     @cute.jit
     def maxima_of_warp(self, total, of_warps, lane, warp):
