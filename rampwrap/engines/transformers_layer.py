@@ -6,6 +6,7 @@ layer is left to transformers. (From 5.20 on Muse Spark has a norm after each ex
 through.)
 """
 
+import ctypes
 import functools
 import importlib.metadata
 import inspect
@@ -43,7 +44,7 @@ def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor)
     for flag, (made_for, reason) in FLAGS.items():
         if getattr(module, flag, made_for) is not made_for:
             return reason
-    unknown: str | None = _unknown(module)
+    unknown: str | None = _unknown_at(id(module)) if torch.compiler.is_compiling() else _unknown(module)
     if unknown is not None:
         return unknown
     gate = getattr(type(module), "_apply_gate", None)
@@ -71,6 +72,15 @@ def refusal(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _unknown_at(address: int) -> str | None:
+    """`_unknown` of the module that lies at an address, asked while tracing, when the traced function holds it.
+
+    Torch 2.11 takes no module as an argument of such a function, and cannot trace a loop over a module's ``__dict__``. It does trace
+    ``id``, whose result holds for this module alone: each layer is asked about once.
+    """
+    return _unknown(ctypes.cast(address, ctypes.py_object).value)
+
+
 def _unknown(module: Any) -> str | None:
     """The first flag, parameter, buffer or submodule that is not known here, in a clause; None without one."""
     for holder in (module.__dict__, *(vars(cls) for cls in type(module).__mro__ if cls is not torch.nn.Module)):

@@ -1,5 +1,6 @@
 """transformers' experts layers on our kernel: same results as the built-in ones, or the built-in ones with the reason."""
 
+import copy
 import importlib.metadata
 import logging
 import os
@@ -319,6 +320,38 @@ def test_compile_sees_one_operator(tmp_path: pathlib.Path) -> None:
         close(compiled(tokens()).logits, expected[0])
         close(compiled(tokens(3, 5)).logits, expected[1])
     assert ran() == 4
+
+
+def test_each_layer_is_asked_while_tracing_by_constants(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch 2.11, our floor, raises where a function of a constant result takes a module; 2.13 takes it. Held to the floor's rule here."""
+    from torch._dynamo.variables import functions
+
+    asked, invoke = [], functions.invoke_and_store_as_constant
+
+    def strictly(tx: Any, function: Any, name: str, given: Any, named: Any) -> Any:
+        asked.append(function.__name__)
+        for argument in (*given, *named.values()):
+            assert argument.is_python_constant(), f"{function.__name__}({argument})"
+        return invoke(tx, function, name, given, named)
+
+    monkeypatch.setattr(functions, "invoke_and_store_as_constant", strictly)
+    layers = [copy.deepcopy(experts_of(model_of("Olmoe", FAMILIES["Olmoe"]))) for _ in range(4)]
+    layers[1].has_router_scale = False
+    layers[3].register_buffer("limit", torch.zeros(1))
+    x, ids, weights = inputs(3)
+    with torch.no_grad():
+        expected = [ALL_EXPERTS_FUNCTIONS["grouped_mm"](layer, x, ids, weights) for layer in layers]
+        compiled = torch.compile(
+            lambda: [engine.experts_forward(layer, x, ids, weights) for layer in layers],
+            fullgraph=True,
+            backend="eager",
+        )
+        for ours, theirs in zip(compiled(), expected, strict=True):
+            close(ours, theirs)
+    assert ran() == 2 and asked.count("_unknown_at") == 4 and {"_environment", "_say"} < set(asked)
+    assert "flag has_router_scale=False is not known" in caplog.text and "part limit is not known" in caplog.text
 
 
 def test_compile_with_gradients_trains_on_the_built_in() -> None:
