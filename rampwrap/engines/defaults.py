@@ -8,8 +8,8 @@ mean at every token count in FP8, 1.02-1.25x in bf16, the Triton kernel 1.03-1.4
 of vLLM 0.33 on an H100, OLMoE and Qwen3-30B: 1.01-1.09x in decode and 1.01-1.33x in prefill (bf16) by those of the CuTe kernels, 1.02-1.10x
 and 1.03-1.26x by those of the Triton kernel (`benchmarks/README.md`).
 
-FP8 layers with scales by channel or tensor (`SCALES`) get the Triton kernel's too. By channel a plan for it is 1.15-1.27x over vLLM's
-CUTLASS there (Qwen3-30B); its defaults, and scales by tensor, were not timed.
+FP8 layers with scales by channel or tensor (`SCALES`) get the Triton kernel's too. By channel they are 1.14-1.28x over
+vLLM's CUTLASS there (Qwen3-30B), as a plan is; scales by tensor were not timed.
 """
 
 import logging

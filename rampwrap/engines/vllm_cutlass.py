@@ -15,7 +15,7 @@ from rampwrap.kernel.activation import SILU, Activation
 from rampwrap.kernel.shape import MoEShape
 
 SERVED = True
-"""Whether our launch stands in for them: by a plan it is 1.15-1.27x in GPU time of a step of Qwen3-30B, scales by channel, vLLM 0.33 on an
+"""Whether our launch stands in for them: it is 1.14-1.28x in GPU time of a step of Qwen3-30B, scales by channel, vLLM 0.33 on an
 H100 (`benchmarks/README.md`). False leaves them to vLLM, and the log, doctor and profile say so."""
 NAME = "TritonOrCutlassExperts"
 "The class of a layer's experts: those of CUTLASS, but on sm_100, where it takes `TritonExperts` for up to 8 tokens."
