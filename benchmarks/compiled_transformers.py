@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from rampwrap.engines.defaults import PLANS_ONLY
-from rampwrap.plan.folder import PLANS
+from rampwrap.plan.folder import OWN_PLANS, PLANS
 
 ARMS = ("grouped_mm", "own", "rampwrap", "rampwrap_triton")
 OURS = ("rampwrap", "rampwrap_triton")
@@ -44,24 +44,22 @@ CLOSE = 0.03
 
 
 def busy_us(events: Any) -> float:
-    """Microseconds of a step in which the GPU runs something: kernels that overlap count once."""
-    on_gpu = sorted(
-        (
-            event.time_range
-            for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and event.name != STEP
-        ),
-        key=lambda its: its.start,
-    )
-    steps = [
+    """Microseconds of a step in which the GPU runs something: kernels that overlap count once.
+
+    Names that the host gave to its own time appear on the GPU's side too, from the first of their kernels to the last.
+    """
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    named = {event.name for event in events if event.device_type == cpu}
+    kernels = [
         event.time_range
         for event in events
-        if event.name == STEP and event.device_type == torch.autograd.DeviceType.CPU
+        if event.device_type == gpu and not getattr(event, "is_user_annotation", False) and event.name not in named
     ]
+    steps = [event.time_range for event in events if event.name == STEP and event.device_type == cpu]
     total = 0.0
     for step in steps:
         until = step.start
-        for its in on_gpu:
+        for its in sorted(kernels, key=lambda its: its.start):
             if step.start <= its.start < step.end:
                 total += max(0.0, its.end - max(its.start, until))
                 until = max(until, its.end)
@@ -73,7 +71,7 @@ class Arm:
 
     def __init__(self, model: str, name: str, folder: pathlib.Path, arguments: argparse.Namespace) -> None:
         self.model, self.name, self.log = model, name, folder / f"{model}-{name}.log"
-        environment = os.environ | {PLANS: str(folder / "plans"), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {PLANS: str(folder / "plans"), OWN_PLANS: "1", "PYTHONUNBUFFERED": "1"}
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"inductor-{model}-{name}")
         environment[PLANS_ONLY] = "1" if name == "rampwrap_triton" else ""
         self._process = subprocess.Popen(

@@ -30,6 +30,7 @@ def test_kernels_count_within_a_step_and_once(its):
 
     events = [event(its.STEP, 10, 30, gpu=False), event(its.STEP, 50, 60, gpu=False), event(its.STEP, 12, 28)]
     events += [event("a", 5, 9), event("a", 12, 18), event("b", 15, 20), event("a", 52, 56), event("c", 40, 45)]
+    events += [event("## compiled", 11, 29, gpu=False), event("## compiled", 12, 29)]
     assert its.busy_us(events) == (8 + 4) / 2
     assert math.isnan(its.busy_us([]))
 
