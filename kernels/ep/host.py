@@ -15,6 +15,7 @@ import triton.language as tl
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
+from rampwrap.kernels.ep.bulk import tell_kernel, wait_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COUNTS, DISPATCH, LATE, MOST_RANKS
@@ -259,6 +260,29 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
         EVERY=its.expert_map is None,
         **its._shared(tokens_per_rank),
     )
+
+
+def tell(mapped: Mapped, phase: int, num_tokens: int, peer: int | None = None) -> None:
+    """One launch: this rank's cell of a phase at one peer, or at all ranks, after all that the stream did before."""
+    ranks = mapped.num_ranks if peer is None else 1
+    tell_kernel[(1,)](
+        mapped.bases,
+        mapped.views["header"],
+        mapped.rank,
+        peer or 0,
+        num_tokens,
+        CELLS_AT=mapped.cells(phase)[1],
+        RANKS=ranks,
+        LANES=triton.next_power_of_2(ranks),
+        num_warps=1,
+    )
+
+
+def wait(mapped: Mapped, source: int, phase: int, num_tokens: int) -> None:
+    """One launch, which ends when the cell of a rank is there: what comes after it sees what that announces."""
+    limit_ns, header = int(mapped.timeout_s * 1e9), mapped.views["header"]
+    cells, _ = mapped.cells(phase)
+    wait_kernel[(1,)](cells, header, mapped.fault, source, limit_ns, num_tokens, PHASE=phase, num_warps=1)
 
 
 def _ctas(num_tokens: int) -> int:

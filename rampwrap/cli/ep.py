@@ -79,9 +79,9 @@ def ep(its: EpRequest) -> Answer:
         f"{shape} on {its.ep_size} ranks; rows travel in {layout.payload}, sums in {layout.partials}",
         f"memory of a rank ({its.backend}): {memory.total / 1e6:.1f} MB, "
         f"{memory.shared / 1e6:.1f} shared, {memory.own / 1e6:.1f} of its own, {memory.collectives / 1e6:.1f} for collectives",
-        "tokens a rank  path                         most MB out of a rank: dispatch  combine",
+        "tokens a rank  path       most MB out of a rank: dispatch  combine",
         *(
-            f"{step['tokens_per_rank']:13d}  {step['path']:27s}  {step['most_dispatch_bytes'] / 1e6:30.3f}  "
+            f"{step['tokens_per_rank']:13d}  {step['path']:9s}  {step['most_dispatch_bytes'] / 1e6:30.3f}  "
             f"{step['most_combine_bytes'] / 1e6:7.3f}"
             for step in steps
         ),

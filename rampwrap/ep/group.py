@@ -11,10 +11,10 @@ import torch.distributed as dist
 from rampwrap.ep import BACKENDS, terms
 from rampwrap.ep.board import Board
 from rampwrap.ep.collectives import Collectives
-from rampwrap.ep.layout import MOST_TOKENS, Layout
+from rampwrap.ep.layout import Layout
 from rampwrap.ep.mover import BySource, Mover
 from rampwrap.ep.owners import Owners, contiguous
-from rampwrap.ep.path import BULK_TOKENS, Path, path_of
+from rampwrap.ep.path import BY_SOURCE_TOKENS, Path, path_of
 from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
 from rampwrap.errors import GroupError, InputError, RampwrapError
@@ -46,11 +46,10 @@ class ExpertParallel:
         backend: "collectives", torch.distributed on any device and over several hosts; or "symmetric", our kernels through
             memory that the GPUs of one host share.
         masked: whether rows go only to ranks that own one of their experts; None decides by what it saves (`path_of`).
-            In bulk our kernels send every row to every rank.
-        by_source: whether `layer` runs once for each source where rows go in bulk; None decides by their number.
-        bulk_tokens: tokens of a rank from which on rows go in bulk; None takes what is best for our kernels, and never does so
-            by collectives, which gain nothing by it.
-        max_ctas: of a copy in bulk; 0 leaves it to copy engines, which take no SM.
+            By source every row goes to every rank.
+        by_source: whether `layer` runs once for each source where there are many tokens, and copy engines move rows meanwhile.
+            It takes less of the GPU's time there, and more of the host's.
+        by_source_tokens: tokens of a rank from which on it does so.
         timeout_s: seconds that a rank is waited for.
         device: of the tensors; None takes the current GPU for NCCL, else the CPU.
 
@@ -69,18 +68,15 @@ class ExpertParallel:
         partials: str | None = None,
         backend: str = "collectives",
         masked: bool | None = None,
-        by_source: bool | None = None,
-        bulk_tokens: int | None = None,
-        max_ctas: int = 0,
+        by_source: bool = False,
+        by_source_tokens: int = BY_SOURCE_TOKENS,
         timeout_s: float = 30.0,
         device: torch.device | str | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}.")
         self.group, self.backend, self.masked, self.timeout_s = group, backend, masked, timeout_s
-        never = MOST_TOKENS + 1
-        self.bulk_tokens = bulk_tokens if bulk_tokens is not None else BULK_TOKENS if backend == "symmetric" else never
-        self.by_source, self.max_ctas = by_source, max_ctas
+        self.by_source, self.by_source_tokens = by_source, by_source_tokens
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         chosen = {name: its for name, its in (("payload", payload), ("partials", partials)) if its is not None}
         self.placement = placement or contiguous(shape.num_experts, self.num_ranks, self.rank)
@@ -97,7 +93,7 @@ class ExpertParallel:
         self._received: Received | None = None
         self._meets = True  # whether ranks tell each other before they move data
         self._owners: Owners | None = None
-        self._movers: tuple[Mover, BySource] | None = None  # of low latency, and of bulk
+        self._movers: tuple[Mover, BySource] | None = None  # of whole steps, and of those by source
         self._board: Board | None = None
 
     @property
@@ -132,7 +128,7 @@ class ExpertParallel:
         return self
 
     def _meet(self, board: Board) -> list[terms.Terms]:
-        names = ("masked", "by_source", "bulk_tokens", "max_ctas")
+        names = ("masked", "by_source", "by_source_tokens")
         backend = ", ".join([self.backend, *(f"{name}={getattr(self, name)}" for name in names)])
         wish = terms.Terms.of(self.layout, self.placement, self.device, backend, self._busy())
         every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
@@ -150,7 +146,7 @@ class ExpertParallel:
         if reason is not None:
             raise GroupError(reason)
         near = Symmetric.open(self.group, self.layout, owners, self.device, board)
-        return near, near.bulk(self.max_ctas)
+        return near, near.bulk()
 
     def _busy(self) -> str | None:
         others = [its for its in _open if its.group is not self.group]
@@ -182,13 +178,13 @@ class ExpertParallel:
             GroupError: another rank refused its part, or did not arrive.
         """
         sent = Sent(hidden_states, topk_ids, topk_weights, scales)
-        counts, path, movers = self._begun(sent, tokens_per_rank)
-        self._received = received = self._mover_of(path, movers).dispatch(sent, counts, path, block_m)
+        counts, path, movers = self._begun(sent, tokens_per_rank, by_source=False)
+        self._received = received = movers[0].dispatch(sent, counts, path, block_m)
         self._state = "dispatched"
         return received
 
     def _begun(
-        self, sent: Sent, tokens_per_rank: Sequence[int] | None
+        self, sent: Sent, tokens_per_rank: Sequence[int] | None, by_source: bool
     ) -> "tuple[tuple[int, ...], Path, tuple[Mover, BySource]]":
         """Tokens of all ranks, and the path of a step that all may dispatch."""
         self._meets = tokens_per_rank is None
@@ -204,7 +200,7 @@ class ExpertParallel:
         # Which rows a message has the host must read, unless all are in it; our kernels need not know.
         known = tokens_per_rank is not None and self.backend == "collectives"
         masked = False if known else self.masked
-        return counts, path_of(self.layout, counts, masked, self.by_source, self.bulk_tokens), movers
+        return counts, path_of(self.layout, counts, masked, by_source, self.by_source_tokens), movers
 
     def combine(self, expert_output: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sends every row's sum home and returns [T, H]: for each own token the sums of its ranks, added by rank in float32.
@@ -226,7 +222,7 @@ class ExpertParallel:
             self._agree(board, "combine", 0, refusal)
         if refusal is not None:
             raise InputError(refusal)
-        total = self._mover_of(received.path, movers).combine(expert_output, received, out)
+        total = movers[0].combine(expert_output, received, out)
         self._received, self._state = None, "idle"
         return total
 
@@ -247,10 +243,6 @@ class ExpertParallel:
             self._state = "broken"
             raise GroupError(reason)
 
-    @staticmethod
-    def _mover_of(path: Path, movers: "tuple[Mover, BySource]") -> "Mover":
-        return movers[0] if path.low_latency else movers[1]
-
     def layer(
         self,
         run: Callable[..., torch.Tensor],
@@ -265,7 +257,7 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """The whole layer: dispatch, a kernel on the received rows in place, combine. Returns [T, H].
 
-        Steps of many tokens go source by source (`path_of`): `run` is called for the tokens of this rank, then for those of each
+        With `by_source`, steps of many tokens go so (`path_of`): `run` is called for the tokens of this rank, then for those of each
         other one, while rows and sums of the others travel.
 
         Args:
@@ -278,10 +270,10 @@ class ExpertParallel:
         The other arguments, and what is raised, are those of `dispatch` and `combine`.
         """
         sent = Sent(hidden_states, topk_ids, topk_weights, scales)
-        counts, path, movers = self._begun(sent, tokens_per_rank)
+        counts, path, movers = self._begun(sent, tokens_per_rank, self.by_source)
         dtype = self.layout.hidden_dtype
         if not path.by_source:
-            self._received = received = self._mover_of(path, movers).dispatch(sent, counts, path, None)
+            self._received = received = movers[0].dispatch(sent, counts, path, None)
             self._state = "dispatched"
             return self.combine(received.through(run, dtype, weights), out=out)
         self._state = "broken"  # until it has ended
@@ -359,8 +351,8 @@ class ExpertParallel:
             raise InputError("reset was called on a closed ExpertParallel; call open() on every rank.")
         self._state = "broken"
         self._board.reset()
-        for mover in dict.fromkeys(self._movers or ()):
-            mover.reset(self._board)
+        if self._movers is not None:
+            self._movers[0].reset(self._board)
         self._received, self._state = None, "idle"
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`Mover`: what moves the rows of a step, whole or source by source."""
+"""`Mover` and `BySource`: what moves the rows of a step, all at once or source by source."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -13,7 +13,7 @@ from rampwrap.ep.sent import Sent
 
 
 class Mover(Protocol):
-    """`Symmetric`, and what can do more."""
+    """`Symmetric`, `Collectives`."""
 
     def dispatch(
         self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None, /
@@ -50,14 +50,16 @@ class Piece:
         return self.room
 
 
-class BySource(Mover, Protocol):
-    """`Bulk`, `Collectives`: a step may go source by source. Each piece is sent home before the next is asked for."""
+class BySource(Protocol):
+    """`Bulk`, `Collectives`. Each piece is sent home before the next is asked for."""
 
     def pieces(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, /) -> Iterator[Piece]: ...
 
     def send_home(self, piece: Piece, expert_output: torch.Tensor, /) -> None: ...
 
     def summed(self, out: torch.Tensor | None, /) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
 
 
 def in_order_of_arrival(rank: int, num_ranks: int) -> list[int]:

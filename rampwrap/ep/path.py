@@ -6,13 +6,9 @@ import attrs
 
 from rampwrap.ep.layout import Layout
 
-BULK_TOKENS = 2048
-"""Tokens of a rank from which on rows are sent in bulk. Predicted, not measured: by one launch, which is low latency, dispatch took 1.56
-times its floor and combine 1.73 at 4096 (two H100, H=2048, bf16: 1.50x as fast as NCCL at 2048, 1.19x at 4096), and bulk has
-about 20 us of launches and flags beyond its own."""
-BY_SOURCE_TOKENS = 4096
-"""Tokens of a rank from which on `ExpertParallel.layer` runs once for each source. Predicted, not measured: the weights are read as often,
-100 us for 32 experts of Qwen3-30B in bf16, which hides behind the products from about 256 rows an expert on."""
+BY_SOURCE_TOKENS = 8192
+"""Tokens of a rank from which on a layer may run source by source. On four H100 it took 0.84-0.99 times as long there as by one launch
+on the GPU (Qwen3-30B in FP8 from 16384 on), but the host needs 3-5 ms to launch it, for 1.0-1.4, so that it is asked for and no default."""
 # Measured on 4 H100 with 64 CTAs of ordinary stores, out of each GPU.
 STORE_BYTES_PER_US = 318e3
 # What asking each row's ids before sending it may cost at most, to be on the safe side.
@@ -24,18 +20,15 @@ class Path:
     """How one step's rows go.
 
     Attributes:
-        low_latency: by stores of the launch that prepares them; else in bulk.
         masked: only to ranks that own one of a row's experts; else every row to every rank.
-        by_source: a whole layer runs once for each source, while the rows of others travel.
+        by_source: a whole layer runs once for each source, while copy engines move the rows of others; else one launch moves all.
     """
 
-    low_latency: bool
     masked: bool
     by_source: bool
 
     def __str__(self) -> str:
-        kind = "low latency" if self.low_latency else "high throughput"
-        return f"{kind}, {'masked' if self.masked else 'all rows'}{', by source' if self.by_source else ''}"
+        return f"{'masked' if self.masked else 'all rows'}{', by source' if self.by_source else ''}"
 
 
 def share_of_ranks(num_ranks: int, top_k: int) -> float:
@@ -53,19 +46,17 @@ def path_of(
     layout: Layout,
     tokens_per_rank: Sequence[int],
     masked: bool | None = None,
-    by_source: bool | None = None,
-    bulk_tokens: int = BULK_TOKENS,
+    by_source: bool = False,
+    by_source_tokens: int = BY_SOURCE_TOKENS,
 ) -> Path:
-    """The path of a step; `masked` and `by_source` decide their part of it, where they are not None.
+    """The path of a step; `masked` decides its part of it, where it is not None, and `by_source` allows that.
 
     It must depend on nothing but its arguments, which all ranks share: ranks on different paths would wait for each
     other for ever.
     """
     most = max(tokens_per_rank)
+    by_source = by_source and most >= by_source_tokens
     saved = 1.0 - share_of_ranks(layout.num_ranks, layout.shape.top_k)
     bytes_saved = most * (layout.num_ranks - 1) * row_bytes(layout) * saved
-    pays = bytes_saved > MASK_US * STORE_BYTES_PER_US
-    low_latency = most < bulk_tokens
-    pieces = most >= BY_SOURCE_TOKENS if by_source is None else by_source
-    masked = pays and low_latency if masked is None else masked  # runs of words know nothing of rows
-    return Path(low_latency, masked, by_source=pieces and not low_latency)
+    pays = bytes_saved > MASK_US * STORE_BYTES_PER_US and not by_source  # runs of rows know nothing of one
+    return Path(pays if masked is None else masked, by_source)

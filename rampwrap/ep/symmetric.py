@@ -1,4 +1,4 @@
-"""`Symmetric`: rows moved by our kernels through memory that the GPUs of one host share, for low latency; a step is three launches.
+"""`Symmetric`: rows moved by our kernels through memory that the GPUs of one host share; a step of any size is three launches.
 
 All memory is made by `open`. Afterwards nothing waits for the host, so that steps can be captured in CUDA graphs; a graph
 holds the counts of tokens that it was captured with, and every rank must replay its own of the same step.
@@ -75,11 +75,11 @@ class Symmetric:
         torch.cuda.synchronize(device)
         return cls(mapped, owners, layout, own, shared)
 
-    def bulk(self, max_ctas: int) -> Bulk:
-        """What moves the rows of larger steps through the same memory, with CTAs of a copy as `Bulk` has them."""
+    def bulk(self) -> Bulk:
+        """What moves the rows of steps source by source, through the same memory."""
         assert self._kept is not None
         peers = [self._kept.of(rank) for rank in range(self._owners.num_ranks)]
-        return Bulk(self._mapped, self._owners, self._layout, peers, max_ctas)
+        return Bulk(self._mapped, self._owners, self._layout, peers)
 
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
         """One launch, and those of the blocks where they are asked for."""

@@ -121,8 +121,8 @@ def steps(group: dist.ProcessGroup, folder: str, rounds: int) -> int:
     with emulated(folder):
         for payload, partials, masked, more in (
             ("bf16", "bf16", False, {}),
-            ("fp8", "fp32", True, {"bulk_tokens": 3, "by_source": True}),
-            ("bf16", "bf16", False, {"bulk_tokens": 2, "by_source": True, "max_ctas": 2}),
+            ("fp8", "fp32", True, {"by_source_tokens": 3, "by_source": True}),
+            ("bf16", "bf16", False, {"by_source_tokens": 2, "by_source": True}),
         ):
             options: dict[str, Any] = {
                 "payload": payload,

@@ -203,9 +203,9 @@ def bulk_benchmark(group: dist.ProcessGroup, path: str, arguments: list[str]) ->
     given, device = its["arguments"]().parse_args(arguments), torch.device("cpu")
     phases = list(its["phases"](group, given, device, math.inf))
     row: dict[str, Any] = {"ranks": dist.get_world_size(group), "layer": "small", "dtype": "bf16", "tokens": 8}
-    with ExpertParallel(group, MoEShape(8, 2, 128, 128), 8) as ep:
+    with ExpertParallel(group, MoEShape(8, 2, 128, 128), 8, by_source_tokens=0) as ep:
         row |= its["layer"](group, ep, Standin(), {}, 8, 1)
-    return phases, [row], [*(its["phase_line"](one, 1e9) for one in phases), its["layer_line"](row)]
+    return phases, [row], [*(its["phase_line"](one) for one in phases), its["layer_line"](row)]
 
 
 OTHERS: dict[int, dist.ProcessGroup] = {}

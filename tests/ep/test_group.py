@@ -117,7 +117,7 @@ def test_layers_by_source(ranks: Any, number: int, given: dict[str, Any]) -> Non
     rounds = [batch(counts, kind, seed) for seed, counts in enumerate(COUNTS[number]) for kind in ROUTINGS]
     arguments = {"shape": SHAPE, "max_tokens_per_rank": 16} | given
     whole = ranks.run(number, "layers", arguments, rounds, True)
-    pieces = ranks.run(number, "layers", arguments | {"bulk_tokens": 0, "by_source": True}, rounds, given == {})
+    pieces = ranks.run(number, "layers", arguments | {"by_source_tokens": 0, "by_source": True}, rounds, given == {})
     for step, brought in enumerate(rounds):
         sources = sum(len(its["topk_ids"]) > 0 for its in brought)
         for rank in range(number):

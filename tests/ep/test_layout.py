@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rampwrap.ep.layout import ALIGNED, Layout
 from rampwrap.ep.owners import Owners, contiguous
-from rampwrap.ep.path import BULK_TOKENS, BY_SOURCE_TOKENS, path_of, share_of_ranks
+from rampwrap.ep.path import BY_SOURCE_TOKENS, path_of, share_of_ranks
 from rampwrap.ep.terms import Terms, apart
 from rampwrap.errors import InputError
 from rampwrap.kernel.placement import Placement
@@ -85,11 +85,11 @@ def test_all_ranks_take_the_same_path(layout: Layout, data: st.DataObject) -> No
     counts = data.draw(
         st.lists(st.integers(0, 2 * BY_SOURCE_TOKENS), min_size=layout.num_ranks, max_size=layout.num_ranks)
     )
-    paths = {path_of(layout, list(counts)) for _ in range(layout.num_ranks)}
+    paths = {path_of(layout, list(counts), by_source=True) for _ in range(layout.num_ranks)}
     assert len(paths) == 1
     (path,) = paths
-    assert path == path_of(layout, sorted(counts))
-    assert path.low_latency == (max(counts) < BULK_TOKENS) and path.by_source == (max(counts) >= BY_SOURCE_TOKENS)
+    assert path == path_of(layout, sorted(counts), by_source=True)
+    assert path.by_source == (max(counts) >= BY_SOURCE_TOKENS) and not path_of(layout, counts).by_source
     assert not (path.masked and path.by_source)
     assert path_of(layout, counts, masked=True).masked and not path_of(layout, counts, masked=False).masked
 
@@ -101,11 +101,11 @@ def test_where_rows_are_masked() -> None:
     assert not path_of(Layout(shape, 2, 4096), [128] * 2).masked
     assert path_of(Layout(shape, 8, 4096), [128] * 8).masked
     assert not path_of(Layout(shape, 8, 4096), [1] * 8).masked
-    assert str(path_of(Layout(shape, 8, 2048), [0] * 7 + [2047])) == "low latency, masked"
-    assert str(path_of(Layout(shape, 8, 8192), [0] * 7 + [2048])) == "high throughput, all rows"
-    assert str(path_of(Layout(shape, 8, 8192), [0] * 7 + [4096])) == "high throughput, all rows, by source"
-    assert path_of(Layout(shape, 8, 64), [9] * 8, by_source=True, bulk_tokens=9).by_source
-    assert not path_of(Layout(shape, 8, 64), [8] * 8, by_source=True, bulk_tokens=9).by_source
+    assert str(path_of(Layout(shape, 8, 2048), [0] * 7 + [2047])) == "masked"
+    assert str(path_of(Layout(shape, 2, 8192), [0, 4096])) == "all rows"
+    assert str(path_of(Layout(shape, 8, 8192), [0] * 7 + [8192], by_source=True)) == "all rows, by source"
+    assert path_of(Layout(shape, 8, 64), [9] * 8, by_source=True, by_source_tokens=9).by_source
+    assert not path_of(Layout(shape, 8, 64), [8] * 8, by_source=True, by_source_tokens=9).by_source
 
 
 def terms(host: str = "a", gpu: int | None = 0, gpu_id: str | None = None) -> Terms:

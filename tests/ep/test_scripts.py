@@ -13,8 +13,8 @@ def test_the_soak_of_the_gpu_tests(ranks: Any) -> None:
     script = str(ROOT / "tests/gpu/ep/on_gpus.py")
     if not pathlib.Path(script).exists():
         pytest.skip("the GPU tests are not beside these")
-    assert ranks.run(2, "script", script, "soak", ["cpu", "collectives", 30]) == [30, 30]
-    assert ranks.run(2, "script", script, "bulk", ["cpu", "collectives", 6]) == [30, 30]
+    assert ranks.run(2, "script", script, "soak", ["cpu", "collectives", 12]) == [12, 12]
+    assert ranks.run(2, "script", script, "bulk", ["cpu", "collectives", 2]) == [18, 18]
 
 
 def test_the_bulk_benchmark(ranks: Any) -> None:
@@ -26,7 +26,7 @@ def test_the_bulk_benchmark(ranks: Any) -> None:
     assert [row["nccl"] for row in first[0]] == [row["nccl"] for row in second[0]]
     phases, (layer,), lines = first
     assert [(row["payload"], row["tokens"]) for row in phases] == [(p, t) for p in ("bf16", "fp8") for t in (4, 1)]
-    assert all(row[way]["us"] > 0 for row in phases for way in ("engines", "ctas", "launch", "nccl"))
+    assert all(row[way]["us"] > 0 for row in phases for way in ("launch", "nccl"))
     assert layer["source"]["us"] > 0 and layer["error"] < 0.03 and len(lines) == 5
 
 

@@ -67,7 +67,7 @@ def test_steps_follow_each_other(num_tokens: int) -> None:
         hidden = torch.randn(num_tokens, 128, generator=generator).bfloat16()
         ids = torch.randint(-1, 6, (num_tokens, 2), generator=generator)
         weights = torch.rand(num_tokens, 2, generator=generator)
-        path = Path(True, step == 0, False)
+        path = Path(step == 0, False)
         received = symmetric.dispatch(Sent(hidden, ids, weights, None), (num_tokens,), path, 4)
         wanted = align_tokens(ids.int(), 4, 5)
         assert received.blocks is not None

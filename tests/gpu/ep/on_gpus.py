@@ -24,7 +24,7 @@ import torch.multiprocessing as processes
 from rampwrap.dispatch.graph import GraphDispatcher
 from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
-from rampwrap.ep.path import BULK_TOKENS, BY_SOURCE_TOKENS
+from rampwrap.ep.path import BY_SOURCE_TOKENS
 from rampwrap.ep.received import Received
 from rampwrap.errors import GroupError
 from rampwrap.kernel.shape import MoEShape
@@ -272,85 +272,118 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
     ours.close()
 
 
-BULK = (
-    {"payload": "bf16", "partials": "bf16", "by_source": False, "max_ctas": 0},
-    {"payload": "bf16", "partials": "bf16", "by_source": True, "max_ctas": 0},
-    {"payload": "fp8", "partials": "fp32", "by_source": False, "max_ctas": 24},
-    {"payload": "fp8", "partials": "bf16", "by_source": True, "max_ctas": 24},
-    {"payload": "bf16", "partials": "fp32", "by_source": True, "max_ctas": 5},
+BULK: tuple[dict[str, Any], ...] = (
+    {"payload": "bf16", "partials": "bf16"},
+    {"payload": "fp8", "partials": "bf16"},
+    {"payload": "bf16", "partials": "fp32"},
 )
-"Bulk steps, by copy engines and by CTAs."
-BULK_MOST, BULK_FROM = 400, 64
+"Steps by source."
+BULK_MOST = 400
+BY_SOURCE: dict[str, Any] = {"by_source": True, "by_source_tokens": 64, "timeout_s": 15.0}
+
+
+class Lagging:
+    """`summed`, on some ranks and for some sources after a while, so that the others are far ahead."""
+
+    def __init__(self, rank: int, device: str) -> None:
+        self._own, self._on_gpu = random.Random(rank), device != "cpu"
+
+    def __call__(self, *, out: torch.Tensor | None = None, **its: torch.Tensor) -> torch.Tensor:
+        if self._on_gpu and self._own.random() < 0.4:
+            torch.cuda._sleep(self._own.randrange(1_000_000))
+        return summed(out=out, **its)
 
 
 def bulk(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 60) -> int:
-    """Bulk steps of any counts and routing, between those of low latency, whole and by source, late and in poisoned memory."""
+    """Three steps in a row of any counts and routing, by source and by one launch, with nothing between them; memory poisoned before."""
     rank, ranks, done = dist.get_rank(group), dist.get_world_size(group), 0
+    lagging = Lagging(rank, device)
     for given in BULK:
-        options: dict[str, Any] = {"device": device, "timeout_s": 15.0, "bulk_tokens": BULK_FROM} | given
-        plain = {"device": device, "timeout_s": 15.0, "payload": given["payload"], "partials": given["partials"]}
-        same, own = random.Random(11), random.Random(rank)
+        same = random.Random(11)
         with (
-            ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, **options) as ours,
-            ExpertParallel(group, SHAPE, BULK_MOST, backend="collectives", **plain) as theirs,
+            ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, device=device, **BY_SOURCE, **given) as ours,
+            ExpertParallel(group, SHAPE, BULK_MOST, backend="collectives", device=device, **given) as theirs,
         ):
             for number in range(rounds):
-                most = same.choice((8, BULK_MOST, BULK_MOST))
-                counts = [same.choice((0, 1, most, same.randrange(most + 1))) for _ in range(ranks)]
-                quantised = given["payload"] == "fp8" and number % 2 > 0
-                kind, poisons = same.choice(KINDS), same.random() < 0.25
-                brought = batch(counts[rank], kind, 1000 * number + rank, device, quantised)
-                run = (slots, summed, None)[number % 3]
-                wanted = step(theirs, brought, counts) if run is None else layer(theirs, brought, counts, run)
-                if poisons:
+                plans = []
+                for at in range(3):
+                    most = same.choice((8, BULK_MOST, BULK_MOST))
+                    counts = [same.choice((0, 1, most, same.randrange(most + 1))) for _ in range(ranks)]
+                    seed = 3000 * number + 1000 * at + rank
+                    quantised = given["payload"] == "fp8" and number % 2 > 0
+                    brought = batch(counts[rank], same.choice(KINDS), seed, device, quantised)
+                    run = (slots, lagging, lagging, None)[(number + at) % 4]
+                    plans.append((brought, counts, run))
+                wanted = [step(theirs, *its[:2]) if its[2] is None else layer(theirs, *its) for its in plans]
+                if same.random() < 0.25:
                     ours.check()
                     dist.barrier(group)
                     poison(ours)
                     ours.check()
                     dist.barrier(group)
-                if device != "cpu" and own.random() < 0.3:
-                    torch.cuda._sleep(own.randrange(2_000_000))
-                found = step(ours, brought, counts) if run is None else layer(ours, brought, counts, run)
-                alike = near if given["payload"] == "fp8" and not quantised else torch.equal
-                assert alike(found, wanted), (given, number, kind, counts, ours._movers[1].fault())  # type: ignore[index]
-                done += 1
+                found = [step(ours, *its[:2]) if its[2] is None else layer(ours, *its) for its in plans]
+                alike = near if given["payload"] == "fp8" and number % 2 == 0 else torch.equal
+                for at, (one, other) in enumerate(zip(found, wanted, strict=True)):
+                    assert alike(one, other), (given, number, at, [counts for _, counts, _ in plans])
+                    done += 1
             ours.check()
     return done
 
 
 def captured(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 30) -> None:
-    """Bulk layers in CUDA graphs, replayed with other routing between eager steps of both kinds."""
+    """Layers by source in CUDA graphs, replayed with other routing between eager steps of both kinds and of other counts.
+
+    What they must give comes from one launch, whose places are those of the graph's and whose steps others cannot overlap.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    counts, few = [200] * ranks, [3] * ranks
-    for given in BULK[:3]:
-        options: dict[str, Any] = {"device": device, "timeout_s": 15.0, "bulk_tokens": BULK_FROM} | given
-        with ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, **options) as ours:
+    counts, few = [200] * ranks, [3 + 70 * (other % 2) for other in range(ranks)]
+    for given in BULK[:2]:
+        lagging = Lagging(rank, device)
+        with (
+            ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, device=device, **BY_SOURCE, **given) as ours,
+            ExpertParallel(group, SHAPE, BULK_MOST, backend=backend, device=device, timeout_s=15.0, **given) as theirs,
+        ):
             brought = batch(counts[rank], "spread", rank, device)
-            layer(ours, brought, counts, summed)
+            for _ in range(2):
+                layer(ours, brought, counts, summed)
+                layer(theirs, brought, counts, summed)
             ours.check()
             dist.barrier(group)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = layer(ours, brought, counts, summed)
+                out = layer(ours, brought, counts, lagging)
             for number in range(rounds):
                 fresh = batch(counts[rank], KINDS[number % len(KINDS)], 1000 * number + rank, device)
-                wanted = layer(ours, fresh, counts, summed)
-                layer(ours, batch(few[rank], "spread", number, device), few, summed)
+                other = batch(few[rank], KINDS[number % 3], number + rank, device)
+                wanted, less = layer(theirs, fresh, counts, summed), layer(theirs, other, few, summed)
+                eager = layer(ours, fresh, counts, lagging)
+                found = layer(ours, other, few, lagging) if number % 2 else step(ours, other, few)
                 for mine, its in zip(brought, fresh, strict=True):
                     mine.copy_(its)
                 graph.replay()
-                assert torch.equal(out, wanted), (given, number)
+                after = layer(ours, other, few, lagging)
+                alike = near if given["payload"] == "fp8" else torch.equal
+                assert alike(eager, wanted), (given, number, "eager by source", differ(eager, wanted))
+                assert alike(out, wanted), (given, number, "replayed", differ(out, wanted))
+                assert alike(after, less), (given, number, "eager after the replay", differ(after, less))
+                assert not number % 2 or torch.equal(found, after), (given, number, "eager before the replay")
             ours.check()
 
 
+def differ(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    """The rows in which two tensors differ."""
+    rows = (found != wanted).any(1).nonzero().flatten().tolist()
+    return f"rows {rows[:12]} of {len(found)}, {len(rows)} in all"
+
+
 def large(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 10) -> None:
-    """Layers of as many tokens as decide, by default, between low latency, bulk and source by source."""
+    """Layers of as many tokens as decide between one launch and source by source, and of the most that one launch takes."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     most, same = 2 * BY_SOURCE_TOKENS, random.Random(5)
-    sizes = (0, BULK_TOKENS - 1, BULK_TOKENS, BY_SOURCE_TOKENS, most)
+    sizes = (0, 2048, BY_SOURCE_TOKENS - 1, BY_SOURCE_TOKENS, most)
     options: dict[str, Any] = {"device": device, "timeout_s": 15.0}
     with (
-        ExpertParallel(group, SHAPE, most, backend=backend, **options) as ours,
+        ExpertParallel(group, SHAPE, most, backend=backend, by_source=True, **options) as ours,
         ExpertParallel(group, SHAPE, most, backend="collectives", **options) as theirs,
     ):
         for number in range(rounds):
@@ -359,8 +392,10 @@ def large(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 10)
             brought = batch(counts[rank], KINDS[number % len(KINDS)], 1000 * number + rank, device)
             found = layer(ours, brought, counts, summed)
             assert torch.equal(found, layer(theirs, brought, counts, summed)), (number, counts)
-            # The same bits again.
+            # The same bits again, and by one launch.
+            ours.by_source = number % 2 == 0
             assert torch.equal(found, layer(ours, brought, counts, summed)), (number, counts)
+            ours.by_source = True
         ours.check()
 
 
@@ -442,7 +477,7 @@ def serve(rank: int, ranks: int, port: int, its: argparse.Namespace) -> None:
     )
     for check in its.checks:
         start = time.monotonic()
-        options = {"rounds": its.rounds} if its.rounds and check == "soak" else {}
+        options = {"rounds": its.rounds} if its.rounds and check in ("soak", "bulk", "captured") else {}
         found = CHECKS[check](dist.group.WORLD, f"cuda:{rank}", "symmetric", **options)
         print(f"rank {rank}: {check} passed in {time.monotonic() - start:.1f} s {found or ''}", flush=True)
     dist.destroy_process_group()
@@ -452,7 +487,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ranks", type=int)
     parser.add_argument("checks", nargs="+", choices=sorted(CHECKS))
-    parser.add_argument("--rounds", type=int, help="of the soak")
+    parser.add_argument("--rounds", type=int, help="of soak, bulk and captured")
     parser.add_argument("--limit-s", type=float, default=600.0)
     its = parser.parse_args()
     # Multicast of NVLink is never used, by NCCL and torch neither.

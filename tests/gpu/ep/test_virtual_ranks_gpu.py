@@ -28,7 +28,7 @@ from rampwrap.ep.bulk import Bulk
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import Path
-from rampwrap.ep.received import sum_in_order
+from rampwrap.ep.received import Received, sum_in_order
 from rampwrap.ep.sent import Sent
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.triton.interpreter import INTERPRETED, downcast
@@ -123,24 +123,29 @@ def made_with_memory(layout: Layout, limit_s: float = LIMIT_S) -> tuple[list[Ran
 
 
 class Bulked(Rank):
-    """A rank whose steps go in bulk: whole, or source by source."""
+    """A rank whose steps go source by source, or by one launch; the layer of each source takes its time."""
 
-    def __init__(self, rank: Rank, layout: Layout, peers, max_ctas: int) -> None:
+    def __init__(self, rank: Rank, layout: Layout, peers) -> None:
         self.mapped, self.owners, self.stream = rank.mapped, rank.owners, rank.stream
-        self._bulk = Bulk(self.mapped, self.owners, layout, peers, max_ctas)
+        self._bulk = Bulk(self.mapped, self.owners, layout, peers)
+        self.cycles = 0
+
+    def layer(self, received: Received, room=None):
+        if self.cycles:
+            torch.cuda._sleep(self.cycles)
+        return received.through(HELP["summed"], torch.bfloat16, {}, room)
 
     def step(self, brought: Batch, counts: Sequence[int], out, by_source: bool) -> None:
-        sent, path, dtype = Sent(*brought, None), Path(False, False, by_source), torch.bfloat16
+        sent, path = Sent(*brought, None), Path(False, by_source)
         if not by_source:
-            received = self._bulk.dispatch(sent, tuple(counts), path, None)
-            self._bulk.combine(received.through(HELP["summed"], dtype, {}), received, out)
+            host.dispatch(self.mapped, *brought, counts, masked=False)
+            its = [self.mapped.views[name][: sum(counts)] for name in ("rows", "topk_ids", "topk_weights")]
+            received = Received(its[0], None, *its[1:], tuple(counts), self.owners, path)
+            host.push(self.mapped, self.layer(received), counts)
+            host.add(self.mapped, out, brought[1], counts)
             return
         for piece in self._bulk.pieces(sent, tuple(counts), path):
-            rows = (
-                piece.received.through(HELP["summed"], dtype, {}, piece.room)
-                if piece.received.num_tokens
-                else piece.room
-            )
+            rows = self.layer(piece.received, piece.room) if piece.received.num_tokens else piece.room
             self._bulk.send_home(piece, rows)
         self._bulk.summed(out)
 
@@ -237,36 +242,71 @@ def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None
             assert not (text := same(out, wanted, f"replay {number}, rank {rank}")), text
 
 
-@pytest.mark.parametrize("counts", [[48, 48], [40, 0, 7, 48]], ids=["two", "four"])
-@pytest.mark.parametrize("max_ctas", [0, 3], ids=["copies", "CTAs"])
-def test_bulk_steps_of_all_ranks(counts: list[int], max_ctas: int) -> None:
-    """Steps of one kind after the other, each rank on streams of its own. Each was run alone before, so that no memory is missing."""
+@pytest.mark.parametrize(
+    ("counts", "others"), [([48, 48], [3, 1]), ([40, 0, 7, 48], [3, 3, 48, 3])], ids=["two", "four"]
+)
+def test_steps_by_source_of_all_ranks(counts: list[int], others: list[int]) -> None:
+    """By source, then by one launch with other counts, so that rows lie elsewhere, then in a CUDA graph by source, and by source with
+    the other counts. Nothing is between them but ranks of which one is slow, another one each time. Each kind was run alone before, so
+    that no memory is missing.
+    """
     layout = Layout(SHAPE, len(counts), MOST)
     made_ranks, memories = made_with_memory(layout)
-    ranks = [Bulked(its, layout, memories, max_ctas) for its in made_ranks]
-    plans = [drawn(counts, HELP["KINDS"][number % 5], 50 * number) for number in range(ROUNDS)]
-    outs = [[torch.empty_like(its[0]) for its in plan] for plan in plans]
-    wanted = []
-    for plan in plans:
-        rows, ids, weights = (torch.cat([its[place] for its in plan]) for place in range(3))
-        parts = []
-        for rank in ranks:
-            given = {"topk_ids": ids, "topk_weights": weights, "expert_map": rank.owners.expert_map}
-            parts.append(HELP["summed"](hidden_states=rows, **given))
-        wanted.append(sum_in_order(torch.stack(parts), ranks[0].owners.ranks_of(ids)).bfloat16().split(counts))
-    for by_source in (False, True, False, True):
-        for rank, brought, out in zip(ranks, plans[0], outs[0], strict=True):
-            rank.alone(counts, lambda rank=rank, b=brought, o=out, s=by_source: rank.step(b, counts, o, s))
+    ranks = [Bulked(its, layout, memories) for its in made_ranks]
+    kinds = [(counts, True), (others, False), (others, True)]
+
+    def planned(number: int) -> list:
+        plans = []
+        for at, (each, by_source) in enumerate(kinds):
+            fresh = drawn(each, HELP["KINDS"][(number + at) % 5], 500 * number + 50 * at)
+            plans.append((fresh, each, by_source, [torch.empty_like(its[0]) for its in fresh]))
+        return plans
+
+    def wanted(brought: list[Batch], each: list[int]) -> list:
+        rows, ids, weights = (torch.cat([its[place] for its in brought]) for place in range(3))
+        given = {"hidden_states": rows, "topk_ids": ids, "topk_weights": weights}
+        parts = [HELP["summed"](expert_map=rank.owners.expert_map, **given) for rank in ranks]
+        return sum_in_order(torch.stack(parts), ranks[0].owners.ranks_of(ids)).bfloat16().split(each)
+
+    def compare(brought: list[Batch], each: list[int], results: list, where: str) -> None:
+        for rank, (result, its) in enumerate(zip(results, wanted(brought, each), strict=True)):
+            assert not (text := same(result, its, f"{where}, rank {rank}")), text
+
+    first = planned(0)
+    for brought, each, by_source, outs in first * 2:
+        for rank, its, out in zip(ranks, brought, outs, strict=True):
+            rank.alone(each, lambda rank=rank, b=its, e=each, o=out, s=by_source: rank.step(b, e, o, s))
     assert not faults(ranks, "alone")
-    for number, (plan, results) in enumerate(zip(plans, outs, strict=True)):
-        for rank, brought, out in zip(ranks, plan, results, strict=True):
+    kept, _, _, outs = first[0]
+    graphs = []
+    for place, rank in enumerate(ranks):
+        rank.cycles = 400_000 * (place == len(ranks) - 1)
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=rank.stream):
+            rank.step(kept[place], counts, outs[place], True)
+    for rank, graph in zip(ranks, graphs, strict=True):
+        rank.alone(counts, graph.replay)
+    assert not faults(ranks, "graphs alone")
+
+    for number in range(1, ROUNDS):
+        plans = planned(number)
+        for mine, its in zip(kept, plans[0][0], strict=True):
+            for tensor, other in zip(mine, its, strict=True):
+                tensor.copy_(other)
+        torch.cuda.synchronize()
+        for place, rank in enumerate(ranks):
+            rank.cycles = 400_000 * (place == number % len(ranks))
             with torch.cuda.stream(rank.stream):
-                rank.step(brought, counts, out, number % 3 > 0)
+                for at, (brought, each, by_source, results) in enumerate(plans):
+                    if at == 2:
+                        graphs[place].replay()
+                    rank.step(brought[place], each, results[place], by_source)
         torch.cuda.synchronize()
         found = faults(ranks, f"round {number}")
         assert not found, found
-        for rank, (result, its) in enumerate(zip(results, wanted[number], strict=True)):
-            assert not (text := same(result, its, f"round {number}, rank {rank}")), text
+        for at, (brought, each, _, results) in enumerate(plans):
+            compare(brought, each, results, f"round {number}, step {at}")
+        compare(kept, counts, outs, f"round {number}, replayed")
 
 
 def test_a_rank_that_does_not_come() -> None:

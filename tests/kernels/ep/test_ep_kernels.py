@@ -268,11 +268,9 @@ every = push | dict(EVERY=True, TOP_K=1, SLOTS=1, BY_SLOT=False)
 build("push every", combine.push_kernel, every, ("topk_ids_ptr", "topk_weights_ptr", "expert_map_ptr"), num_warps=8)
 build("sum every", combine.sum_kernel, every, ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=8)
 rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024, AT_1=1 << 24, AT_2=1 << 25, AT_3=1 << 26, AT_4=0)
-copies = dict(RANKS=ranks, WIDE=True, CELLS_AT=512)
-build("copy", bulk.copy_kernel, copies | dict(BLOCK=8192, TELLS=True), ("field_1_ptr", "field_2_ptr"), num_warps=16)
-build("copy to all", bulk.copy_kernel, copies | dict(BLOCK=1024, TELLS=False), num_warps=8)
-build("tell", bulk.tell_kernel, copies, num_warps=1)
-build("wait", bulk.wait_kernel, dict(RANKS=ranks, PHASE=1), num_warps=1)
+build("tell", bulk.tell_kernel, dict(RANKS=1, LANES=1, CELLS_AT=512), num_warps=1)
+build("tell all", bulk.tell_kernel, dict(RANKS=ranks, LANES=ranks, CELLS_AT=512), num_warps=1)
+build("wait", bulk.wait_kernel, dict(PHASE=1), num_warps=1)
 build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8)
 """
 
@@ -293,6 +291,8 @@ def compiled(folder: pathlib.Path) -> dict[str, dict]:
     return {its["name"]: its for its in found}
 
 
+FLAGS = ("tell", "tell all", "wait")
+"Kernels that move nothing else."
 ATOM = r"atom\.(?=.*\bglobal\b)(?=.*\b{}\b)(?=.*\b{}\b).*{}"
 "Whatever the order in which this Triton writes them."
 
@@ -310,15 +310,8 @@ def stores_in_wide_pieces(kernels: dict[str, dict]) -> None:
             assert len(wide) >= ranks, name
         elif "quantises" in name:
             assert len(places(its["ptx"], r"st\.global\.v2\.b32|st\.global\.b64|st\.global\.v4\.b32")) >= ranks, name
-        elif name not in ("tell", "wait"):
+        elif name not in FLAGS:
             assert wide, name
-        if name.startswith("copy"):
-            fields = 1 if name == "copy" else 3
-            # Before the loop and in it, each time all that the CTA takes of a block.
-            of_block = 4 if name == "copy" else 1
-            assert len(places(its["ptx"], r"ld\.global\.v4\.b32")) == 2 * fields * of_block, name
-            assert len(places(its["ptx"], r"st\.global\.v4\.b32")) == fields * of_block, name
-            assert not places(its["ptx"], r"ld\.global\.b32"), name
 
 
 def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.Path) -> None:
@@ -328,15 +321,14 @@ def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.P
     for name, its in kernels.items():
         ptx = its["ptx"]
         assert its["spills"] == 0, name
-        bulk = name.startswith("copy") or name in ("tell", "wait")
-        assert len(places(ptx, r"griddepcontrol\.wait")) == (0 if bulk else 1)
+        assert len(places(ptx, r"griddepcontrol\.wait")) == (name not in FLAGS)
         tickets = places(ptx, ATOM.format("gpu", "acq_rel", "add.u32"))
         barriers = places(ptx, r"bar\.sync|barrier\.sync")
         flags = places(ptx, ATOM.format("sys", "release", "exch.b64"))
         polls = places(ptx, r"ld\.acquire\.sys\.global\.b64")
         clocks = places(ptx, "globaltimer")
-        if name in ("tell", "wait", "copy to all"):  # what came before them has ended
-            assert not tickets and len(flags) == (name == "tell") and len(polls) == (2 if name == "wait" else 0)
+        if name in FLAGS:  # what came before them has ended
+            assert not tickets and len(flags) == (name != "wait") and len(polls) == (2 if name == "wait" else 0)
             continue
         (ticket,) = tickets
         if not name.startswith("sum"):
