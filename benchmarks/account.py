@@ -46,7 +46,7 @@ from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.build.build import build
 from rampwrap.kernels.cute.build.library import Library, load
-from rampwrap.kernels.cute.configs import FORMS, STREAM_CHUNK, STREAMS, all_variants, from_keys
+from rampwrap.kernels.cute.configs import STREAM_CHUNK, STREAMS, all_variants, from_keys
 from rampwrap.kernels.cute.host.launch import run_layer
 from rampwrap.kernels.cute.host.prepare import prepare, sum_rows
 from rampwrap.kernels.triton.moe.workspace import Workspace
@@ -291,7 +291,7 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, metavar="JSON")
     a = parser.parse_args()
     if a.build:
-        print(build([*all_variants((*FORMS, "ragged")), *STREAMS], a.build))
+        print(build([*all_variants(), *STREAMS], a.build))
         return 0
     library = load(a.library)
     found: dict[str, Any] = {}

@@ -4,28 +4,37 @@
 
 For each table and span of token counts, the time of the default config of `rampwrap.kernels.cute.defaults` over the best config of
 each workload, geometric mean and worst, beside that of the rule which served until 2026-11-27 (`before`) and of the best config
-for each token count in hindsight. The rule's constants come from the tables called *fit*; *held out* took no part. Then the best
-config of another kernel on the same workloads over the default: above 1 the default is ahead even of that. Then our Triton
+for each token count in hindsight. The rule's constants come from the tables called *fit*; *held out* took no part. No table holds the ragged
+form, so this is the rule for a library without it. The whole rule is judged by a race of five layers, in which of each form's configs the
+fastest was timed: the default of then, the best ragged config and that of the form which the rule takes (the default where it takes no
+ragged one), over the best config of all forms but the ragged, by `race.BANDS` of token counts; *exact* is the share of workloads whose
+best ragged config, or default, is the very one that the rule takes. Then the best config of another kernel on the same workloads over the default: above 1 the default is ahead even of that. Then our Triton
 kernel's default over it. Last, the same of our Triton kernel: its default over its best config, and vLLM's best config over its
 default. Its rule was made of these tables; *again* is another run of the same layers, by the kernel's first version.
 """
 
 import argparse
+import functools
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
+from race import BANDS
+from race_field import LAYERS
 
 from rampwrap.kernel.protocol import Config
 from rampwrap.kernel.shape import MoEShape
+from rampwrap.kernels.cute.configs import FORMS, GROUP_MS, all_configs, why_illegal
 from rampwrap.kernels.cute.defaults import default
 from rampwrap.kernels.triton.moe.configs import default_config
 from rampwrap.measure.timings import Timings
 from rampwrap.policy.static import default_table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+RACE = RESULTS / "h100-race-issue16.json"
 FIT = ("h200-v2-cute-olmoe-bf16", "h200-v2-cute-qwen3-30b-bf16", "h200-v2-cute-qwen3-30b-fp8")
 HELD_OUT = (
     *("h200-portfolio-cute-olmoe-bf16", "h200-portfolio-cute-olmoe-fp8", "h200-sweep-cute-qwen3-30b-fp8"),
@@ -98,6 +107,45 @@ def ahead(table: Timings, other: Timings, rule: Rule = default) -> tuple[np.ndar
     return table.num_tokens[rows], np.nanmin(other.us[theirs], axis=1) / us
 
 
+@functools.cache
+def listed(shape: MoEShape) -> list[Config]:
+    """The CuTe kernels' own configs for a layer."""
+    legal = (its for form in FORMS for its in all_configs(form, shape.dtype) if why_illegal(its, shape) is None)
+    return [config.keys(group_m) for config in legal for group_m in GROUP_MS]
+
+
+def raced(layer: str, race: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each workload of a layer's race: tokens, ratios over the best config of all forms but the ragged, and whether `rule` is exact."""
+    name, _, dtype = layer.partition(":")
+    shape, found = attrs.evolve(LAYERS[name], dtype=dtype), []
+    for row in race["rows"] + race["changing"]:
+        best = {who: (race["configs"][its[0]], its[1]) for who, its in row["best"].items()}
+        chosen = listed(shape)[default(listed(shape), shape, row["tokens"])]
+        who = "ragged" if chosen["form"] == "ragged" else "default"
+        over = {key: best[key][1] / best["oracle"][1] for key in ("default", "ragged")}
+        exact = {key: value for key, value in best[who][0].items() if key != "kernel"} == chosen
+        found.append({"tokens": row["tokens"], **over, "rule": over[who], "form": chosen["form"], "exact": exact})
+    return found
+
+
+def show_race(races: dict[str, Any]) -> None:
+    """The race's table, layer by layer, and all of a dtype."""
+    rows = {layer: raced(layer, race) for layer, race in sorted(races.items())}
+    for dtype in ("bf16", "fp8"):
+        rows[f"all {dtype}"] = [row for layer in races if layer.endswith(dtype) for row in rows[layer]]
+    print(f"\n| race | over the best but the ragged form | {' | '.join(BANDS.values())} |")
+    for layer, its in rows.items():
+        bands = [[row for row in its if low <= row["tokens"] <= high] for low, high in BANDS]
+        for key, what in (
+            ("default", "default of then"),
+            ("ragged", "best ragged config"),
+            ("rule", "form of the rule"),
+        ):
+            print(f"| {layer} | {what} | {' | '.join(cell(np.array([row[key] for row in band])) for band in bands)} |")
+        shares = [f"{np.mean([row['exact'] for row in band]):.0%}" if band else "" for band in bands]
+        print(f"| {layer} | exact | {' | '.join(shares)} |")
+
+
 def triton_defaults(table: Timings) -> Timings:
     """A table of our Triton kernel with one column: its default for each workload."""
 
@@ -141,6 +189,7 @@ def main() -> None:
             ):
                 spans = [over[(table.num_tokens >= low) & (table.num_tokens <= high)] for low, high in SPANS]
                 print(f"| {name}, {part} | {what} | {' | '.join(map(cell, spans))} |")
+    show_race(json.loads(RACE.read_text(encoding="utf-8"))["races"])
     print(f"\n| table | best of another kernel over the default | {head} |")
     for name, other in OTHERS:
         tokens, ratios = ahead(load(name), load(other))

@@ -81,7 +81,7 @@ def line(row: dict[str, Any], shape: MoEShape, device: Device) -> dict[str, Any]
     best: dict[str, dict[str, Any]] = {}
     for cell in sorted(table, key=lambda its: float(its["us"])):
         ragged = cell["config"].get("form") == "ragged"
-        name = cell["kernel"] if cell["kernel"] != ours and not ragged else "ragged" if ragged else "oracle"
+        name = cell["kernel"] if cell["kernel"] != ours else "ragged" if ragged else "oracle"
         best.setdefault(name, cell)
     for name in ("default", "static"):
         picked = [cell for cell in table if {MEMBER: cell["kernel"], **cell["config"]} == row[name]]

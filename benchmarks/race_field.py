@@ -48,17 +48,6 @@ class Arrived(Workload):
         return kept[: self.num_tokens]
 
 
-def ragged(shape: MoEShape) -> Kernel:
-    """The ragged form as a kernel of its own, where it is in no list; `race_field:ragged`."""
-    from rampwrap.adapters.cute_moe import FORMS, CuteFusedMoE
-
-    if "ragged" in FORMS:
-        raise InputError("the form 'ragged' is among the kernel's own; leave race_field:ragged out.")
-    kernel = CuteFusedMoE(shape, "ragged")
-    kernel.name = "cute_ragged"
-    return kernel
-
-
 def vllm(shape: MoEShape) -> Kernel:
     """vLLM's layer without the launches that replace padding ids, which are ours and which no batch here needs; `race_field:vllm`."""
     from rampwrap.adapters.vllm_fused_moe import VllmFusedMoE

@@ -27,6 +27,12 @@ def may_win(config: Config, block_m: int, counts: npt.NDArray[np.int64]) -> bool
     return form in ("prefill", "ragged") or mean / 4 <= block_m <= max(24, 2 * most)
 
 
+def forms(kernel: Kernel) -> list[list[Config]]:
+    """The configs of a kernel, those of its ragged form apart, so that its best is timed beside the best of the others."""
+    apart = ([its for its in kernel.configs if (its.get("form") == "ragged") is ragged] for ragged in (False, True))
+    return [configs for configs in apart if configs]
+
+
 class Race:
     """The race of a layer's contenders, token count by token count."""
 
@@ -61,7 +67,9 @@ class Race:
                 chosen = [Portfolio.tagged(kernel, kernel.default_config(batch.workload.num_tokens))]  # type: ignore[attr-defined]
                 chosen = [config for config in chosen if launches.right(config)]
             else:
-                chosen = self._survey(launches, kernel, batch, variants)
+                chosen = [
+                    config for its in forms(kernel) for config in self._survey(launches, kernel, its, batch, variants)
+                ]
             finalists |= {config_key(config): config for config in chosen}
         first = self.kernels[0]
         default = launches.default
@@ -80,10 +88,15 @@ class Race:
         return row | {"static": static}
 
     def _survey(
-        self, launches: Launches, kernel: Kernel, batch: Batch, variants: Sequence[dict[str, Any]]
+        self,
+        launches: Launches,
+        kernel: Kernel,
+        configs: Sequence[Config],
+        batch: Batch,
+        variants: Sequence[dict[str, Any]],
     ) -> list[Config]:
-        """The fastest right configs of a kernel for a batch."""
-        listed = [config for config in kernel.configs if refusal(kernel, config, self.shape) is None]
+        """The fastest right ones among configs of a kernel for a batch."""
+        listed = [config for config in configs if refusal(kernel, config, self.shape) is None]
         likely = [its for its in listed if may_win(its, kernel.grid(its, self.shape).block_m, batch.counts)]
         tagged = [Portfolio.tagged(kernel, config) for config in likely or listed]
         launches.compile([config for config in tagged if config_key(config) not in self.wrong], variants[0])

@@ -3,7 +3,7 @@
 A config is
 
     form        "two" launches (gate/up, then down), "one" for the whole layer, or "prefill": two with tokens as M of wgmma;
-                or "ragged", on request only: two in which each tile is as wide as the tokens of its block
+                or "ragged": two in which each tile is as wide as the tokens of its block
     dtype       "fp8" (128-block scales) or "bf16"
     block_m     tokens of a CTA: the N of wgmma, so any multiple of 8, and the most of the ragged form; 128 of the prefill
                 form, 64 a warpgroup
@@ -21,7 +21,7 @@ import attrs
 
 from rampwrap.kernel.shape import MoEShape
 
-FORMS = ("two", "one", "prefill")
+FORMS = ("two", "one", "prefill", "ragged")
 DTYPES = ("fp8", "bf16")
 KEYS = ("form", "block_m", "block_n", "warp_n", "stages", "group_m")
 "Of a config of the adapter, in this order."
@@ -76,7 +76,8 @@ RAGGED: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
     "bf16": {(32, 4, 6): (64, 96), (64, 4, 4): (72,), (32, 8, 4): (64, 112, 144)},
 }
 """The ragged form's (block_n, warp_n, stages), and block_m of each: the tiles that tables of the two-launch form have within 2 % of the
-best at 32 to 1024 tokens."""
+best at 32 to 1024 tokens. On an H100 the best of them for each workload is 0.93-1.03x as fast as the best of all other forms from 6 tokens on, but
+where the prefill form is ahead in FP8 (0.83; `benchmarks/results/h100-race-issue16.json`)."""
 STREAM_CHUNK = 32 * 1024
 "Bytes that `device.stream` copies at once: those of a step of 256 weight rows."
 
@@ -270,8 +271,8 @@ def why_illegal(config: CuteConfig, shape: MoEShape | None = None) -> str | None
 
 
 def _why_not_compiled(config: CuteConfig) -> str | None:
-    if config.form not in (*FORMS, "ragged"):
-        return f"form={config.form!r} is unknown; use one of {', '.join(FORMS)}, ragged."
+    if config.form not in FORMS:
+        return f"form={config.form!r} is unknown; use one of {', '.join(FORMS)}."
     if config.dtype not in DTYPES:
         return f"dtype {config.dtype} is not compiled; use one of {', '.join(DTYPES)}."
     if config.form == "prefill":

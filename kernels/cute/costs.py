@@ -3,7 +3,8 @@
 A model of tiles: an SM takes a number of clocks for each step of its tiles, by the tile's width, and all of them together read the
 weights of the active experts once; a GEMM takes the root of the squares of both. Its numbers were fitted to 3639 timings of whole
 layers in the two-launch form, whose tiles are of one width: OLMoE and Qwen3-30B on an H200, 32 to 1024 tokens, each within 1.6x of
-the best. They lie 2.5-2.8 % (one standard deviation) beside the model. No timing of the ragged form went into it.
+the best. They lie 2.5-2.8 % (one standard deviation) beside the model. No timing of the ragged form went into it, and what the form gains over the
+others came out smaller than it says (`NOTES.md`, 10).
 """
 
 import math

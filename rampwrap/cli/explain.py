@@ -69,7 +69,7 @@ class ExplainRequest:
 @click.option(
     "--ragged",
     is_flag=True,
-    help="also what the CuTe kernels' ragged form would do, which no plan holds yet; a prediction",
+    help="also what the CuTe kernels' ragged form should do, by a model of tiles that no timing went into; a prediction",
 )
 def explain(its: ExplainRequest) -> Answer:
     """Which config a `Dispatcher` would launch for each routing, and why."""

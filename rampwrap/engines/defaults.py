@@ -5,7 +5,7 @@
 The CuTe kernels' defaults serve where they are built, our Triton kernel's where not; in transformers those serve everywhere else. On
 the tables of an H200 both are ahead of vLLM's Triton kernel at its best for each workload: the CuTe kernels 1.09-1.50x in the
 mean at every token count in FP8, 1.02-1.25x in bf16, the Triton kernel 1.03-1.45x (`benchmarks/defaults.py`). In GPU time
-of vLLM 0.33 on an H100, OLMoE and Qwen3-30B: 1.01-1.09x in decode and 1.01-1.33x in prefill (bf16) by those of the CuTe kernels, 1.02-1.10x
+of vLLM 0.33 on an H100, before the CuTe kernels' took the ragged form, OLMoE and Qwen3-30B: 1.01-1.09x in decode and 1.01-1.33x in prefill (bf16) by those of the CuTe kernels, 1.02-1.10x
 and 1.03-1.26x by those of the Triton kernel (`benchmarks/README.md`).
 
 FP8 layers with scales by channel or tensor (`SCALES`) get the Triton kernel's too. By channel they are 1.14-1.28x over

@@ -181,8 +181,9 @@ def test_conformance(shape, form):
 
 def test_the_list_holds_every_form_once():
     kernel = CuteFusedMoE(FP8, library=StandIns())
-    forms = {form: [c for c in kernel.configs if c["form"] == form] for form in ("two", "one", "prefill")}
-    assert [len(forms[form]) for form in ("one", "two", "prefill")] == [2 * 64, 2 * 109, 2]
+    forms = {form: [c for c in kernel.configs if c["form"] == form] for form in ("two", "one", "prefill", "ragged")}
+    assert [len(its) for its in forms.values()] == [2 * 109, 2 * 64, 2, 2 * 6]
+    assert sum(map(len, forms.values())) == len(kernel.configs)
     assert {c["group_m"] for c in kernel.configs} == {1, 8}
     assert all(kernel.supports(config, FP8) is None for config in kernel.configs)
     assert kernel.nondeterministic and not hasattr(kernel_of(FP8), "nondeterministic")
@@ -389,14 +390,14 @@ def test_equal_values_under_other_keys_are_another_config():
 # ---- the ragged form
 
 
-def test_the_ragged_form_is_reached_by_name_alone():
-    """No list of any other form holds it, and nothing that chooses sees it; a config that names it runs all the same."""
-    kernel, others = kernel_of(FP8, "ragged"), CuteFusedMoE(FP8, library=StandIns())
-    assert {config["form"] for config in kernel.configs} == {"ragged"} and kernel.default_config(64) in kernel.configs
-    assert all(config not in others.configs and others.supports(config, FP8) is None for config in kernel.configs)
-    assert all(variant.config.form != "ragged" for variant in all_variants())
+def test_the_ragged_form_alone_and_among_all():
+    """It serves every batch where it is alone; a block_m of it that is not compiled is none."""
+    kernel, every = kernel_of(FP8, "ragged"), CuteFusedMoE(FP8, library=StandIns())
+    assert {config["form"] for config in kernel.configs} == {"ragged"}
+    assert all(config in every.configs for config in kernel.configs)
+    assert all(kernel.default_config(tokens) in kernel.configs for tokens in (1, 64, 4096))
     config = kernel.configs[0]
-    assert "m48_n64_w4_s4 is not compiled for form='ragged'" in others.supports({**config, "block_m": 48}, FP8)
+    assert "m48_n64_w4_s4 is not compiled for form='ragged'" in every.supports({**config, "block_m": 48}, FP8)
     assert "hidden_size=384 is no multiple of the 256" in kernel.supports(config, attrs.evolve(FP8, hidden_size=384))
     assert kernel.grid(config, FP8).launches == (2, 1) and not hasattr(kernel, "nondeterministic")
 

@@ -131,11 +131,12 @@ def test_the_cute_kernels_race_beside_their_ragged_form(script, monkeypatch):
     monkeypatch.setattr("rampwrap.adapters.cute_moe.load", lambda library: cute.StandIns())
     monkeypatch.setattr(field, "default_timer", lambda *_, **more: HostTimer(samples=1, target_us=1.0))
     monkeypatch.setattr(layer, "may_win", lambda config, block_m, counts: config["form"] == "ragged" or block_m == 24)
-    found = raced(race, shape, "cute_moe", "race_field:ragged", routings=["uniform"], finalists=1, rounds=1, monkeypatch=monkeypatch)  # fmt: skip
+    found = raced(race, shape, "cute_moe", routings=["uniform"], finalists=1, rounds=1, monkeypatch=monkeypatch)  # fmt: skip
     assert not found["wrong"] and not found["left_out"]
     (row,) = found["rows"]
     assert {"default", "oracle", "static", "ragged"} <= set(row["best"]) and 2 <= row["slots"] <= 4
     assert row["best"]["default"]["config"]["block_m"] == 8 and row["best"]["ragged"]["config"]["form"] == "ragged"
+    assert row["best"]["oracle"]["config"]["form"] != "ragged" and row["best"]["static"]["config"]["form"] != "ragged"
 
 
 def test_tokens_of_a_rank_name_an_expert_of_it(script):

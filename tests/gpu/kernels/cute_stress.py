@@ -19,7 +19,7 @@ import torch
 from rampwrap.adapters.cute_moe import CuteFusedMoE
 from rampwrap.kernel.protocol import format_config
 from rampwrap.kernel.shape import MoEShape
-from rampwrap.kernels.cute.configs import WIDTHS
+from rampwrap.kernels.cute.configs import FORMS, WIDTHS
 from rampwrap.routing.workloads import Routing, Workload
 
 SHAPES = (MoEShape(8, 2, 512, 256), MoEShape(32, 4, 256, 384), MoEShape(64, 8, 768, 128), MoEShape(512, 10, 256, 128))
@@ -86,7 +86,7 @@ def main(arguments=None, device="cuda", make=CuteFusedMoE):
     """Returns 0, or 1 for a wrong result; `device` and `make` are for the test of this script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, default=10_000)
-    parser.add_argument("--form", choices=["two", "one", "prefill", "both", "ragged"], default="both")
+    parser.add_argument("--form", choices=[*FORMS, "both"], default="both")
     parser.add_argument("--dtype", choices=["bf16", "fp8"], nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-tokens", type=int, default=max(TOKENS))

@@ -54,7 +54,10 @@ def test_how_many_are_listed():
         ("one", "bf16"): 70,
         ("prefill", "fp8"): 1,
         ("prefill", "bf16"): 1,
+        ("ragged", "fp8"): 6,
+        ("ragged", "bf16"): 6,
     }
+    assert len(all_variants()) == 491
     assert {config.block_m for config in all_configs("one", "fp8")} == set(range(8, 49, 8))
     assert {config.block_m for config in all_configs("two", "bf16")} == {*BLOCK_MS, 112, 128, 144}
 
@@ -73,8 +76,9 @@ def test_symbols_are_distinct_c_names():
     variants = all_variants()
     symbols = [variant.symbol for variant in variants]
     assert len(set(symbols)) == len(symbols)
-    assert all(re.fullmatch(r"((prefill_)?(up|down)|mega)_[a-z0-9_]+", symbol) for symbol in symbols)
-    assert all(why_illegal(variant.config) is None for variant in variants)
+    assert all(re.fullmatch(r"((prefill_|ragged_)?(up|down)|mega)_[a-z0-9_]+", symbol) for symbol in symbols)
+    # Of the ragged form listed depths alone are legal, and its down kernels have the depth of their tile.
+    assert all(why_illegal(variant.config) is None for variant in variants if variant.role != "ragged_down")
 
 
 def test_configs_of_one_tile_share_their_down_kernel():

@@ -40,8 +40,8 @@ def test_is_the_same_each_time_and_of_the_order_that_shares_no_weights(shape, nu
 
 @given(st.sampled_from(sorted(CONFIGS, key=str)), st.integers(0, 1 << 14), st.integers(0, 1 << 14))
 def test_forms_follow_each_other_and_tiles_grow(shape, first, second):
-    """One launch, two, prefill, never back; more tokens never take a smaller block_m of a form."""
-    order = ("one", "two", "prefill")
+    """One launch, two, ragged, prefill, never back; more tokens never take a smaller block_m of a form."""
+    order = ("one", "two", "ragged", "prefill")
     low, high = (chosen(shape, tokens) for tokens in sorted((first, second)))
     assert order.index(low["form"]) <= order.index(high["form"])
     assert low["form"] != high["form"] or low["block_m"] <= high["block_m"]
@@ -71,9 +71,14 @@ def test_what_was_measured_lacks_nothing():
 
 @pytest.mark.parametrize("shape", [attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in RULES], ids=str)
 def test_what_a_library_of_few_kernels_lacks(shape):
-    """Two launches alone are ahead of vLLM's at every token count; one launch and prefill are for their ends."""
+    """Two launches alone are ahead of vLLM's at every token count, and so is the ragged form; one launch and prefill are for their ends."""
     alone = {form: lacking(listed(shape, (form,)), shape) for form in FORMS}
-    assert alone["two"] is None and "form=one" in alone["one"] and "for 1 tokens, form=prefill" in alone["prefill"]
+    assert (
+        alone["two"] is None
+        and alone["ragged"] is None
+        and "form=one" in alone["one"]
+        and "for 1 tokens, form=prefill" in alone["prefill"]
+    )
     assert lacking(listed(shape, ("one", "prefill")), shape) and lacking(listed(shape, ("one", "two")), shape) is None
     for narrow in ({"block_n": 16, "warp_n": 4}, {"block_m": 8}):
         few = [its for its in listed(shape, ("two",)) if all(its[key] == value for key, value in narrow.items())]
@@ -101,19 +106,68 @@ def short(config):
     return "{form} {block_m}x{block_n}x{warp_n} {stages}".format(**config)
 
 
+WITHOUT = tuple(form for form in FORMS if form != "ragged")
+
+
 def test_what_serves_by_the_tokens_of_an_expert():
     """The rule in full, of a layer with eight tokens of the batch for each of an expert."""
     fp8, bf16 = (attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in ("fp8", "bf16"))
-    means = (0.25, 2, 2.5, 8, 12, 23, 24, 4096)
+    means = (0.25, 2, 2.5, 5.75, 6, 9.75, 10, 23.75, 24, 4096)
     assert [short(chosen(fp8, int(8 * mean))) for mean in means] == [
+        *("one 8x32x4 4", "one 8x32x4 4", "two 24x64x4 4", "two 32x64x4 4", "ragged 40x64x4 4", "ragged 40x64x4 4"),
+        *("ragged 64x32x8 4", "ragged 64x32x8 4", "prefill 128x256x8 4", "prefill 128x256x8 4"),
+    ]
+    means = (0.25, 1.375, 1.5, 7.875, 8, 39.875, 40, 95.875, 96, 127, 128, 4096)
+    assert [short(chosen(bf16, int(8 * mean))) for mean in means] == [
+        *(
+            "one 16x32x4 6",
+            "one 16x32x4 6",
+            "ragged 64x32x4 6",
+            "ragged 64x32x4 6",
+            "ragged 96x32x4 6",
+            "ragged 96x32x4 6",
+        ),
+        *("ragged 112x32x8 4", "ragged 112x32x8 4", "ragged 144x32x8 4", "ragged 144x32x8 4"),
+        *("prefill 128x256x8 4", "prefill 128x256x8 4"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", RULES)
+def test_a_rank_with_some_of_the_experts_takes_the_ragged_form_from_a_mean_of_one(dtype):
+    shape = MoEShape(256, 8, 7168, 2048, dtype, num_local_experts=32)
+    configs = listed(shape)
+    assert [chosen(shape, tokens, configs)["form"] for tokens in (31, 32, 128)] == ["one", "ragged", "ragged"]
+    whole = attrs.evolve(shape, num_local_experts=256)
+    assert chosen(whole, 47, listed(whole))["form"] == "one"
+
+
+def test_what_serves_from_a_library_without_the_ragged_form():
+    """As before there was one: a list without it is that of an older library, which lacks nothing."""
+    fp8, bf16 = (attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in ("fp8", "bf16"))
+    older = {shape: listed(shape, WITHOUT) for shape in (fp8, bf16)}
+    assert all(lacking(configs, shape) is None for shape, configs in older.items())
+    means = (0.25, 2, 2.5, 8, 12, 23, 24, 4096)
+    assert [short(chosen(fp8, int(8 * mean), older[fp8])) for mean in means] == [
         *("one 8x32x4 4", "one 8x32x4 4", "two 24x64x4 4", "two 32x64x4 4", "two 40x64x4 4", "two 56x64x4 4"),
         *("prefill 128x256x8 4", "prefill 128x256x8 4"),
     ]
     means = (0.25, 4, 5, 20, 47, 48, 119, 120, 127, 128, 4096)
-    assert [short(chosen(bf16, int(8 * mean))) for mean in means] == [
+    assert [short(chosen(bf16, int(8 * mean), older[bf16])) for mean in means] == [
         *("one 16x32x4 6", "one 16x32x4 6", "two 40x32x4 6", "two 88x32x4 6", "two 88x32x4 6", "two 112x32x8 4"),
         *("two 112x32x8 4", "two 144x32x8 4", "two 144x32x8 4", "prefill 128x256x8 4", "prefill 128x256x8 4"),
     ]
+
+
+@pytest.mark.parametrize("shape", [attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in RULES], ids=str)
+@pytest.mark.parametrize(
+    "others", [("one",), ("two",), ("prefill",), ("one", "two"), ("one", "prefill"), ("two", "prefill")], ids=str
+)
+def test_the_ragged_form_stands_in_for_what_a_library_lacks(shape, others):
+    """For two launches anywhere, for the others at their ends."""
+    configs = listed(shape, (*others, "ragged"))
+    assert lacking(configs, shape) is None
+    forms = {chosen(shape, tokens, configs)["form"] for tokens in (0, 1, 32, 64, 128, 4096, 1 << 16)}
+    assert "ragged" in forms and forms <= {*others, "ragged"}
 
 
 @pytest.mark.parametrize(
