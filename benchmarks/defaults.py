@@ -8,8 +8,8 @@ for each token count in hindsight. The rule's constants come from the tables cal
 form, so this is the rule for a library without it. The whole rule is judged by a race of five layers, in which of each form's configs the
 fastest was timed: the default of then, the best ragged config and that of the form which the rule takes (the default where it takes no
 ragged one), over the best config of all forms but the ragged, by `race.BANDS` of token counts; *exact* is the share of workloads whose
-best ragged config, or default, is the very one that the rule takes. Then the best config of another kernel on the same workloads over the default: above 1 the default is ahead even of that. Then our Triton
-kernel's default over it. Last, the same of our Triton kernel: its default over its best config, and vLLM's best config over its
+best ragged config, or default, is the very one that the rule takes. Then the best config of another kernel on the same workloads over
+the default: above 1 the default is ahead even of that. Then our Triton kernel's default over it. Last, the same of our Triton kernel: its default over its best config, and vLLM's best config over its
 default. Its rule was made of these tables; *again* is another run of the same layers, by the kernel's first version.
 """
 

@@ -57,9 +57,9 @@ class Rule:
 
 
 RAGGED_OF_SOME_FROM = 1.0
-"""Mean from which the ragged form serves where a rank has some of the experts: whom the tokens are for says the mean least there. On 32 and
-8 of 256 experts the other forms' default took 1.02-1.37 of its best config's time from a mean of 2 up to where prefill begins, 0.99-1.02 at 1 and
-0.96-1.01 at 0.5; tokens are those that name an expert of the rank."""
+"""Mean from which the ragged form serves where a rank has some of the experts: the mean says least there of what an expert gets. On
+32 and 8 of 256 experts the other forms' default took 1.02-1.37 of its best config's time from a mean of 2 up to where prefill begins,
+0.99-1.02 at 1 and 0.96-1.01 at 0.5; tokens are those that name an expert of the rank."""
 PREFILL = Tile(256, 8, 4, 128, most=128)
 # Of the best config for each token count: time over the best of each workload, geometric mean over routings, OLMoE / Qwen3-30B:
 # one launch or two   FP8: 1.02 or 1.04 / 1.03 or 1.01 at a mean of 2, 1.04 or 1.03 / 1.03 or 1.01 at 3
@@ -69,11 +69,11 @@ PREFILL = Tile(256, 8, 4, 128, most=128)
 #                     64 of 256 rows are as good
 # block_m             in FP8 at 2 to 24: 1.02, worst 1.09 (4 + 2 for each token: 1.02, worst 1.11; held out 1.03 both); bf16 at 4 to
 #                     24: 1.02, worst 1.08 (28 + 3: worst 1.12); 112 from 48 on 1.02, where 88 or 144 have 1.04-1.10
-# Ragged: race of 2026-11-27 on four H100s (`benchmarks/results/h100-race-issue16.json`): OLMoE, Qwen3-30B, DeepSeek-V3 on eight tensor-parallel
-# ranks, and on ranks with 32 and 8 of its experts. At 6-96, 128-384, 512-1024 tokens, means of layers, even or skewed:
+# Ragged: race of 2026-11-27 on four H100s (`benchmarks/results/h100-race-issue16.json`): OLMoE, Qwen3-30B, DeepSeek-V3 on eight
+# tensor-parallel ranks, and on ranks with 32 and 8 of its experts. At 6-96, 128-384, 512-1024 tokens, means of layers, even or skewed:
 # best of others over its best   bf16: 0.96-1.00, 0.99-1.01, 0.99-1.03; FP8: 0.93-0.99, 0.97-1.01, 0.83-0.99, behind where prefill serves
 # others' default over its best  bf16: 0.99-1.08, 1.00-1.23, 1.00-1.29; FP8: 0.98-1.08, 0.99-1.13, 0.83-1.04
-#   at a mean of                 bf16, whole layers: 1.01 at 0.5, 1.03 at 2, 1.02-1.07 at 4; FP8: 0.98-1.05 at 2, 0.99-1.00 at 4, 1.00-1.02 at 8 and 16
+#   whole layers, at a mean of   bf16: 1.01 at 0.5, 1.03 at 2, 1.02-1.07 at 4; FP8: 0.98-1.05 at 2, 0.99-1.00 at 4, 1.00-1.02 at 8 and 16
 # block_m                        best most often in bf16: 64 up to a mean of 8, 96 at 16, 64-144 at 32; in FP8: 40 up to 8, 40 or 64 at 16
 RULES = {
     "fp8": Rule(
@@ -104,9 +104,9 @@ def lacking(configs: Sequence[Mapping[str, Any]], shape: MoEShape) -> str | None
 
     A library may lack a form, or a layer's sizes be such that only narrow tiles divide them. Best of vLLM's Triton kernel over
     such defaults at 513 tokens and more, means of the tables of OLMoE and Qwen3-30B: one launch alone 0.36 in FP8 and 0.58-0.67 in
-    bf16, tiles of 64 rows 0.35 and 0.75, of 128 rows 0.91 in FP8 and 1.05-1.08 in bf16. Two launches alone stay ahead everywhere. So does the
-    ragged form, whose full tiles are theirs: in the race above vLLM's own config takes 1.02-2.00 of its time at each number of tokens
-    up to 1024, in the mean. A library without it has what was measured before it.
+    bf16, tiles of 64 rows 0.35 and 0.75, of 128 rows 0.91 in FP8 and 1.05-1.08 in bf16. Two launches alone stay ahead everywhere. So does
+    the ragged form, whose full tiles are theirs: in the race above vLLM's own config takes 1.02-2.00 of its best config's time at each
+    number of tokens up to 1024, in the mean of routings. A library without it has what was measured before it.
     """
     rule, forms = RULES[shape.dtype], {config["form"] for config in configs}
     rows, whole = rule.two[0].block_n * rule.two[0].warp_n, forms | (set(FORMS) - {"ragged"})

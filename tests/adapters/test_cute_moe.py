@@ -27,7 +27,6 @@ from rampwrap.kernel.protocol import Kernel
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.reference import activate, dequantise, quantise, weights_of
 from rampwrap.kernels.cute.build.library import Library
-from rampwrap.kernels.cute.configs import all_variants
 from rampwrap.kernels.cute.defaults import default
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED

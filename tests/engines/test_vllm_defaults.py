@@ -280,7 +280,12 @@ def test_which_layers_and_devices(built, monkeypatch):
     assert its(attrs.evolve(BF16, dtype="fp16"), HOPPER) == "no defaults serve layers with fp16"
     assert its(attrs.evolve(BF16, intermediate_size=96), HOPPER).name == "triton_fused_moe"  # what CuTe cannot
     kernel = its(FP8, HOPPER)
-    assert {kernel.default_config(tokens)["form"] for tokens in (1, 16, 64, 4096)} == {"one", "two", "ragged", "prefill"}
+    assert {kernel.default_config(tokens)["form"] for tokens in (1, 16, 64, 4096)} == {
+        "one",
+        "two",
+        "ragged",
+        "prefill",
+    }
     served = defaults.default_configs(kernel)
     assert all(kernel.default_config(2**power) in served for power in range(17)) and len(served) < 10
 
