@@ -112,12 +112,12 @@ WITHOUT = tuple(form for form in FORMS if form != "ragged")
 def test_what_serves_by_the_tokens_of_an_expert():
     """The rule in full, of a layer with eight tokens of the batch for each of an expert."""
     fp8, bf16 = (attrs.evolve(SHAPES["olmoe"], dtype=dtype) for dtype in ("fp8", "bf16"))
-    means = (0.25, 2, 2.5, 5.75, 6, 9.75, 10, 23.75, 24, 4096)
+    means = (0.25, 2, 2.5, 5.75, 6, 11.75, 12, 23.75, 24, 4096)
     assert [short(chosen(fp8, int(8 * mean))) for mean in means] == [
         *("one 8x32x4 4", "one 8x32x4 4", "two 24x64x4 4", "two 32x64x4 4", "ragged 40x64x4 4", "ragged 40x64x4 4"),
         *("ragged 64x32x8 4", "ragged 64x32x8 4", "prefill 128x256x8 4", "prefill 128x256x8 4"),
     ]
-    means = (0.25, 1.375, 1.5, 7.875, 8, 39.875, 40, 95.875, 96, 127, 128, 4096)
+    means = (0.25, 2, 2.5, 11.875, 12, 47.875, 48, 95.875, 96, 127, 128, 4096)
     assert [short(chosen(bf16, int(8 * mean))) for mean in means] == [
         *(
             "one 16x32x4 6",
