@@ -7,16 +7,13 @@ that it lacks are compiled the same way where the CuTe DSL is installed, and kep
     python -m rampwrap.engines.prepare PLAN.json MAX_TOKENS
 """
 
-import contextlib
 import hashlib
 import logging
 import os
 import pathlib
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -32,7 +29,6 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.plan.plan import Plan
 
 logger = logging.getLogger("vllm.rampwrap")
-AS_IT_GOES = "rampwrap could not compile ahead (%s); the engine does it as it goes."
 LIMIT_S = 600
 MAX_TOKENS = 16384
 "Tokens of a step that engines allow by default on large GPUs."
@@ -63,39 +59,8 @@ def ensure_compiled(graph_dispatcher: GraphDispatcher, path: str) -> bool:
             elif kernel.name == "triton_fused_moe":
                 compiled |= _ensure(graph_dispatcher, _mark(path), path)
     except (OSError, RampwrapError) as error:  # a cache that cannot be written, say
-        logger.warning(AS_IT_GOES, error)
+        logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", error)
     return compiled
-
-
-class Beside:
-    """`ensure_compiled` beside what an engine does until its first step, one plan after the other.
-
-    A machine's first start has vLLM compile its own kernels for 20 s and more before it launches any; the processes for a plan
-    of Triton kernels took 22 s of an engine that waited for them. They are gone, and the GPU's memory free of them, before that
-    step is launched, by which vLLM measures how much of the memory it may take.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rampwrap")
-        self._under_way: list[Future[bool]] = []
-
-    def begin(self, graph_dispatcher: GraphDispatcher, path: str) -> None:
-        """Compiles a plan on the device that is the current one here."""
-        index = torch.cuda.current_device() if torch.cuda.is_available() else None
-
-        def run() -> bool:
-            with contextlib.nullcontext() if index is None else torch.cuda.device(index):
-                return ensure_compiled(graph_dispatcher, path)
-
-        self._under_way.append(self._thread.submit(run))
-
-    def wait(self) -> float:
-        """Until all are done; the seconds that took. A failure costs time only."""
-        start = time.perf_counter()
-        while self._under_way:
-            if (error := self._under_way.pop(0).exception()) is not None:
-                logger.warning(AS_IT_GOES, repr(error))
-        return time.perf_counter() - start
 
 
 def _ensure(graph_dispatcher: GraphDispatcher, mark: pathlib.Path, path: str) -> bool:
@@ -138,7 +103,7 @@ def _run(path: str, max_tokens: int) -> bool:
     except (OSError, subprocess.TimeoutExpired) as error:
         failed = [str(error)]
     if failed:
-        logger.warning(AS_IT_GOES, failed[0])
+        logger.warning("rampwrap could not compile ahead (%s); the engine does it as it goes.", failed[0])
     return not failed
 
 

@@ -32,7 +32,7 @@ import torch
 from rampwrap.dispatch.graph import GraphDispatcher, chooses_in_graph
 from rampwrap.engines import vllm_contract, vllm_cutlass, vllm_gather
 from rampwrap.engines.defaults import PLANS_ONLY, kernel_without_plan
-from rampwrap.engines.prepare import Beside
+from rampwrap.engines.prepare import ensure_compiled
 from rampwrap.engines.vllm_experts import Experts
 from rampwrap.engines.vllm_layer import Refusal, by_another, command, layer_shape, preference, unlike
 from rampwrap.kernel.device import Device
@@ -116,7 +116,6 @@ class _Engine:
         self._fits: dict[tuple[MoEShape, Device], Fit | None] = {}
         self.layers = 0
         self.seconds = 0.0
-        self._compiling = Beside()
         # Graphs know buffers by address: those that were captured must outlive a second engine's workspace.
         self.kept: dict[int, torch.Tensor] = {}
         for sentence in self.plans.broken:
@@ -128,10 +127,6 @@ class _Engine:
         if key not in self._fits:
             self._fits[key] = self.plans.find(shape, device, preference(shape))
         return self._fits[key]
-
-    def wait(self) -> None:
-        """Until the kernels of all plans are compiled, before the first step of a layer."""
-        self.seconds += self._compiling.wait()
 
     @property
     def every(self) -> list[GraphDispatcher]:
@@ -162,7 +157,7 @@ class _Engine:
                 fit.kernel, fit.plan, max_tokens=most_tokens, mode=mode, shape=shape, device=device, strict=True
             )
             self.graph_dispatchers[fit.path] = found
-            self._compiling.begin(found, fit.path)
+            ensure_compiled(found, fit.path)
             start_log()
             logger.info(
                 "rampwrap chooses configs of %s for layers of %s by %s%s.",
@@ -225,7 +220,7 @@ def _attach(kernel: Any) -> None:
     if shape.dtype == "fp8":
         experts.__class__ = _deferring(kind)
     cutlass = kind.__name__ == vllm_cutlass.NAME
-    impl._fused_experts = Experts(impl, graph_dispatcher, engine.kept, _warn, engine.wait, cutlass=cutlass)
+    impl._fused_experts = Experts(impl, graph_dispatcher, engine.kept, _warn, cutlass=cutlass)
     engine.layers += 1
     engine.seconds += time.perf_counter() - start
 

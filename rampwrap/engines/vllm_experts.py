@@ -25,7 +25,6 @@ class Experts:
         graph_dispatcher: what serves the layer.
         kept: memory of captured graphs by address, to which the engine holds on.
         warn: called with a key, by which it speaks once, a format and its arguments.
-        ready: waits for what the first step needs.
         cutlass: whether vLLM's own experts are CUTLASS's, which take quantised rows alone.
     """
 
@@ -35,7 +34,6 @@ class Experts:
         graph_dispatcher: GraphDispatcher,
         kept: MutableMapping[int, torch.Tensor],
         warn: Callable[..., None],
-        ready: Callable[[], None],
         *,
         cutlass: bool = False,
     ) -> None:
@@ -44,15 +42,11 @@ class Experts:
         parameters = inspect.signature(graph_dispatcher.kernel.launch).parameters
         self._takes_out, self._takes_memory = "out" in parameters, "workspace" in parameters
         self._layer: Layer | None = None
-        self._ready: Callable[[], None] | None = ready
         self._given_up = self._ran = False
         self._reserved = 0
 
     def __call__(self, **call: Any) -> Any:
         """One step of the layer; what we cannot run goes to vLLM's own launch."""
-        if self._ready is not None:
-            ready, self._ready = self._ready, None
-            ready()
         if self._given_up or not self._runnable(call):
             return self._leave(call)
         self._reserve(call)

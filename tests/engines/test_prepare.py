@@ -5,10 +5,9 @@ import os
 import pathlib
 import subprocess
 import sys
-import threading
 import types
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -151,32 +150,6 @@ def test_a_plans_file_is_compiled_for_the_batches_of_engines(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert prepare.compile_for(kernel, path) == prepare.compile_for(kernel, path, 64) == "yes"
     assert asked == [(16384, path), (64, path)]
-
-
-def test_plans_are_compiled_beside_an_engine_until_it_asks(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One after the other; what none foresaw is a line, and the engine goes on."""
-    goes, ran = threading.Event(), list[str]()
-
-    def ensure(its: Any, path: str) -> bool:
-        assert goes.wait(30) and threading.current_thread() is not threading.main_thread()
-        ran.append(path)
-        if path == "b":
-            raise RuntimeError("no driver")
-        return True
-
-    monkeypatch.setattr(prepare, "ensure_compiled", ensure)
-    beside, its = prepare.Beside(), cast(GraphDispatcher, None)
-    for path in "abc":
-        beside.begin(its, path)
-    assert not ran
-    goes.set()
-    assert 0 <= beside.wait() < 30 and ran == ["a", "b", "c"]
-    assert caplog.messages == [
-        "rampwrap could not compile ahead (RuntimeError('no driver')); the engine does it as it goes."
-    ]
-    assert beside.wait() < 1 and len(ran) == 3
 
 
 def test_one_process_at_a_time_compiles_and_larger_batches_again(

@@ -13,7 +13,6 @@ import math
 import os
 import pathlib
 import sys
-import threading
 import types
 
 import pytest
@@ -27,8 +26,8 @@ import attrs
 import numpy as np
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
-from rampwrap.engines import prepare, vllm_contract, vllm_experts, vllm_layer
 from rampwrap.engines import vllm as plugin
+from rampwrap.engines import vllm_contract, vllm_experts, vllm_layer
 from rampwrap.errors import CaptureError
 from rampwrap.kernel.activation import SWIGLU_OAI
 from rampwrap.kernel.activation import Activation as Ours
@@ -448,19 +447,6 @@ def test_a_layer_with_a_plan_runs_our_kernel(world):
     assert {row.layer for row in graph_dispatcher.telemetry()} == {"model.layers.3.mlp.experts"}
     (engine,) = plugin.engines()
     assert engine["layers"] == 1 and engine["plans"] == [str(world.folder / "tiny.plan.json")]
-
-
-def test_the_first_step_waits_for_what_a_plan_compiles(world, monkeypatch):
-    """Of any layer, also where the step is vLLM's; layers are attached before, and the wait is a cost of the start."""
-    plugin.register()
-    goes, done = threading.Event(), []
-    monkeypatch.setattr(prepare, "ensure_compiled", lambda its, path: (goes.wait(30), done.append(path)))
-    layers = [world.kernel(name=f"layer {i}") for i in range(2)]
-    before = plugin.engines()[0]["seconds"]
-    assert all(isinstance(layer.impl._fused_experts, vllm_experts.Experts) for layer in layers) and not done
-    threading.Timer(0.2, goes.set).start()
-    layers[1].impl.apply(**inputs(40))
-    assert world.calls == [40] and len(done) == 1 and plugin.engines()[0]["seconds"] > before + 0.1
 
 
 def test_the_choice_follows_the_routing_and_is_made_on_the_device(world, plan):

@@ -24,7 +24,6 @@ if importlib.util.find_spec("vllm") is None:
 
 import attrs
 
-from rampwrap.engines import prepare
 from rampwrap.engines import vllm as plugin
 from rampwrap.engines.defaults import PLANS_ONLY, default_configs
 from rampwrap.errors import ConfigError, InputError
@@ -88,7 +87,7 @@ def place(monkeypatch, tmp_path):
     monkeypatch.setenv(places.PLANS, str(tmp_path))
     monkeypatch.setattr(plugin, "_engines", {})
     monkeypatch.setattr(plugin, "_warn", places.OneWarning(plugin.logger))
-    monkeypatch.setattr(prepare, "ensure_compiled", lambda graph_dispatcher, path: False)
+    monkeypatch.setattr(plugin, "ensure_compiled", lambda graph_dispatcher, path: False)
     from vllm.v1.worker import workspace
 
     workspace.reset_workspace_manager()
