@@ -185,6 +185,9 @@ def _attach(kernel: Any) -> None:
     """Gives a vLLM kernel our launch where there is a plan for its layer."""
     impl = kernel.impl
     experts = getattr(impl, "fused_experts", None)
+    if (own := getattr(type(experts), "rampwrap", None)) is not None:
+        # Elastic expert parallelism makes experts anew, of the class of those that it finds.
+        experts.__class__ = own
     config, quant = getattr(experts, "moe_config", None), getattr(experts, "quant_config", None)
     if disabled() or config is None or quant is None:
         return
@@ -274,7 +277,8 @@ def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refus
 @functools.cache
 def _deferring(experts: Any) -> type:
     """vLLM's experts, told to leave the quantisation of activations to the launch, as ours does it itself."""
-    return type(experts.__name__, (experts,), {"expects_unquantized_inputs": property(lambda self: True)})
+    members = {"expects_unquantized_inputs": property(lambda self: True), "rampwrap": experts}
+    return type(experts.__name__, (experts,), members)
 
 
 def engines() -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ _CLASSES: tuple[tuple[str, str, tuple[str, ...], dict[str, tuple[str, ...]]], ..
     (_CUTLASS, "CutlassExpertsFp8", ("CutlassExpertsFp8Base",), {}),
     (_CUTLASS, "CutlassExpertsFp8Base", ("mk.FusedMoEExpertsModular",), {"_get_permute_scratch": ()}),
 )
+_SCRATCH = f"{_FOLDER}/moe_permute_unpermute.py", "MoEPermuteScratch"
 _PREPARE = f"{_FOLDER}/prepare_finalize/no_dp_ep.py", "MoEPrepareAndFinalizeNoDPEPModular"
 _PREPARE_ARGUMENTS = (
     *("a1", "topk_weights", "topk_ids", "num_experts", "expert_map", "apply_router_weight_on_input"),
@@ -60,6 +61,7 @@ def faults(root: pathlib.Path | None = None) -> tuple[str, ...]:
         for fault in contract.class_faults(root, file, owner, signatures, {}, _MEMBERS, bases)
     ]
     found += contract.new_arguments(root, _CUTLASS, "run_cutlass_moe_fp8", _STEPS)
+    found += contract.class_faults(root, *_SCRATCH, {}, {"reserve": ("expanded_rows",)})
     return (*found, *contract.class_faults(root, *_PREPARE, {"prepare": _PREPARE_ARGUMENTS}, {}))
 
 
@@ -93,7 +95,15 @@ def quantised(impl: Any, call: dict[str, Any]) -> dict[str, Any]:
     return call | {"a1q": x, "a1q_scale": scale}
 
 
-def reserve(experts: Any) -> None:
-    """Lets vLLM make the memory by which its launch permutes tokens, where layers share it and it is locked after warm-up."""
-    if not hasattr(experts.experts, "_permute_scratch"):  # each layer's own, made when it is needed, in older releases
-        experts.experts._get_permute_scratch()
+def reserve(experts: Any, num_rows: int) -> None:
+    """Lets vLLM make the memory by which its launch permutes so many rows, where layers share it and it is locked after warm-up.
+
+    From 0.32 on it is made without room and grows with what is launched, which ours is instead.
+    """
+    if hasattr(
+        experts.experts, "_permute_scratch"
+    ):  # each layer's own, for all tokens, made when it is needed, in older releases
+        return
+    scratch = experts.experts._get_permute_scratch()
+    if scratch is not None:
+        scratch.reserve(num_rows)

@@ -49,8 +49,8 @@ class Experts:
         """One step of the layer; what we cannot run goes to vLLM's own launch."""
         if self._given_up or not self._runnable(call):
             return self._leave(call)
-        self._reserve(call)
         try:
+            self._reserve(call)
             if self._layer is None:
                 self._layer = self.graph_dispatcher.layer(self._name())
             out = self._layer(**self._arguments(call))
@@ -165,7 +165,7 @@ class Experts:
             **{name: call[name] for name in named},
         )
         if self._cutlass:
-            vllm_cutlass.reserve(self._impl.fused_experts)
+            vllm_cutlass.reserve(self._impl.fused_experts, call["topk_ids"].numel())
         self._reserved = num_tokens
 
     def _name(self) -> str:

@@ -39,9 +39,12 @@ def world(monkeypatch, tmp_path, plan):
     made = base.world.__wrapped__(monkeypatch, tmp_path, plan)
     made.permuted = []
 
+    def reserve(expanded_rows):
+        made.permuted.append((expanded_rows, made.manager.locked))
+
     class CutlassExpertsFp8(made.experts):
         def _get_permute_scratch(self):
-            made.permuted.append(made.manager.locked)
+            return types.SimpleNamespace(reserve=reserve)
 
     class TritonOrCutlassExperts(made.experts):
         def __init__(self, moe_config, quant_config):
@@ -86,7 +89,29 @@ def test_a_plan_serves(world, shape):
     made, its = layer(world, shape)
     assert made.impl.fused_experts.expects_unquantized_inputs
     assert near(apply(made, its), shape, its)
-    assert world.calls == [] and world.permuted == [False]
+    rows = its["topk_ids"].numel()
+    assert world.calls == [] and world.permuted == [(rows, False)]
+
+
+def test_experts_made_anew_from_the_class_of_served_ones(world, monkeypatch):
+    """As vLLM's elastic expert parallelism does: served again, or in full what they were."""
+    make_plan(base.timings_of(SHAPE)).save(world.folder / "fp8.plan.json")
+    made, its = layer(world)
+    world.either = type(made.impl.fused_experts)
+    again, its = layer(world)
+    assert near(apply(again, its), SHAPE, its) and world.calls == []
+    monkeypatch.setenv(places.DISABLE, "1")
+    left = layer(world)[0].impl
+    assert "_fused_experts" not in vars(left) and not left.fused_experts.expects_unquantized_inputs
+
+
+def test_a_reserve_that_fails_at_the_first_step_leaves_the_layer(world, monkeypatch, caplog):
+    make_plan(base.timings_of(SHAPE)).save(world.folder / "fp8.plan.json")
+    made, its = layer(world)
+    monkeypatch.setattr(vllm_cutlass, "reserve", lambda *_: [][0])
+    apply(made, its)
+    assert world.calls == [len(its["topk_ids"])]
+    assert any("leaves a layer to vLLM from here on" in line for line in base.messages(caplog))
 
 
 def test_defaults_serve(world, monkeypatch, caplog):
@@ -186,6 +211,10 @@ class CutlassExpertsFp8Base(mk.FusedMoEExpertsModular):
 class CutlassExpertsFp8(CutlassExpertsFp8Base):
     def apply(self): ...
 """,
+    f"{FOLDER}/moe_permute_unpermute.py": """
+class MoEPermuteScratch:
+    def reserve(self, expanded_rows): ...
+""",
     f"{FOLDER}/prepare_finalize/no_dp_ep.py": """
 class MoEPrepareAndFinalizeNoDPEPModular:
     def prepare(self, a1, topk_weights, topk_ids, num_experts, expert_map, apply_router_weight_on_input, quant_config,
@@ -202,6 +231,11 @@ class MoEPrepareAndFinalizeNoDPEPModular:
         ("(CutlassExpertsFp8Base)", "(Mixin)", "CutlassExpertsFp8 inherits from Mixin"),
         ("self.is_sm100", "self.norm", "TritonOrCutlassExperts has norm"),
         ("_get_permute_scratch(self)", "_get_permute_scratch(self, lane)", "_get_permute_scratch takes lane"),
+        (
+            "expanded_rows",
+            "slots",
+            "MoEPermuteScratch.reserve takes slots, which rampwrap does not know and takes no expanded_rows",
+        ),
         ("w2, topk_ids", "w2, row_scale", "run_cutlass_moe_fp8 takes row_scale"),
         ("run_cutlass_moe_fp8", "run_moe", "run_cutlass_moe_fp8 is not in"),
         ("class FallbackExperts", "class Fallback", "FallbackExperts is not in"),

@@ -8,8 +8,11 @@ import torch
 
 LAYER = "vllm.model_executor.layers.fused_moe"
 REAL = {
-    *(f"{LAYER}.{name}" for name in ("activation", "config", "modular_kernel", "moe_output", "topk_weight_and_reduce")),
-    *(f"{LAYER}.{name}" for name in ("utils", "experts.lora_experts_mixin", "experts.triton_moe")),
+    *(f"{LAYER}.{name}" for name in ("activation", "config", "modular_kernel", "moe_output", "moe_permute_unpermute")),
+    *(
+        f"{LAYER}.{name}"
+        for name in ("topk_weight_and_reduce", "utils", "experts.lora_experts_mixin", "experts.triton_moe")
+    ),
     *(f"{LAYER}.experts.{name}" for name in ("cutlass_moe", "fallback", "triton_cutlass_moe")),
     f"{LAYER}.prepare_finalize.no_dp_ep",
     "vllm.model_executor.layers.quantization.utils.quant_utils",

@@ -208,11 +208,8 @@ def check_forms():
 def check_cutlass():
     """Layers of vLLM's CUTLASS experts: ours against vLLM's own steps in plain torch, which run where we do not, its memory locked."""
     vllm_cutlass_operators.install(cutlass_moe, utils)
-    if hasattr(cutlass_moe, "get_moe_permute_scratch"):  # kept with the workspaces, and locked with them
-        cutlass_moe.moe_permute_unpermute_supported = lambda: True
-        cutlass_moe.get_moe_permute_scratch = lambda **_: workspace.current_workspace_manager().get_persistent_resource(
-            "scratch", object
-        )
+    cutlass_moe.moe_permute_unpermute_supported = lambda: True
+    torch.ops._moe_C.moe_permute_sort_workspace_size = lambda rows, experts: rows + experts
     for scales in ("channel", "static"):
         shape = tests.MoEShape(8, 2, 64, 64, "fp8", scales=scales)
         wanted = tests.TritonFusedMoE(shape)
@@ -227,6 +224,7 @@ def check_cutlass():
         layer = kernel(quant, kind=TritonOrCutlassExperts, hidden_dim=64, intermediate_size=64)
         assert ours(layer) and layer.impl._fused_experts.graph_dispatcher.shape == shape
         out, asked = apply(layer, its), []
+        assert not apply(layer, its | {"topk_ids": torch.full_like(its["topk_ids"], -1)}).any()
         workspace.lock_workspace()
         own = layer.impl._fused_experts._own
         layer.impl._fused_experts._own = lambda **call: asked.append(call["a1q"].dtype) or own(**call)  # noqa: B023

@@ -35,9 +35,13 @@ def cutlass_moe_mm(
         out[start:end] = (a[start:end].double() @ b[expert].double().T * scale * weight).to(out.dtype)
 
 
-def moe_permute(rows, scale, topk_ids, num_experts, num_local, expert_map=None, permuted_hidden_states=None, **_):
+def moe_permute(
+    rows, scale, topk_ids, num_experts, num_local, expert_map=None, permuted_hidden_states=None, scratch=None
+):
     """Rows once for each of their experts, in the order of experts, with where each expert begins and each slot went."""
     assert expert_map is None
+    if hasattr(scratch, "reserve"):  # from 0.32 on: refused once vLLM's memory is locked
+        scratch.reserve(topk_ids.numel())
     order = topk_ids.flatten().argsort(stable=True)
     starts = torch.searchsorted(topk_ids.flatten()[order].long().contiguous(), torch.arange(num_local + 1))
     permuted_hidden_states.view(torch.uint8).copy_(rows[order // topk_ids.shape[1]].view(torch.uint8))
