@@ -6,8 +6,7 @@ For each batch, in CUDA graphs that are replayed in turn, in another order each 
 
     cute_moe    ours: the fastest configs of a survey of all that are built, but for the one-launch form
     deep_gemm   every config of the adapter `deep_gemm`: DeepGEMM's GEMMs with our glue
-    vllm        the same GEMMs with vLLM's glue, FP8 only, where vLLM is installed: its permutation, activation and sum,
-                as its DeepGemmExperts calls them; tokens are quantised by our launch
+    vllm        the same GEMMs with vLLM's glue, FP8 only, where vLLM is installed; tokens are quantised by our launch
     gemms       the two GEMMs alone on exactly the rows that the routing fills, which no layer in a graph can know
 
 1. DeepGEMM compiles in --processes at a time.
