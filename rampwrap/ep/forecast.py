@@ -35,10 +35,13 @@ class Marginal:
 
         Args:
             counts: int [samples, experts of a rank].
-            times_us: float64 [samples], all above 0.
+            times_us: float64 [samples]; those of 0, which a plan may predict for a rank without tokens, say nothing here.
         """
-        rows = np.concatenate([np.ones((len(counts), 1)), _features(counts).sum(axis=1)], axis=1)
-        found, _ = nnls(rows / times_us[:, None], np.ones(len(rows)))
+        timed = times_us > 0.0
+        rows = np.concatenate([np.ones((len(counts), 1)), _features(counts).sum(axis=1)], axis=1)[timed]
+        if not len(rows):
+            return cls(np.zeros(rows.shape[1] - 1))
+        found, _ = nnls(rows / times_us[timed, None], np.ones(len(rows)))
         return cls(found[1:])
 
     def of(self, counts: IntArray) -> FloatArray:

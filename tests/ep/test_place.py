@@ -224,6 +224,10 @@ def test_a_marginal_knows_tokens_from_tiles() -> None:
     counts = rng.integers(0, 300, (400, 4)) * (rng.random((400, 4)) < 0.6)
     times = 5 + (3 * (counts > 0) + 0.5 * -(-counts // 64)).sum(axis=1)
     assert Marginal.fit(counts, times).us == pytest.approx([3, 0, 0, 0.5, 0], abs=1e-6)
+    # A plan may predict nothing at all for a rank without tokens.
+    without, free = np.vstack([np.zeros_like(counts[:1]), counts]), np.concatenate([[0.0], times])
+    assert Marginal.fit(without, free).us == pytest.approx([3, 0, 0, 0.5, 0], abs=1e-6)
+    assert not Marginal.fit(without[:1], free[:1]).us.any()
 
 
 def test_a_study_judges_by_steps_that_no_placement_saw(plan: Plan, dump: str, tmp_path: pathlib.Path) -> None:
