@@ -16,7 +16,7 @@ import torch
 import transformers
 import triton
 from compiled_transformers import STEP, busy_us
-from generate_transformers import MODELS
+from generate_transformers import MODELS, random_model
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from rampwrap.engines import transformers as engine
@@ -35,15 +35,7 @@ def make_model(name: str, layers: int, tiny: bool) -> Any:
     sizes = dict(sizes)
     sizes["vocab_size"] = max(512, sizes["vocab_size"] * layers // sizes["num_hidden_layers"] // 64 * 64)
     sizes |= {"num_hidden_layers": layers} | ({key: TINY[key] for key in TINY if key in sizes} if tiny else {})
-    config = getattr(transformers, f"{family}Config")(
-        **sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None, max_position_embeddings=4096
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
+    return random_model(family, sizes)
 
 
 def synchronize() -> None:

@@ -175,7 +175,7 @@ def layers(group: dist.ProcessGroup, its: argparse.Namespace, device: torch.devi
                 return
             experts = local * max(4, ranks)
             shape = MoEShape(experts, top_k, hidden_size, inter, dtype=dtype)
-            options: Row = {"backend": backend, "device": device, "by_source_tokens": 0}
+            options: Row = {"backend": backend, "device": device, "by_source": True, "by_source_tokens": 0}
             with ExpertParallel(group, shape, max(its.tokens), **options) as ep:
                 kernel = TritonFusedMoE(ep.shape)
                 weights: Row = random_weights(ep.shape, device, seed=ep.rank)

@@ -69,10 +69,8 @@ class Drawn:
         return (*out[:2], self._pool[self._at : self._at + count])
 
 
-def make_model(name: str, layers: int | None, routing: str | None) -> Any:
-    """The architecture with random bf16 weights, made on the GPU."""
-    family, sizes = MODELS[name]
-    sizes = {**sizes, **({} if layers is None else {"num_hidden_layers": layers})}
+def random_model(family: str, sizes: dict[str, Any]) -> Any:
+    """An architecture with random bf16 weights, made on the GPU."""
     config = getattr(transformers, f"{family}Config")(
         **sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None, max_position_embeddings=4096
     )
@@ -81,10 +79,17 @@ def make_model(name: str, layers: int | None, routing: str | None) -> Any:
     with torch.device(DEVICE):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def make_model(name: str, layers: int | None, routing: str | None) -> Any:
+    """One of `MODELS`, its routers' choices drawn where a routing is named."""
+    family, sizes = MODELS[name]
+    model = random_model(family, {**sizes, **({} if layers is None else {"num_hidden_layers": layers})})
     for path, module in model.named_modules():
         if routing is not None and path.endswith("mlp.gate"):
             module.register_forward_hook(Drawn(routing, sizes["num_experts"], sizes["num_experts_per_tok"]))
-    return model.eval()
+    return model
 
 
 def main() -> None:

@@ -121,16 +121,23 @@ class Race:
                 found.append(twin)
         return found
 
+    def _ready(
+        self, launches: Launches, configs: dict[str, Config], variants: Sequence[dict[str, Any]]
+    ) -> dict[str, Timed]:
+        """Those whose launches can be timed; the others are wrong from here on."""
+        ready: dict[str, Timed] = {}
+        for key, config in configs.items():
+            with launches.blaming(config):
+                ready[key] = self.timer.prepare(launches.calls(config, variants))
+        return ready
+
     def _time(
         self, launches: Launches, configs: dict[str, Config], variants: Sequence[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Microseconds and spread of each, sampled in turn."""
         samples: dict[str, list[float]] = {}
         try:
-            ready: dict[str, Timed] = {}
-            for key, config in configs.items():
-                with launches.blaming(config):
-                    ready[key] = self.timer.prepare(launches.calls(config, variants))
+            ready = self._ready(launches, configs, variants)
             for _ in range(self.a.rounds):
                 for key in self.order.permutation(np.array(list(ready))).tolist():
                     with launches.blaming(configs[key]):
@@ -156,10 +163,7 @@ class Race:
         turns = [[self.field.turned(its, turn, len(variants)) for turn in range(len(variants))] for its in batches]
         samples: dict[tuple[int, str], list[float]] = {}
         try:
-            ready: dict[str, Timed] = {}
-            for key, config in kept.items():
-                with launches.blaming(config):
-                    ready[key] = self.timer.prepare(launches.calls(config, variants))
+            ready = self._ready(launches, kept, variants)
             for _ in range(self.a.rounds):
                 for number, ids in enumerate(turns):
                     for key, timed in ready.items():
