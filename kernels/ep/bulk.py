@@ -21,13 +21,7 @@ def tell_kernel(
     tell_all(bases_ptr + peer, CELLS_AT, rank, next_epoch(header_ptr), num_tokens, RANKS, LANES)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "source",
-        "limit_ns",
-        "num_tokens",
-    ]
-)
+@triton.jit(do_not_specialize=["source", "limit_ns", "num_tokens"])
 def wait_kernel(cells_ptr, header_ptr, fault_ptr, source, limit_ns, num_tokens, PHASE: tl.constexpr):
     """Waits for the cell of one rank."""
     expected = tl.zeros((1,), tl.int32) + num_tokens

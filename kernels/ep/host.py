@@ -18,7 +18,7 @@ from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.ep.bulk import tell_kernel, wait_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
-from rampwrap.kernels.ep.flags import COUNTS, DISPATCH, LATE, MOST_RANKS
+from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE, MOST_RANKS
 from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
 from rampwrap.kernels.triton import pdl
 
@@ -213,7 +213,7 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
         tokens_per_rank: of every rank.
     """
     its, partials = mapped, mapped.views["partials"]
-    _, cells_at = its.cells(2)
+    _, cells_at = its.cells(COMBINE)
     push_kernel[(_ctas(max(tokens_per_rank)), its.num_ranks)](
         its.bases,
         expert_output,
@@ -244,7 +244,7 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
         tokens_per_rank: of every rank.
     """
     its = mapped
-    cells, _ = its.cells(2)
+    cells, _ = its.cells(COMBINE)
     sum_kernel[(_ctas(tokens_per_rank[its.rank]), 1)](
         out,
         its.views["partials"],

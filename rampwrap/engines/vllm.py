@@ -260,7 +260,8 @@ def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refus
     """What stands against our launch in a layer."""
     triton = importlib.import_module(f"{_PACKAGE}.experts.triton_moe").TritonExperts
     name = type(experts).__name__
-    if vllm_cutlass.SERVED and name == vllm_cutlass.NAME:
+    cutlass = vllm_cutlass.SERVED and name == vllm_cutlass.NAME
+    if cutlass:
         if (reason := vllm_cutlass.refusal(experts, shape)) is not None:
             return Refusal(reason, logging.WARNING)
     elif type(experts) is not triton:
@@ -270,7 +271,7 @@ def _refusal(impl: Any, experts: Any, shape: MoEShape, engine: _Engine) -> Refus
     plain = type(impl.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"
     if shape.dtype == "fp8" and not plain:
         return Refusal("FP8 activations of other ranks arrive quantised", logging.WARNING)
-    both = (experts, experts.experts) if name == vllm_cutlass.NAME else (experts,)
+    both = (experts, experts.experts) if cutlass else (experts,)
     return next((found for its in both if (found := unlike(its, shape)) is not None), None)
 
 

@@ -100,9 +100,8 @@ def reserve(experts: Any, num_rows: int) -> None:
 
     From 0.32 on it is made without room and grows with what is launched, which ours is instead.
     """
-    if hasattr(
-        experts.experts, "_permute_scratch"
-    ):  # each layer's own, for all tokens, made when it is needed, in older releases
+    # In older releases each layer has its own, for all tokens, made when it is needed.
+    if hasattr(experts.experts, "_permute_scratch"):
         return
     scratch = experts.experts._get_permute_scratch()
     if scratch is not None:

@@ -21,6 +21,8 @@ from rampwrap.errors import GroupError, InputError, RampwrapError
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 
+Movers = tuple[Mover, BySource | None]
+"Of whole steps, and of those by source, where they are asked for."
 _open: list["ExpertParallel"] = []
 _opened: dict[str, int] = {}
 "How often each group was opened: the same on all its ranks, and so a name that they share."
@@ -93,7 +95,7 @@ class ExpertParallel:
         self._received: Received | None = None
         self._meets = True  # whether ranks tell each other before they move data
         self._owners: Owners | None = None
-        self._movers: tuple[Mover, BySource] | None = None  # of whole steps, and of those by source
+        self._movers: Movers | None = None
         self._board: Board | None = None
 
     @property
@@ -135,7 +137,7 @@ class ExpertParallel:
         terms.check(every)
         return every
 
-    def _made(self, board: Board, every: Sequence[terms.Terms], owners: Owners) -> "tuple[Mover, BySource]":
+    def _made(self, board: Board, every: Sequence[terms.Terms], owners: Owners) -> Movers:
         if self.backend == "collectives":
             one = Collectives(self.group, self.layout, owners, self.device, self.timeout_s)
             return one, one
@@ -146,7 +148,7 @@ class ExpertParallel:
         if reason is not None:
             raise GroupError(reason)
         near = Symmetric.open(self.group, self.layout, owners, self.device, board)
-        return near, near.bulk()
+        return near, near.bulk() if self.by_source else None
 
     def _busy(self) -> str | None:
         others = [its for its in _open if its.group is not self.group]
@@ -185,7 +187,7 @@ class ExpertParallel:
 
     def _begun(
         self, sent: Sent, tokens_per_rank: Sequence[int] | None, by_source: bool
-    ) -> "tuple[tuple[int, ...], Path, tuple[Mover, BySource]]":
+    ) -> tuple[tuple[int, ...], Path, Movers]:
         """Tokens of all ranks, and the path of a step that all may dispatch."""
         self._meets = tokens_per_rank is None
         movers, board = self._movers_in("dispatch", "idle")
@@ -237,7 +239,7 @@ class ExpertParallel:
                 torch.cuda.synchronize(self.device)
             self._raise_fault(self._movers)
 
-    def _raise_fault(self, movers: "tuple[Mover, BySource]") -> None:
+    def _raise_fault(self, movers: Movers) -> None:
         reason = movers[0].fault()
         if reason is not None:
             self._state = "broken"
@@ -276,9 +278,11 @@ class ExpertParallel:
             self._received = received = movers[0].dispatch(sent, counts, path, None)
             self._state = "dispatched"
             return self.combine(received.through(run, dtype, weights), out=out)
+        mover = movers[1]
+        assert mover is not None
         self._state = "broken"  # until it has ended
         refusal = self._wrong_out(out, counts[self.rank])
-        for piece in movers[1].pieces(sent, counts, path):
+        for piece in mover.pieces(sent, counts, path):
             received, rows = piece.received, piece.room
             if received.num_tokens:
                 rows = received.through(run, dtype, weights, piece.room)
@@ -288,12 +292,12 @@ class ExpertParallel:
                 self._agree(self._board, "combine", 0, refusal)
             if refusal is not None:
                 raise InputError(refusal)
-            movers[1].send_home(piece, rows)
-        total = movers[1].summed(out)
+            mover.send_home(piece, rows)
+        total = mover.summed(out)
         self._state = "idle"
         return total
 
-    def _movers_in(self, call: str, state: str) -> "tuple[tuple[Mover, BySource], Board]":
+    def _movers_in(self, call: str, state: str) -> tuple[Movers, Board]:
         if self._movers is None or self._board is None:
             raise InputError(f"{call} was called on a closed ExpertParallel; call open() on every rank.")
         if self._state != "broken":
@@ -370,7 +374,8 @@ class ExpertParallel:
 
     def _let_go(self) -> None:
         for mover in self._movers or ():
-            mover.close()
+            if mover is not None:
+                mover.close()
         if self in _open:
             _open.remove(self)
         self._movers = self._board = self._received = self._owners = None
