@@ -35,7 +35,7 @@ def make_model(name: str, layers: int, tiny: bool) -> Any:
     sizes = dict(sizes)
     sizes["vocab_size"] = max(512, sizes["vocab_size"] * layers // sizes["num_hidden_layers"] // 64 * 64)
     sizes |= {"num_hidden_layers": layers} | ({key: TINY[key] for key in TINY if key in sizes} if tiny else {})
-    return random_model(family, sizes)
+    return random_model(family, sizes, DEVICE)
 
 
 def synchronize() -> None:

@@ -69,14 +69,14 @@ class Drawn:
         return (*out[:2], self._pool[self._at : self._at + count])
 
 
-def random_model(family: str, sizes: dict[str, Any]) -> Any:
-    """An architecture with random bf16 weights, made on the GPU."""
+def random_model(family: str, sizes: dict[str, Any], device: str) -> Any:
+    """An architecture with random bf16 weights, made on a device."""
     config = getattr(transformers, f"{family}Config")(
         **sizes, pad_token_id=0, bos_token_id=None, eos_token_id=None, max_position_embeddings=4096
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
+    with torch.device(device):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     torch.set_default_dtype(torch.float32)
     return model.eval()
@@ -85,7 +85,7 @@ def random_model(family: str, sizes: dict[str, Any]) -> Any:
 def make_model(name: str, layers: int | None, routing: str | None) -> Any:
     """One of `MODELS`, its routers' choices drawn where a routing is named."""
     family, sizes = MODELS[name]
-    model = random_model(family, {**sizes, **({} if layers is None else {"num_hidden_layers": layers})})
+    model = random_model(family, {**sizes, **({} if layers is None else {"num_hidden_layers": layers})}, DEVICE)
     for path, module in model.named_modules():
         if routing is not None and path.endswith("mlp.gate"):
             module.register_forward_hook(Drawn(routing, sizes["num_experts"], sizes["num_experts_per_tok"]))
