@@ -80,7 +80,7 @@ class CuteFusedMoE(LayerKernel):
         usable = runnable(self.name, shape, legal, lambda config, _: self.library.why_absent(config))
         keys = [config.keys(group_m) for config in usable for group_m in GROUP_MS]
         copied = ("w13", "w2") if shape.dtype == "fp8" else ("w13", "w2", "hidden_states")
-        super().__init__(shape, keys, Contract(shape, aligned=copied))
+        super().__init__(shape, keys, Contract(shape, aligned=copied, quantised=True))
         if "one" in self.forms:
             self.nondeterministic = "the one-launch form adds output tiles in no fixed order"
         if len(self.forms) == 1:
@@ -151,6 +151,7 @@ class CuteFusedMoE(LayerKernel):
         workspace: Workspace | None = None,
         blocks: TokenBlocks | None = None,
         waves: int | None = None,
+        hidden_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the layer and returns [T, H].
 
@@ -160,12 +161,18 @@ class CuteFusedMoE(LayerKernel):
             workspace: scratch memory from `workspace`; allocated where absent.
             blocks: an alignment of the topk_ids for the config's block_m; made where absent.
             waves: as for the class, which gives the default.
+            hidden_scale: float32 [T, H/128] of e4m3 hidden states, which are read as they are; the operands hold it.
 
         Raises:
             CaptureError: the config was not launched before this capture, which is when its code is loaded.
+            InputError: memory is too small, or e4m3 hidden states or their scales do not start at a multiple of 16 bytes.
         """
         found, functions = self._ready[tuple(config.items())]
         check_workspace(operands, workspace)
+        if hidden_scale is not None and (operands.hidden_states.data_ptr() | hidden_scale.data_ptr()) % 16:
+            raise InputError(
+                "e4m3 hidden_states and hidden_scale start at multiples of 16 bytes, as their copies need; give copies."
+            )
         if blocks is not None:
             check_blocks(operands, blocks, found.block_m)
         device = operands.topk_ids.device

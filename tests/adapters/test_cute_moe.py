@@ -253,6 +253,28 @@ def test_ids_out_of_range_and_remote_experts_contribute_nothing(form, dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("form", ["two", "one", "prefill", "ragged"])
+def test_hidden_states_that_are_quantised_already(form):
+    """As `ExpertParallel` receives them: read as they are, with the bits of a layer that quantises them itself."""
+    kernel = kernel_of(FP8, form)
+    inputs, config = kernel.inputs(FP8, routing(FP8, 9)), kernel.configs[0]
+    want = kernel.launch(config, **inputs)
+    rows, scales = quantise(inputs["hidden_states"])
+    given = inputs | {"hidden_states": rows, "hidden_scale": scales}
+    for memory in (None, kernel.workspace(9, "cpu")):
+        out = kernel.launch(config, **given, workspace=memory)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    _, arguments = kernel.library.calls[-1 if form == "one" else -2]
+    assert arguments[0] is rows and arguments[1] is scales
+    with pytest.raises(InputError, match="multiples of 16 bytes"):
+        off = torch.empty(rows.numel() + 1, dtype=rows.dtype)[1:].view(rows.shape)
+        kernel.launch(config, **given | {"hidden_states": off})
+    plain = kernel_of(BF16)
+    with pytest.raises(InputError, match="hidden_scale was given for a layer of"):
+        plain.launch(plain.configs[0], **plain.inputs(BF16, routing(BF16, 9)), hidden_scale=scales)
+
+
+@needs_kernels
 def test_nothing_is_allocated_with_a_workspace():
     """What a CUDA graph must not see: memory from anywhere but the workspace."""
     kernel = kernel_of(FP8)

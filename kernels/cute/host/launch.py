@@ -61,13 +61,13 @@ def run_layer(
             top_k,
             hidden,
             intermediate,
-            hidden_states.dtype,
+            out.dtype,
             fp8=fp8,
             device=device,
             num_local_experts=experts,
         )
     quantised = None
-    if fp8:
+    if fp8 and operands.hidden_scale is None:
         assert workspace.x_fp8 is not None and workspace.x_scale is not None
         quantised = workspace.x_fp8[:num_tokens], workspace.x_scale[:num_tokens]
     # The one-launch form adds in float32: in bf16 the 64 additions of top-8 with 1024 columns would be off by 1 %.
@@ -87,6 +87,8 @@ def run_layer(
         widest_first=config.form == "ragged",  # whose tiles cost what their blocks hold
     )
     tokens: tuple[Any, ...] = quantised or (hidden_states,)
+    if operands.hidden_scale is not None:
+        tokens = hidden_states, operands.hidden_scale
     routing = (memory.sorted_token_ids, memory.expert_ids, memory.num_tokens_post_padded)
     weights = operands.topk_weights.float().view(-1)
     numbers = (top_k, group_m, num_blocks, max_ctas)
