@@ -1,10 +1,10 @@
 """What placing experts by predicted time is worth over balancing tokens, and how far predictions are from measured times.
 
     python benchmarks/place.py --hindsight --out results/cpu-place.json
-    python benchmarks/place.py --kernel triton_fused_moe --dtype fp8 bf16 --out FILE.json
+    python benchmarks/place.py --dtype fp8 bf16 --redundant 0 --steps 60 --measured 12 --seconds 60 --out FILE.json
 
-128 experts of Qwen3-30B on 4 ranks; the kernel is simulated unless one is named, which needs a GPU. A table of one rank's part
-is profiled here, over a few configs, and a plan made of it. Recordings are drawn: every layer draws its popularities once
+128 experts of Qwen3-30B on 4 ranks. The CuTe kernels serve where a library of them is found, our Triton kernel on other GPUs,
+and a simulated one elsewhere. A table of one rank's part is profiled here, over a dozen configs, and a plan made of it. Recordings are drawn: every layer draws its popularities once
 (dirichlet), every step its tokens and a lognormal factor a expert. Placements see the first half of the steps and are judged on the
 second. "hindsight" are placements judged on the steps they saw, which tells how much of a gain would be noise.
 
@@ -27,7 +27,7 @@ import attrs
 import numpy as np
 import torch
 from common import stamp
-from ep_shard import REAL, Shard, shard
+from ep_shard import Shard, served, shard
 
 from rampwrap.ep.expert_maps import ExpertMaps
 from rampwrap.ep.forecast import Forecast
@@ -144,7 +144,7 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     """Runs all cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernel", default="sim", help=f"{REAL} on a GPU")
+    parser.add_argument("--kernel", default=served())
     parser.add_argument("--dtype", nargs="+", choices=["fp8", "bf16"], default=["fp8"])
     parser.add_argument("--redundant", nargs="+", type=int, default=[0, 8])
     parser.add_argument("--steps", type=int, default=STEPS, help="of a recording")
@@ -157,15 +157,18 @@ def main() -> None:
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
     found: list[dict[str, Any]] = []
-    print(HEADER)
-    for dtype in args.dtype:
-        for redundant in args.redundant:
-            its = shard(args.kernel, rank_shape(dtype, redundant), PROFILED, rounds=args.rounds)
-            for concentration, tokens in CASES:
-                if time.monotonic() > until:
-                    break
+    print(f"{args.kernel}\n{HEADER}", flush=True)
+    for redundant in args.redundant:
+        shards: dict[str, Shard] = {}
+        for concentration, tokens in CASES:  # types in turn: a run that is cut short has some of each
+            for dtype in args.dtype:
+                if found and time.monotonic() > until:
+                    return
+                if dtype not in shards:
+                    shape = rank_shape(dtype, redundant)
+                    shards[dtype] = shard(args.kernel, shape, PROFILED, rounds=args.rounds)
                 row: dict[str, Any] = {"dtype": dtype, "dirichlet": concentration, "tokens": tokens}
-                found.append(row | case(its, concentration, tokens, redundant, args))
+                found.append(row | case(shards[dtype], concentration, tokens, redundant, args))
                 print(line(found[-1]), flush=True)
                 if args.out:
                     args.out.write_text(json.dumps({**stamp(), "kernel": args.kernel, "cases": found}, indent=1) + "\n")

@@ -1,7 +1,9 @@
 """benchmarks/place.py and ep_choice.py without a GPU: a simulated kernel's rank."""
 
 import argparse
+import json
 import math
+import sys
 
 import attrs
 import numpy as np
@@ -56,13 +58,66 @@ def test_choosing_is_judged_by_what_was_measured(script, its):
     choice = script("ep_choice")
     found = choice.one(its, 16, 5, 1, 0)
     us = found["us"]
-    assert set(us) == {"static", "plan", "oracle"}
-    assert all(
-        oracle <= min(static, plan) for static, plan, oracle in zip(us["static"], us["plan"], us["oracle"], strict=True)
-    )
+    assert set(us) == {"static", "in graph", "plan", "oracle"} and found["candidates"] == 1
+    for static, graph, plan, oracle in zip(*us.values(), strict=True):
+        assert oracle <= min(static, graph, plan)
     assert found["gain"]["oracle"] >= found["gain"]["plan"] and found["gain"]["static"] == 1
     row = found | {"layer": "x", "dtype": "fp8", "local": 4, "tokens": 16, "profiled_configs": len(its.configs)}
     assert "x" in choice.line(row) and math.isfinite(found["captured"]["plan"])
+
+
+def test_what_serves_without_a_plan_is_timed_beside_it(script, its, monkeypatch):
+    """A default that is no candidate is timed all the same, and may win."""
+    choice, default = script("ep_choice"), {"block_m": 16, "block_n": 64, "stages": 4}
+    monkeypatch.setattr(SimKernel, "default_config", lambda self, tokens: default, raising=False)
+    few = attrs.evolve(its, configs=tuple(config for config in its.configs if config != default))
+    found = choice.one(few, 16, 2, 1, 0)
+    counts = [choice.first_counts(work.topk_ids(16, 2), SHAPE) for work in choice.steps(16, 2, 0)]
+    assert found["us"]["no plan"] == [its.kernel.time_us(default, each) for each in counts]
+    assert found["gain"]["oracle"] >= found["gain"]["no plan"]
+
+
+@pytest.mark.parametrize("name", ["place", "ep_choice"])
+def test_a_run_whose_time_is_over_keeps_its_rows(name, script, its, monkeypatch, tmp_path, capsys):
+    """Each row is printed and written when it is there, and every layer has one."""
+    run, out = script(name), tmp_path / "found.json"
+    monkeypatch.setattr(run, "shard", lambda *_, **__: its)
+    monkeypatch.setattr(run, "stamp", dict)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(run.time, "monotonic", lambda: float(next(clock)))
+    seconds = "8" if name == "place" else "40"
+    options = ["--kernel", "sim", "--seconds", seconds, "--steps", "6", "--rounds", "1", "--out", str(out)]
+    if name == "place":
+        monkeypatch.setattr(run, "SHAPE", attrs.evolve(SHAPE, num_local_experts=16))
+        monkeypatch.setattr(run, "CASES", ((0.3, (8,)), (0.3, (16,))) * 8)
+        options += ["--dtype", "fp8", "bf16", "--redundant", "0", "--measured", "2"]
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    run.main()
+    found, said = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
+    rows = found["cases" if name == "place" else "rows"]
+    assert found["kernel"] == "sim" and {row["dtype"] for row in rows} == {"fp8", "bf16"}
+    assert 2 <= len(rows) < 16 and len(said) == len(rows) + (4 if name == "place" else 2)
+
+
+def test_the_chosen_configs_are_compiled_ahead(script):
+    """A dozen of each type, all in the library; what serves a rank without a plan comes first."""
+    from rampwrap.adapters.cute_moe import CuteFusedMoE
+    from rampwrap.kernel.shape import SHAPES
+    from rampwrap.kernels.cute.build.library import Library
+    from rampwrap.kernels.cute.configs import all_configs, from_keys
+
+    shard = script("ep_shard")
+    whole = Library(None)
+    whole.can_compile = True  # lists all configs, compiles none
+    for dtype in ("fp8", "bf16"):
+        for name, local in (("qwen3-30b", 32), ("deepseek-v3", 8)):
+            shape = attrs.evolve(SHAPES[name], num_local_experts=local, dtype=dtype)
+            kernel = CuteFusedMoE(shape, library=whole)
+            found = shard.candidates(kernel, shape)
+            assert len(found) == shard.MOST and kernel.default_config(512) in found
+            ahead = [config for form in ("two", "one", "prefill", "ragged") for config in all_configs(form, dtype)]
+            assert all(from_keys(config, dtype) in ahead for config in found)
+            assert {config["form"] for config in found} == {"two", "one", "prefill", "ragged"}
 
 
 def test_a_wrong_config_is_named_and_left_out(script, monkeypatch, capsys):
