@@ -50,34 +50,73 @@ BLOCK_MS = tuple(range(8, MAX_BLOCK_M + 1, 8))
 PREFILL_BLOCK_MS = {"fp8": (112, 128), "bf16": (112, 128, 144)}
 """Larger ones of the two-launch form, for thousands of tokens: more work for each byte that a CTA reads. Beyond them FP8
 runs out of accumulators, bf16 out of producer registers, and the last M block of an expert is mostly empty."""
-PREFILL_TILE, PREFILL_STAGES = (32, 8), 4
-TOKENS_AS_M = (128, 256, 8)
-"block_m, block_n and warp_n of the prefill form."
-TOKENS_AS_M_STAGES = (4,)
-TILES: dict[tuple[str, str], dict[tuple[int, int], tuple[int, ...]]] = {
-    ("two", "fp8"): {(16, 4): (6,), (32, 4): (4, 6), (64, 4): (3, 4), (16, 8): (6,), (32, 8): (3, 4, 5)},
-    ("two", "bf16"): {(16, 4): (10,), (32, 4): (6,), (64, 4): (4,), (16, 8): (6, 8), (32, 8): (4, 5, 6)},
-    ("one", "fp8"): {(16, 4): (6,), (32, 4): (4, 6), (64, 4): (3, 4), (16, 8): (4, 6), (32, 8): (3, 4, 5, 6)},
-    ("one", "bf16"): {(16, 4): (6,), (32, 4): (4, 6), (64, 4): (3, 4), (16, 8): (4, 6, 8), (32, 8): (3, 4, 5, 6)},
-}
-"""Of a form and dtype: (block_n, warp_n), and the depths compiled for it. Narrow tiles need more stages to keep 64 KB of loads
-in flight. Depths that no table has within 1 % of the best are left out, but for one of each tile, for layers whose sizes
-only narrow tiles divide (`benchmarks/config_lists.py`)."""
-LISTED_BLOCK_M_OF_ONE = 48
-"One launch is for few tokens: beyond, no table has it within 4 % of the best. Legal up to `MAX_BLOCK_M`."
+PREFILL_TILE = (32, 8)
+"block_n and warp_n of these."
+TOKENS_AS_M = (128, 256, 8, 4)
+"block_m, block_n, warp_n and stages of the prefill form."
 MAX_SUMS_OF_ONE = 128
 "float32 sums of a consumer thread in the one-launch form."
 DOWN_STAGES = {(16, 4): 6, (32, 4): 4, (64, 4): 3, (16, 8): 4, (32, 8): 3}
 "The one depth of a tile's down kernels: w2 has I columns, 2 to 16 steps in most models, so more stages stay empty."
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)
 "Of the tiles of the ragged form up to its block_m, which is the widest: each has a K loop and an epilogue in the kernel."
-RAGGED: dict[str, dict[tuple[int, int, int], tuple[int, ...]]] = {
-    "fp8": {(64, 4, 4): (40, 56, 72), (32, 8, 4): (64, 96), (32, 8, 3): (96,)},
-    "bf16": {(32, 4, 6): (64, 96), (64, 4, 4): (72,), (32, 8, 4): (64, 112, 144)},
+
+
+def _to(least: int, most: int) -> tuple[int, ...]:
+    """Multiples of 8, both ends among them."""
+    return tuple(range(least, most + 1, 8))
+
+
+LISTED: dict[tuple[str, str], dict[tuple[int, int, int], tuple[int, ...]]] = {
+    ("two", "fp8"): {
+        (16, 4, 6): (8, 16),
+        (32, 4, 4): (*_to(8, 48), 64, 80, 104),
+        (32, 4, 6): (8, 16),
+        (64, 4, 3): _to(8, 56),
+        (64, 4, 4): _to(8, 56),
+        (32, 8, 3): (8, 16, *_to(48, 104)),
+        (32, 8, 4): (48, *_to(64, 112), 128),
+        (32, 8, 5): (80, 88),
+    },
+    ("two", "bf16"): {
+        (16, 4, 10): _to(8, 104),
+        (32, 4, 6): _to(16, 104),
+        (64, 4, 4): (40, 48, 72),
+        (32, 8, 4): (*_to(64, 112), 128, 144),
+        (32, 8, 5): (96, 104),
+    },
+    ("one", "fp8"): {
+        (16, 4, 6): (8, 16),
+        (32, 4, 4): _to(8, 48),
+        (32, 4, 6): (8, 16, 24),
+        (64, 4, 3): _to(8, 32),
+        (64, 4, 4): (8, 16),
+        **{(16, 8, stages): (8,) for stages in (4, 6)},
+        **{(32, 8, stages): (8, 16) for stages in (3, 4, 5)},
+        (32, 8, 6): (8,),
+    },
+    ("one", "bf16"): {
+        (16, 4, 6): (8, 16),
+        (32, 4, 4): (8, 16, 24),
+        (32, 4, 6): _to(8, 48),
+        (64, 4, 3): (8, 16),
+        (64, 4, 4): (8, 16),
+        **{(16, 8, stages): (8, 16) for stages in (4, 6, 8)},
+        **{(32, 8, stages): (8, 16) for stages in (3, 4, 5)},
+        (32, 8, 6): (8,),
+    },
+    **{("prefill", dtype): {TOKENS_AS_M[1:]: TOKENS_AS_M[:1]} for dtype in DTYPES},
+    ("ragged", "fp8"): {(64, 4, 4): (40, 56, 72), (32, 8, 4): (64, 96), (32, 8, 3): (96,)},
+    ("ragged", "bf16"): {(32, 4, 6): (64, 96), (64, 4, 4): (72,), (32, 8, 4): (64, 112, 144)},
 }
-"""The ragged form's (block_n, warp_n, stages), and block_m of each: the tiles that tables of the two-launch form have within 2 % of the
-best at 32 to 1024 tokens. On an H100 the best of them for each workload is 0.93-1.03x as fast as the best of all other forms from 6 tokens on, but
-where the prefill form is ahead in FP8 (0.83; `benchmarks/results/h100-race-issue16.json`)."""
+"""Of a form and dtype: (block_n, warp_n, stages), and the block_m compiled for it. Of "two" and "one" what tables and the race of five
+layers need to stay within 0.3 % of the best in the mean of a band of token counts and within 2 % at every workload, what defaults
+and shipped plans name, and neighbours of these for layers that no table has (`benchmarks/config_lists.py`). Narrow tiles need more stages
+to keep 64 KB of loads in flight, and are for sizes that only they divide too: 64 rows in bf16, 128 in FP8.
+
+Of the ragged form the tiles that tables of the two-launch form have within 2 % of the best at 32 to 1024 tokens. On an H100 the best of them for
+each workload is 0.93-1.03x as fast as the best of all other forms from 6 tokens on, but where the prefill form is ahead in
+FP8 (0.83; `benchmarks/results/h100-race-issue16.json`)."""
 STREAM_CHUNK = 32 * 1024
 "Bytes that `device.stream` copies at once: those of a step of 256 weight rows."
 
@@ -311,11 +350,11 @@ def _why_not_compiled(config: CuteConfig) -> str | None:
 
 
 def _why_not_prefill(config: CuteConfig) -> str | None:
-    tile = config.block_m, config.block_n, config.warp_n
-    if tile != TOKENS_AS_M or config.stages not in TOKENS_AS_M_STAGES:
+    tile = config.block_m, config.block_n, config.warp_n, config.stages
+    if tile != TOKENS_AS_M:
         return (
-            f"block_m, block_n and warp_n of {tile} with stages={config.stages} are not compiled for form='prefill'; "
-            f"use {TOKENS_AS_M} with stages={TOKENS_AS_M_STAGES[0]}."
+            f"block_m, block_n and warp_n of {tile[:3]} with stages={config.stages} are not compiled for form='prefill'; "
+            f"use {TOKENS_AS_M[:3]} with stages={TOKENS_AS_M[3]}."
         )
     return None
 
@@ -347,23 +386,8 @@ def all_configs(form: str, dtype: str) -> tuple[CuteConfig, ...]:
 
     Others that `why_illegal` lets pass are compiled when they are asked for, where the DSL is installed.
     """
-    if form == "ragged":
-        tiles = RAGGED.get(dtype, {}).items()
-        return tuple(CuteConfig(form, dtype, block_m, *tile) for tile, heights in tiles for block_m in heights)
-    if form == "prefill":
-        return tuple(CuteConfig(form, dtype, *TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES if dtype in DTYPES)
-    every = (
-        CuteConfig(form, dtype, block_m, block_n, warp_n, stages)
-        for (block_n, warp_n), depths in TILES.get((form, dtype), {}).items()
-        for stages in depths
-        for block_m in BLOCK_MS
-        if form != "one" or block_m <= LISTED_BLOCK_M_OF_ONE
-    )
-    prefill = (
-        CuteConfig(form, dtype, block_m, *PREFILL_TILE, PREFILL_STAGES)
-        for block_m in (PREFILL_BLOCK_MS.get(dtype, ()) if form == "two" else ())
-    )
-    return tuple(config for config in (*every, *prefill) if why_illegal(config) is None)
+    tiles = LISTED.get((form, dtype), {}).items()
+    return tuple(CuteConfig(form, dtype, block_m, *tile) for tile, heights in tiles for block_m in heights)
 
 
 def all_variants(forms: Sequence[str] = FORMS, dtypes: Sequence[str] = DTYPES) -> tuple[Variant, ...]:

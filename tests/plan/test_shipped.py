@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.device import Device
+from rampwrap.kernel.protocol import MEMBER
+from rampwrap.kernels.cute.configs import all_configs, from_keys
 from rampwrap.measure.timings import Timings
 from rampwrap.plan.folder import SHIPPED, Plans
 from rampwrap.plan.plan import Plan
@@ -45,6 +47,18 @@ def test_it_fits_its_kernel_and_says_where_it_comes_from(path: pathlib.Path, too
         assert {"table", "date", "torch", "triton", "commit", "sha256"} <= set(its)
         table = (tool.RESULTS / its["table"]).read_bytes()
         assert its["sha256"] == hashlib.sha256(table).hexdigest(), "run make plans"
+
+
+def test_the_cute_configs_that_they_name_are_listed() -> None:
+    """So a library from a wheel serves them where nothing can be compiled."""
+    named = 0
+    for plan in map(Plan.load, PLANS):
+        for config in plan.configs:
+            if config.get(MEMBER, plan.kernel) == "cute_moe":
+                keys = {key: value for key, value in config.items() if key != MEMBER}
+                assert from_keys(keys, plan.shape.dtype) in all_configs(keys["form"], plan.shape.dtype), keys
+                named += 1
+    assert named
 
 
 def test_they_are_found_without_a_word_from_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ import re
 import pytest
 
 from rampwrap.kernels.cute.build import build as building
-from rampwrap.kernels.cute.configs import TOKENS_AS_M, TOKENS_AS_M_STAGES, CuteConfig, Variant
+from rampwrap.kernels.cute.configs import TOKENS_AS_M, CuteConfig, Variant
 
 RECORD = pathlib.Path(__file__).parents[2] / "data" / "cute_traces.json"
 if building.dsl_version() is None:
@@ -25,7 +25,7 @@ if building.dsl_version() is None:
 # The two widths of a warpgroup's tile, clusters of 1, 2 and 4 CTAs, one and two consumer warpgroups, few and most tokens.
 TWO = [(8, 16, 4, 6), (64, 16, 8, 6), (40, 32, 4, 4), (24, 32, 8, 5), (112, 32, 8, 4), (72, 64, 4, 3)]
 ONE = [(8, 16, 4, 10), (56, 16, 8, 4), (40, 32, 4, 6), (24, 32, 8, 5), (104, 32, 8, 3), (64, 64, 4, 3)]
-PREFILL = [(*TOKENS_AS_M, stages) for stages in TOKENS_AS_M_STAGES]
+PREFILL = [TOKENS_AS_M]
 SAMPLE = [
     variant
     for form, tiles in (("two", TWO), ("one", ONE), ("prefill", PREFILL))
