@@ -2,6 +2,7 @@
 
     python benchmarks/ep.py --ranks 2 --out FILE.json
     python benchmarks/ep.py --ranks 4 --hidden-size 2048 7168 --payload fp8 bf16 --tokens 1 8 32 64 128 256
+    python benchmarks/ep.py --ranks 4 --hidden-size --seconds 60 --limit-s 72 --out FILE.json     whole layers alone
 
 One process a GPU. Both sides are captured in CUDA graphs of several steps and replayed in turn in the same run; a time is
 the median over replays, on the slowest rank. Times of a phase are those of torch's profiler, from the start of its first
