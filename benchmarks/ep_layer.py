@@ -17,6 +17,7 @@ import functools
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -57,26 +58,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def layers(
     group: dist.ProcessGroup, its: argparse.Namespace, device: torch.device, until: float
 ) -> Iterator[dict[str, Any]]:
-    """A row for each dtype, number of tokens and routing; the same on every rank."""
+    """A row for each dtype, number of tokens and routing, the same on every rank; each dtype has its share of the time."""
     backend = "symmetric" if its.device == "cuda" else "collectives"
     name = its.layer_kernel or (served() if its.device == "cuda" else TritonFusedMoE.name)
-    for dtype in its.layer_dtype:
-        shape, most = MoEShape(*its.layer_shape, dtype=dtype), max(its.layer_tokens)
+    for left, dtype in zip(range(len(its.layer_dtype), 0, -1), its.layer_dtype, strict=True):
+        now, shape, most = time.monotonic(), MoEShape(*its.layer_shape, dtype=dtype), max(its.layer_tokens)
         with ExpertParallel(group, shape, most, backend=backend, device=device) as ep:
             layer = Layer.made(ep, name, most)
-            for tokens in its.layer_tokens:
-                if not in_time(group, until):
-                    return
-                even = Batch.drawn(ep, tokens, "uniform")
-                chosen = {its.name: fastest(group, layer, its, even) for its in layer.distinct}
-                static = {side: chosen[its.name] for side, its in layer.kernels.items()}
-                for routing in its.routing:
-                    if not in_time(group, until):
-                        return
-                    named = {"ranks": ep.num_ranks, "kernel": name, "dtype": dtype, "routing": routing}
-                    configs = {OURS: layer.default(tokens * ep.num_ranks)} | static
-                    named |= {"tokens": tokens, "configs": {side: dict(config) for side, config in configs.items()}}
-                    yield named | one(group, layer, static, Batch.drawn(ep, tokens, routing), its.replays)
+            for row in rows(group, its, layer, min(until, now + (until - now) / left)):
+                yield {"ranks": ep.num_ranks, "kernel": name, "dtype": dtype} | row
+
+
+def rows(group: dist.ProcessGroup, its: argparse.Namespace, layer: "Layer", until: float) -> Iterator[dict[str, Any]]:
+    """Of one dtype."""
+    for tokens in its.layer_tokens:
+        if not in_time(group, until):
+            return
+        even = Batch.drawn(layer.ep, tokens, "uniform")
+        chosen = {each.name: fastest(group, layer, each, even) for each in layer.distinct}
+        static = {side: chosen[each.name] for side, each in layer.kernels.items()}
+        configs = {OURS: layer.default(len(even.every[0]))} | static
+        for routing in its.routing:
+            if not in_time(group, until):
+                return
+            named = {"routing": routing, "tokens": tokens}
+            named |= {"configs": {side: dict(config) for side, config in configs.items()}}
+            yield named | one(group, layer, static, Batch.drawn(layer.ep, tokens, routing), its.replays)
 
 
 @attrs.frozen(eq=False)
@@ -150,7 +157,7 @@ def fastest(group: dist.ProcessGroup, layer: Layer, kernel: Any, batch: Batch) -
     for config in configs:
         run = functools.partial(kernel.launch, config, **given)
         timed = Timed(group, in_turns([functools.partial(run, topk_ids=ids) for ids in batch.every]), hidden.is_cuda)
-        times.append(statistics.median(timed.us() for _ in range(WARM)))
+        times.append(statistics.median(timed.us() for _ in range(WARM if hidden.is_cuda else 1)))
     said: list[Any] = [configs[times.index(min(times))]]
     dist.broadcast_object_list(said, src=0, group=group)
     found: Config = said[0]

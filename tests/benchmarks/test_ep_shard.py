@@ -125,7 +125,7 @@ def test_a_wrong_config_is_named_and_left_out(script, monkeypatch, capsys):
     import torch
 
     class Half:
-        configs = ({"block_m": 16}, {"block_m": 32})
+        configs, shape = ({"block_m": 16}, {"block_m": 32}, {"block_m": 64}), SHAPE
 
         def inputs(self, shape, topk_ids, *, seed=0):
             return {"hidden_states": torch.ones(2), "topk_ids": topk_ids}
@@ -134,7 +134,10 @@ def test_a_wrong_config_is_named_and_left_out(script, monkeypatch, capsys):
             return torch.ones(2, dtype=torch.float64)
 
         def launch(self, config, hidden_states, topk_ids):
+            if config["block_m"] == 64:
+                raise ValueError("no room")
             return hidden_states * (1.0 if config["block_m"] == 16 else 1.2)
 
     assert shard.right(Half(), SHAPE, Half.configs) == ({"block_m": 16},)
-    assert "left out: block_m=32" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("left out: block_m=32, 0.2 off at 1 ") and "block_m=64, ValueError('no room')" in said[1]
