@@ -3,11 +3,13 @@
 A model of tiles: an SM takes a number of clocks for each step of its tiles, by the tile's width, and all of them together read the
 weights of the active experts once; a GEMM takes the root of the squares of both. Its numbers were fitted to 3639 timings of whole
 layers in the two-launch form, whose tiles are of one width: OLMoE and Qwen3-30B on an H200, 32 to 1024 tokens, each within 1.6x of
-the best. They lie 2.5-2.8 % (one standard deviation) beside the model. No timing of the ragged form went into it, and what the form gains over the
-others came out smaller than it says (`NOTES.md`, 10).
+the best. They lie 2.5-2.8 % (one standard deviation) beside the model. An H100's race of the ragged form over five layers gave one number more,
+how fast an H100 reads: with it the race's times from 2 tokens on are 1.00x the prediction, give or take 6 % in FP8 and 3 % in bf16 (1.10x
+before), but 1.06x from 512 tokens in FP8; at one token 0.83-1.00x (`benchmarks/predicted.py`).
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import attrs
@@ -16,6 +18,7 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.device import DEVICES, Device
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.cute.configs import CuteConfig, all_configs, why_illegal
+from rampwrap.kernels.cute.defaults import default
 
 ROWS = 256
 "Weight rows of a tile that `Points` are of."
@@ -43,6 +46,15 @@ class Points:
 
 
 POINTS = {"fp8": Points(637, 8.58, 1.14, 11.7, 0.029), "bf16": Points(811, 2.64, 1.175, 9.6, 0.049)}
+READING = {"H100": {"fp8": 1.00, "bf16": 1.03}}
+"Other figures for `Points.reading`, by a word of the device's name."
+
+
+def points_of(device: Device, dtype: str) -> Points:
+    """The points of a type of weights on a device."""
+    points = POINTS[dtype]
+    others = [its[dtype] for word, its in READING.items() if word in device.name.split()]
+    return attrs.evolve(points, reading=others[0]) if others else points
 
 
 def known(device: Device) -> Device:
@@ -76,15 +88,25 @@ class Predicted:
         every = [width for widths in self.widths for width in widths]
         return {width: every.count(width) for width in sorted(set(every))}
 
+    @property
+    def experts(self) -> str:
+        """How many experts get which blocks: ``3 without tokens, 12 of 8, 2 of 3x72+24``."""
+        every = Counter(self.widths)
+        idle, found = every.pop((), 0), [f"{every[widths]} of {_sum_of(widths)}" for widths in sorted(every, key=sum)]
+        return ", ".join([f"{idle} without tokens"] * (idle > 0) + found)
+
     def __str__(self) -> str:
-        widths = ", ".join(f"{blocks} x {width}" for width, blocks in self.tiles.items())
         shares = "; ".join(
             f"{name}: {sum(each) / len(each):.1f} us an SM, at most {max(each):.1f}"
             for name, each in (("gate+up", self.up_us), ("down", self.down_us))
         )
-        return (
-            f"{self.config.name}, blocks {widths or 'none'}; {shares}; reading {self.reading_us:.1f}; {self.us:.1f} us"
-        )
+        return f"{self.config.name}; experts by widths of their blocks: {self.experts}; {shares}; reading {self.reading_us:.1f} us; all {self.us:.1f} us"
+
+
+def _sum_of(widths: Sequence[int]) -> str:
+    """``3x72+24`` for 72, 72, 72, 24."""
+    every = Counter(widths)
+    return "+".join(f"{times}x{width}" if times > 1 else str(width) for width, times in every.items())
 
 
 def widths_of(config: CuteConfig, count: int) -> tuple[int, ...]:
@@ -107,7 +129,7 @@ def predict(shape: MoEShape, counts: Sequence[int], device: Device, config: Cute
     """
     if not device.copy_gbps:
         raise InputError(f"the bandwidth of {device.name} is not known; give a device whose copy_gbps is stated.")
-    points, sms = POINTS[shape.dtype], device.num_sms
+    points, sms = points_of(device, shape.dtype), device.num_sms
     widths = tuple(widths_of(config, int(count)) for count in counts)
     read = sum(map(bool, widths)) / len(widths) * shape.weight_bytes / (points.reading * device.copy_gbps) * 1e-3
     us = points.fixed_us + points.token_us * sum(counts) / shape.top_k
@@ -128,16 +150,30 @@ def predict(shape: MoEShape, counts: Sequence[int], device: Device, config: Cute
     return Predicted(config, widths, up, down, read, us)
 
 
-def best(shape: MoEShape, counts: Sequence[int], device: Device) -> Predicted:
-    """What the config does that should be fastest.
+def listed(shape: MoEShape, forms: Sequence[str] = ("ragged",)) -> list[CuteConfig]:
+    """The configs of some forms that run a layer.
+
+    Raises:
+        InputError: none does.
+    """
+    who = "the ragged form does" if tuple(forms) == ("ragged",) else "the CuTe kernels do"
+    every = [config for form in forms for config in all_configs(form, shape.dtype)]
+    if not every:
+        raise InputError(f"{who} not run dtype {shape.dtype}; use one of {', '.join(POINTS)}.")
+    if shape.form:
+        raise InputError(f"{who} not run {' and '.join(shape.form)}; use silu and block-128.")
+    legal = [config for config in every if why_illegal(config, shape) is None]
+    if not legal:
+        raise InputError(f"{who} not run {shape}: {why_illegal(every[0], shape)}")
+    return legal
+
+
+def predict_default(shape: MoEShape, counts: Sequence[int], num_tokens: int, device: Device) -> Predicted:
+    """What the config does that serves a number of tokens where the ragged form serves (`defaults`).
 
     Raises:
         InputError: none runs the layer, or the bandwidth is not known.
     """
-    listed = all_configs("ragged", shape.dtype)
-    if not listed:
-        raise InputError(f"dtype {shape.dtype} has no ragged form; use one of {', '.join(POINTS)}.")
-    legal = [config for config in listed if why_illegal(config, shape) is None]
-    if not legal:
-        raise InputError(f"the ragged form does not run {shape}: {why_illegal(listed[0], shape)}")
-    return min((predict(shape, counts, device, config) for config in legal), key=lambda found: found.us)
+    legal = listed(shape)
+    chosen = default([config.keys(1) for config in legal], shape, num_tokens)
+    return predict(shape, counts, device, legal[chosen])

@@ -125,4 +125,44 @@ def test_what_the_ragged_form_would_do(capsys: pytest.CaptureFixture[str], saved
     assert 0 < ragged["roofline_share"] < 1
     assert main(["explain", *asked, "--ragged"]) == 0
     out = capsys.readouterr().out
-    assert "ragged form, as predicted: bf16_m" in out and "% of the roofline" in out and "blocks 1 x 8, " in out
+    assert (
+        "as predicted: bf16_m" in out and "% of the roofline" in out and "60 without tokens, 1 of 8, 1 of 16, " in out
+    )
+
+
+def test_a_layer_without_a_plan_is_served_by_the_cute_kernels_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a GPU nor a library is asked for; where the ragged form serves, what it should do is told."""
+    asked = ("--model", "qwen3-30b", "--dtype", "fp8", "--batch-size", "1", "256", "4096", "--routing", "dirichlet:0.1")
+    told, _ = explained(capsys, *asked, "--device", "h100")
+    one, ragged, prefill = told["choices"]
+    assert [its["config"]["form"] for its in (one, ragged, prefill)] == ["one", "ragged", "prefill"]
+    assert "ragged" not in one and "ragged" not in prefill and 0.3 < ragged["ragged"]["roofline_share"] < 1
+    assert (
+        ragged["ragged"]["config"]["block_m"] == ragged["config"]["block_m"] and len(ragged["ragged"]["widths"]) == 128
+    )
+    faster, _ = explained(capsys, *asked, "--device", "h200", "--ragged")
+    assert all("ragged" in its for its in faster["choices"])
+    assert faster["choices"][1]["ragged"]["us"] < 0.8 * ragged["ragged"]["us"]
+    far, _ = explained(capsys, "--model", "gpt-oss-120b", "--batch-size", "8")
+    assert "engines pass over" in far["why"] and far["config"]["form"] == "two"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((), "no layer; pass a plan, or --model"),
+        (("--model", "olmoe"), "no routing; pass"),
+        (("--model", "olmoe", "--kernel", "sim"), "without a plan leave it out"),
+        (("--model", "olmoe", "--device", "a100"), "do not run on NVIDIA A100"),
+        (("--model", "olmoe", "--dtype", "fp16"), "do not run dtype fp16"),
+        (("--model", "olmoe", "--dtype", "fp8", "--scales", "channel"), "do not run scales=channel"),
+        (("PLAN", "--device", "h100"), "is of a layer on a GPU; leave out --device"),
+        (("PLAN", "--dtype", "fp8"), "is of a layer on a GPU; leave out --device"),
+    ],
+)
+def test_what_cannot_be_explained(
+    capsys: pytest.CaptureFixture[str], saved: str, asked: tuple[str, ...], message: str
+) -> None:
+    its = [saved if part == "PLAN" else part for part in asked]
+    assert main(["explain", *its, *(() if message.startswith("no routing") else ("--batch-size", "8"))]) == 1
+    assert message in capsys.readouterr().err

@@ -10,7 +10,7 @@ from rampwrap.errors import InputError
 from rampwrap.kernel.device import DEVICES
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.kernels.cute.configs import CuteConfig
-from rampwrap.kernels.cute.costs import POINTS, best, known, predict, widths_of
+from rampwrap.kernels.cute.costs import POINTS, READING, known, listed, points_of, predict, predict_default, widths_of
 from rampwrap.measure.timings import Timings
 
 H200, H100 = DEVICES["nvidia-h200"], DEVICES["nvidia-h100-80gb-hbm3"]
@@ -41,28 +41,42 @@ def test_a_layer_takes_longer_than_its_bytes_and_than_its_products(tokens):
     assert predict(OLMOE, [tokens] * 64, H100, CONFIG).us > found.us
 
 
-def test_a_skewed_batch_of_many_tokens_gets_wide_tiles_and_a_small_one_does_not():
-    few, many = [1] * 64, [1] * 56 + [500] * 8
-    assert best(OLMOE, many, H200).config.block_m >= 72 and set(best(OLMOE, few, H200).tiles) == {8}
-    wide = best(OLMOE, many, H200)
-    narrow = predict(OLMOE, many, H200, CuteConfig("ragged", "fp8", 40, 64, 4, 4))
-    assert wide.us < 0.9 * narrow.us and "56 x 8" in str(wide)
+def test_a_skewed_batch_gets_tiles_as_wide_as_each_expert_needs():
+    """Of the config that serves so many tokens without a plan."""
+    counts = [1] * 56 + [500] * 8
+    found = predict_default(OLMOE, counts, 507, H200)
+    assert found.config == CuteConfig("ragged", "fp8", 64, 32, 8, 4) and found.tiles == {8: 56, 64: 8 * 8}
+    assert "56 of 8, 8 of 8x64;" in str(found)
+    narrow = predict(OLMOE, counts, H200, CuteConfig("ragged", "fp8", 40, 64, 4, 4))
+    assert found.us < 0.95 * narrow.us and "8 of 12x40+24" in str(narrow)
+    few = predict_default(OLMOE, [1] * 64, 8, H200)
+    assert few.config.block_m == 40 and set(few.tiles) == {8}
 
 
 def test_no_tokens():
-    found = best(OLMOE, [0] * 64, H200)
-    assert found.tiles == {} and "blocks none" in str(found) and found.us == POINTS["fp8"].fixed_us
+    found = predict_default(OLMOE, [0] * 64, 1, H200)
+    assert found.tiles == {} and "64 without tokens;" in str(found) and found.us == POINTS["fp8"].fixed_us
+
+
+@pytest.mark.parametrize("dtype", POINTS)
+def test_an_h100_reads_no_faster_than_it_copies(dtype):
+    assert points_of(H200, dtype) == POINTS[dtype]
+    assert points_of(H100, dtype) == attrs.evolve(POINTS[dtype], reading=READING["H100"][dtype])
+    assert points_of(attrs.evolve(H100, name="NVIDIA H1000"), dtype) == POINTS[dtype]
 
 
 def test_what_cannot_be_predicted():
     other = attrs.evolve(H100, name="NVIDIA H20", num_sms=78, copy_gbps=None)
     assert known(other).copy_gbps == pytest.approx(H100.copy_gbps * 78 / 132) and known(H200) is H200
     with pytest.raises(InputError, match="bandwidth of NVIDIA H20 is not known"):
-        best(OLMOE, [1] * 64, other)
-    with pytest.raises(InputError, match="fp16 has no ragged form"):
-        best(attrs.evolve(OLMOE, dtype="fp16"), [1] * 64, H200)
-    with pytest.raises(InputError, match="hidden_size=384 is no multiple"):
-        best(attrs.evolve(OLMOE, hidden_size=384), [1] * 64, H200)
+        predict_default(OLMOE, [1] * 64, 8, other)
+    for changed, message in (
+        ({"dtype": "fp16"}, "does not run dtype fp16"),
+        ({"hidden_size": 384}, "hidden_size=384 is no multiple"),
+        ({"scales": "channel"}, "does not run scales=channel"),
+    ):
+        with pytest.raises(InputError, match=message):
+            listed(attrs.evolve(OLMOE, **changed))
 
 
 def test_the_points_lie_near_measured_layers():
