@@ -1,6 +1,6 @@
 """A short sweep: which of a kernel's configs can matter, so that the others are not timed on every workload.
 
-The CuTe kernels list 342 configs and our Triton kernel 80 (360 and 50 in FP8). When these were 592 and 167, a table of the 40
+The CuTe kernels list 148 configs and our Triton kernel 80 (162 and 50 in FP8). When these were 592 and 167, a table of the 40
 of each that a sweep over 14 workloads keeps took 150 s and 110 s on an H200; all cells of the Triton kernel alone took 255 s.
 """
 
