@@ -28,6 +28,7 @@ from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.reference import activate, dequantise, quantise, weights_of
 from rampwrap.kernels.cute.build.library import Library
 from rampwrap.kernels.cute.defaults import default
+from rampwrap.kernels.cute.host.launch import l2_fetch
 from rampwrap.kernels.triton.align.host import align_tokens
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.testing.conformance import check
@@ -49,8 +50,9 @@ def blocks_of(variant, sorted_token_ids, expert_ids, num_tokens_post_padded, num
 
 def pairs(variant, arguments):
     """The tensors of a call with each FP8 tensor and its scales as one float64 tensor, and the numbers."""
-    *tensors, top_k, group_m, num_blocks, max_ctas = arguments
+    *tensors, top_k, group_m, num_blocks, max_ctas, l2_fetch = arguments
     assert all(isinstance(n, int) for n in (top_k, group_m, num_blocks, max_ctas)) and top_k * group_m * max_ctas > 0
+    assert l2_fetch in (128, 256)
     return tensors, (top_k, group_m, num_blocks, max_ctas)
 
 
@@ -222,13 +224,13 @@ def test_arguments_are_those_of_the_contract():
     (up, ups), (down, downs), (_, again), _ = kernel.library.calls
     assert up.startswith("up_fp8_m16") and down.startswith("down_fp8_m16")
     capacity = max_blocks(10, 8, 16)
-    assert ups[-4:] == (2, 8, capacity, 2**31 - 1) == downs[-4:]
-    assert again[-1] == 2  # one CTA for each of a CPU's two
+    assert ups[-5:] == (2, 8, capacity, 2**31 - 1, 256) == downs[-5:]
+    assert again[-2] == 2  # one CTA for each of a CPU's two
     assert ups[2] is inputs["w13"] and ups[3] is inputs["w13_scale"] and downs[2] is inputs["w2"]
     assert [tuple(t.shape) for t in ups[:2]] == [(5, 256), (5, 2)]
     assert [tuple(t.shape) for t in ups[7:9]] == [(10, 256), (10, 2)]
     assert all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(ups[7:9], downs[:2], strict=True))
-    assert tuple(downs[-5].shape) == (10, 256) and downs[-5].dtype == torch.bfloat16
+    assert tuple(downs[-6].shape) == (10, 256) and downs[-6].dtype == torch.bfloat16
 
 
 @needs_kernels
@@ -392,7 +394,7 @@ def test_the_stress_script_finds_a_wrong_kernel(capsys):
     class Lazy(StandIns):
         def _find(self, variant):
             found = super()._find(variant)
-            return lambda *arguments: found(*arguments[:-2], 0, 1) if variant.role == "up" else found(*arguments)
+            return lambda *arguments: found(*arguments[:-3], 0, 1, 256) if variant.role == "up" else found(*arguments)
 
     assert stress.main([*few, "--form", "two"], "cpu", lambda shape, form: CuteFusedMoE(shape, form, Lazy())) == 1
     assert "off by nan" in capsys.readouterr().out
@@ -423,6 +425,11 @@ def test_the_ragged_form_alone_and_among_all():
     assert kernel.grid(config, FP8).launches == (2, 1) and not hasattr(kernel, "nondeterministic")
 
 
+@pytest.mark.parametrize(("num_slots", "num_experts", "fetched"), [(128, 8, 256), (129, 8, 128), (129, 16, 256)])
+def test_l2_fetches_more_while_an_expert_has_one_block(num_slots, num_experts, fetched):
+    assert l2_fetch(num_slots, num_experts, 16) == fetched
+
+
 @needs_kernels
 def test_ragged_kernels_take_what_those_of_two_launches_take():
     """A block is what the config says, whatever its tile is."""
@@ -434,7 +441,7 @@ def test_ragged_kernels_take_what_those_of_two_launches_take():
         kernel.launch(config, **inputs, workspace=kernel.workspace(8, "cpu"))
         calls[form] = kernel.library.calls
     for (plain, its), (name, ours) in zip(calls["two"], calls["ragged"], strict=True):
-        assert name == f"ragged_{plain}" and [*map(type, its)] == [*map(type, ours)] and its[-4:] == ours[-4:]
+        assert name == f"ragged_{plain}" and [*map(type, its)] == [*map(type, ours)] and its[-5:] == ours[-5:]
         assert [a.shape for a in its if hasattr(a, "shape")] == [a.shape for a in ours if hasattr(a, "shape")]
 
 
@@ -453,7 +460,7 @@ def test_the_probe_says_what_is_wrong(capsys):
     class Lazy(StandIns):
         def _find(self, variant):
             found = super()._find(variant)
-            half = lambda *its: (found(*its), its[-5].view(-1)[::2].zero_())  # noqa: E731
+            half = lambda *its: (found(*its), its[-6].view(-1)[::2].zero_())  # noqa: E731
             return half if variant.role == "ragged_down" else found
 
     lazy = lambda shape, form: CuteFusedMoE(shape, form, Lazy())  # noqa: E731

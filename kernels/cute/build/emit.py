@@ -91,7 +91,7 @@ def arguments(variant: Variant) -> list[Any]:
         tensors = [*h, *w2, *routing, weights, tensor(BFloat16, slots, hidden)]
     else:
         tensors = [*x, *w13, *w2, *routing, weights, tensor(Float32, tokens, hidden)]
-    numbers = [Int32(8), Int32(8), Int32(64), Int32(132)]  # top_k, group_m, num_blocks, max_ctas: types only
+    numbers = [Int32(8), Int32(8), Int32(64), Int32(132), Int32(256)]  # as of `host.launch.run_layer`: types only
     return [*tensors, *numbers, STREAM]
 
 

@@ -10,11 +10,12 @@ way before the wait for h.
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Float32, GridConstant, Int32, Int64, const_expr
+from cutlass.experimental.cuda import TensorMap
 
 from rampwrap.kernels.cute.configs import PRODUCER_REGISTERS, PRODUCER_THREADS, SCALE
 from rampwrap.kernels.cute.device import ptx
+from rampwrap.kernels.cute.device.boxes import describe
 from rampwrap.kernels.cute.device.pipeline import GroupedGemm
 
 
@@ -35,21 +36,19 @@ class Down(GroupedGemm):
         group_m,
         num_blocks,
         max_ctas,
+        l2_fetch,
         stream,
     ):
         experts, columns, hidden = w2.shape[0], h.shape[1], slots.shape[1]
         mma, weights, tokens = self.make_mma()
         # Rows r and r + 8 of the m-th 64 of a warp are its columns r * 2 mt + 2 m and the next.
-        row, mt = Int64(columns), self.mt
-        view = cute.make_layout(
-            (columns, 8, 2 * mt, hidden // (16 * mt), experts),
-            stride=(1, row * (2 * mt), row, row * (16 * mt), row * hidden),
+        mt = self.mt
+        boxes = describe(
+            w2, (columns, 8, 2 * mt, hidden // (16 * mt), experts), (2 * mt, 1, 16 * mt, hidden), self.box, l2_fetch
         )
-        tma, tma_w = self.make_tma(cute.make_tensor(w2.iterator, view), weights.inner)
         self.kernel(
             mma,
-            tma,
-            tma_w,
+            boxes,
             h,
             h_scale,
             w2_scale,
@@ -74,8 +73,7 @@ class Down(GroupedGemm):
     def kernel(
         self,
         mma: cute.TiledMma,
-        tma: cute.CopyAtom,
-        tma_w: cute.Tensor,
+        boxes: GridConstant[TensorMap],
         h: cute.Tensor,
         h_scale: cute.Tensor,
         w2_scale: cute.Tensor,
@@ -99,7 +97,7 @@ class Down(GroupedGemm):
         tiles_n = hidden // self.rows
         cute.arch.griddepcontrol_launch_dependents()
         if warp == 0:
-            cpasync.prefetch_descriptor(tma)
+            ptx.prefetch_descriptor(boxes.get_ptr().toint())
         self.init_barriers(full, empty, None, warp)
         # Routing was complete before the up launch let this one start; only h is still being written.
         num_blocks = post_padded[0] // self.block_m
@@ -107,9 +105,8 @@ class Down(GroupedGemm):
         if cta < stop:
             if warp < PRODUCER_THREADS // 32:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-                target, source = self.box_partition(tma, tma_w, shared_w, 2)
                 self.produce(
-                    tma, source, target, h, h_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
+                    boxes.get_ptr().toint(), shared_w, h, h_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
                     num_slots, group_m, num_blocks, tiles_n, cta, stop, ctas, thread, warp,
                 )  # fmt: skip
             else:
@@ -123,12 +120,13 @@ class Down(GroupedGemm):
             # A launch that did not wait could end before the one it depends on, and let the next begin too early.
             cute.arch.griddepcontrol_wait()
 
-    def box_at(self, step, half, warps, m):
-        return (None, step, 0, m, warps, half)
+    def box_at(self, expert, tile, m):
+        """As in `Up`."""
+        return 2 * m, tile * self.box_warps, expert
 
     @cute.jit
     def produce(
-        self, tma, source, target, h, h_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
+        self, boxes, shared_w, h, h_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
         num_slots, group_m, num_blocks, tiles_n, start, stop, by, thread, warp,
     ):  # fmt: skip
         columns = h.shape[1]
@@ -138,7 +136,7 @@ class Down(GroupedGemm):
         if const_expr(self.fp8):
             scale_address, scales_address = h_scale.iterator.toint(), shared_s.iterator.toint()
             row_scales = Int64(h_scale.shape[1])
-        tokens_address = shared_x.iterator.toint()
+        tokens_address, weights_address = shared_x.iterator.toint(), shared_w.iterator.toint()
         early = Int32(0)
         block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
         expert, slots = expert_ids[block], self.load_slots(sorted_ids, block, thread)
@@ -146,7 +144,7 @@ class Down(GroupedGemm):
             early = cutlass.min(steps, self.stages)
             if warp == 0:
                 for step in cutlass.range(early, unroll=1):
-                    self.copy_weights(tma, source, target, full, step, step, expert, tile)
+                    self.copy_weights(boxes, weights_address, full, step, step, expert, tile)
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
@@ -162,7 +160,7 @@ class Down(GroupedGemm):
                 for step in cutlass.range(steps, unroll=1):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if warp == 0 and step >= early:
-                        self.copy_weights(tma, source, target, full, stage, step, now_expert, now_tile)
+                        self.copy_weights(boxes, weights_address, full, stage, step, now_expert, now_tile)
                     self.copy_tokens(
                         rows,
                         h_address,
@@ -258,11 +256,12 @@ class DownFp8(Down):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             h, h_scale, w2, w2_scale, sorted_token_ids, expert_ids, num_tokens_post_padded, topk_weights, slots,
-            group_m, num_blocks, max_ctas, stream,
+            group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip
 
 
@@ -281,9 +280,10 @@ class DownBf16(Down):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             h, None, w2, None, sorted_token_ids, expert_ids, num_tokens_post_padded, topk_weights, slots,
-            group_m, num_blocks, max_ctas, stream,
+            group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip

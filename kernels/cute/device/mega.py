@@ -15,8 +15,9 @@ would be off by 1e-2. The order of these additions is the hardware's, so last bi
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, GridConstant, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import warpgroup
+from cutlass.experimental.cuda import TensorMap
 from cutlass.memory import SmemAllocator
 
 from rampwrap.kernels.cute.configs import (
@@ -28,7 +29,8 @@ from rampwrap.kernels.cute.configs import (
     STEP_BYTES,
     CuteConfig,
 )
-from rampwrap.kernels.cute.device import mega_ptx
+from rampwrap.kernels.cute.device import mega_ptx, ptx
+from rampwrap.kernels.cute.device.boxes import describe
 from rampwrap.kernels.cute.device.exchange import Exchange
 
 LAUNCH_GRANULE = 8
@@ -59,29 +61,31 @@ class Mega(Exchange):
 
     def launch(  # type: ignore[override]  # more operands than one GEMM has
         self, x, x_scale, w13, w13_scale, w2, w2_scale, sorted_ids, expert_ids, post_padded, topk_weights, out,
-        top_k, group_m, num_blocks, max_ctas, stream,
+        top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
     ):  # fmt: skip
         experts, hidden, columns = w13.shape[0], x.shape[1], w2.shape[2]
         mma, weights, tokens = self.make_mma()
         # One of its own for the second product: setting a field of it in one loop makes it unusable in another.
         mma2, _, _ = self.make_mma()
         # Rows of shared memory as in Up: 8 gate rows, 8 up rows, ...
-        row, mt = Int64(hidden), self.mt
-        view = cute.make_layout(
-            (hidden, 8, 2 * experts, columns // (8 * mt), mt), stride=(1, row * mt, row * columns, row * (8 * mt), row)
+        mt = self.mt
+        boxes = describe(
+            w13, (hidden, 8, 2 * experts, columns // (8 * mt), mt), (mt, columns, 8 * mt, 1), self.box, l2_fetch
         )
-        tma, tma_w = self.make_tma(cute.make_tensor(w13.iterator, view), weights.inner)
         # As in Down, for `side` 64-row tiles at a time: a warp's 8 rows of lanes then add 128 contiguous bytes.
-        row, side = Int64(columns), self.side
-        view = cute.make_layout(
+        side = self.side
+        boxes2 = describe(
+            w2,
             (columns, 8, 2 * side, hidden // (16 * side), experts),
-            stride=(1, row * (2 * side), row, row * (16 * side), row * hidden),
+            (2 * side, 1, 16 * side, hidden),
+            self.box,
+            # In FP8 a cluster wants the 128 bytes of a row that are its columns of h, and no more of it.
+            Int32(STEP_BYTES) if const_expr(self.fp8) else l2_fetch,
         )
-        tma2, tma_w2 = self.make_tma(cute.make_tensor(w2.iterator, view), weights.inner)
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.dtype)
         h_layout = cute.tile_to_shape(atom, (self.block_m, self.step, self.span_steps), order=(0, 1, 2))
         self.kernel(
-            mma, mma2, tma, tma_w, tma2, tma_w2, x, x_scale, w13_scale, w2_scale, sorted_ids, expert_ids, post_padded,
+            mma, mma2, boxes, boxes2, x, x_scale, w13_scale, w2_scale, sorted_ids, expert_ids, post_padded,
             topk_weights, out, columns, top_k, group_m, weights, tokens, h_layout,
         ).launch(
             grid=(self.grid_of(num_blocks, columns // (self.rows // 2), max_ctas), 1, 1),
@@ -98,10 +102,8 @@ class Mega(Exchange):
         self,
         mma: cute.TiledMma,
         mma2: cute.TiledMma,
-        tma: cute.CopyAtom,
-        tma_w: cute.Tensor,
-        tma2: cute.CopyAtom,
-        tma_w2: cute.Tensor,
+        boxes: GridConstant[TensorMap],
+        boxes2: GridConstant[TensorMap],
         x: cute.Tensor,
         x_scale: cute.Tensor,
         w13_scale: cute.Tensor,
@@ -146,10 +148,8 @@ class Mega(Exchange):
             start, stop, by = cta // self.cluster, num_blocks * tiles_n, ctas // self.cluster
             if warp < PRODUCER_THREADS // 32:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-                target, source = self.box_partition(tma, tma_w, shared_w, 2)
-                target2, source2 = self.box_partition(tma2, tma_w2, shared_w, 2)
                 self.produce_both(
-                    tma, source, target, tma2, source2, target2, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s,
+                    boxes.get_ptr().toint(), boxes2.get_ptr().toint(), shared_w, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s,
                     full, empty, num_slots, top_k, group_m, num_blocks, tiles_n, start, stop, by, rank, thread, warp,
                 )  # fmt: skip
             else:
@@ -167,17 +167,22 @@ class Mega(Exchange):
         return (turn + index) % count * self.cluster + rank
 
     @cute.jit
-    def copy_second(self, tma2, source2, target2, full, stage, step, tile, expert):
-        """Starts the copy of one step of a tile of w2."""
+    def copy_second(self, boxes, target, full, stage, step, tile, expert):
+        """As `copy_weights`, of w2."""
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.rows * STEP_BYTES)
-        for m in cutlass.range_constexpr(self.rows // self.box_rows):
-            box = (None, step, 0, m % self.side, tile * (self.mt // self.side) + m // self.side, expert)
-            cute.copy(tma2, source2[box], target2[(None, m, stage)], tma_bar_ptr=full + stage)
+            for m in cutlass.range_constexpr(self.rows // self.box_rows):
+                warps = (tile * (self.mt // self.side) + m // self.side) * self.box_warps
+                ptx.copy_box(
+                    target + (stage * self.rows + m * self.box_rows) * STEP_BYTES,
+                    boxes,
+                    (step * self.step, Int32(0), 2 * (m % self.side), warps, expert),
+                    (full + stage).toint(),
+                )
 
     @cute.jit
     def produce_both(
-        self, tma, source, target, tma2, source2, target2, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s,
+        self, boxes, boxes2, shared_w, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s,
         full, empty, num_slots, top_k, group_m, num_blocks, tiles_n, start, stop, by, rank, thread, warp,
     ):  # fmt: skip
         hidden = x.shape[1]
@@ -187,7 +192,7 @@ class Mega(Exchange):
         if const_expr(self.fp8):
             scale_address, scales_address = x_scale.iterator.toint(), shared_s.iterator.toint()
             row_scales = Int64(x_scale.shape[1])
-        tokens_address = shared_x.iterator.toint()
+        tokens_address, weights_address = shared_x.iterator.toint(), shared_w.iterator.toint()
         stage, phase = Int32(0), Int32(1)
         for index in cutlass.range(start, stop, by, unroll=1):
             block, group = self.tile_of(index, num_blocks, tiles_n, group_m)
@@ -197,7 +202,9 @@ class Mega(Exchange):
                 for step in cutlass.range(hidden // self.step, unroll=1):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if warp == 0:
-                        self.copy_weights(tma, source, target, full, stage, step, expert, group * self.cluster + rank)
+                        self.copy_weights(
+                            boxes, weights_address, full, stage, step, expert, group * self.cluster + rank
+                        )
                     self.copy_tokens(
                         rows, x_address, row_bytes, scale_address, row_scales, tokens_address, scales_address,
                         stage, step, thread,
@@ -210,7 +217,7 @@ class Mega(Exchange):
                         cute.arch.mbarrier_wait(empty + stage, phase)
                         if warp == 0:
                             at = group * self.span_steps + step
-                            self.copy_second(tma2, source2, target2, full, stage, at, tile, expert)
+                            self.copy_second(boxes2, weights_address, full, stage, at, tile, expert)
                         cute.arch.mbarrier_arrive(full + stage)
                         stage, phase = self.next_stage(stage, phase)
 
@@ -325,11 +332,12 @@ class MegaFp8(Mega):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             x, x_scale, w13, w13_scale, w2, w2_scale, sorted_token_ids, expert_ids, num_tokens_post_padded,
-            topk_weights, out, top_k, group_m, num_blocks, max_ctas, stream,
+            topk_weights, out, top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip
 
 
@@ -349,9 +357,10 @@ class MegaBf16(Mega):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             x, None, w13, None, w2, None, sorted_token_ids, expert_ids, num_tokens_post_padded,
-            topk_weights, out, top_k, group_m, num_blocks, max_ctas, stream,
+            topk_weights, out, top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, Uint32, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from rampwrap.kernels.cute.configs import PRODUCER_THREADS, STEP_BYTES, CuteConfig
@@ -84,17 +84,15 @@ class GroupedGemm:
         tokens = cute.tile_to_shape(atom, (self.block_m, self.step, self.stages), order=(0, 1, 2))
         return mma, weights, tokens
 
-    def box_layout(self, halves: int):
-        """One TMA box in shared memory: (K, 8 rows, `halves` of 8, warps, 1), 128-byte rows one after the other."""
-        k = self.step
-        shape = (k, 8, halves, self.box_rows // (8 * halves), 1)
-        return shape, cute.make_layout(shape, stride=(1, k, 8 * k, 8 * halves * k, 0))
+    @property
+    def box_warps(self) -> int:
+        """Sixteens of rows of a box: of each consumer warp."""
+        return self.box_rows // 16
 
-    def make_tma(self, view, swizzle):
-        """The TMA descriptor of a 5-D view of weights (K, 8, halves, warps, m), boxes as `box_layout`."""
-        shape, layout = self.box_layout(2)
-        layout = cute.make_composed_layout(swizzle, 0, layout)
-        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, layout, shape)
+    @property
+    def box(self) -> tuple[int, ...]:
+        """A TMA box along (K, 8 rows, eights, warps, m) of a view of weights."""
+        return (self.step, 8, 2, self.box_warps, 1)
 
     @cute.jit
     def grid_of(self, num_blocks: Int32, tiles_n: Int32, max_ctas: Int32):
@@ -161,29 +159,17 @@ class GroupedGemm:
         return slot | ((num_slots - 1 - slot) >> 31)
 
     @cute.jit
-    def box_partition(self, tma, tma_weights, shared_w, halves: cutlass.Constexpr):
-        """(destinations [box, m, stage], sources [box, k tile, 0, half tile, warp tile, m]) of the weight boxes."""
-        shape, layout = self.box_layout(halves)
-        count, k = const_expr(self.rows // self.box_rows), const_expr(self.step)
-        outer = cute.make_layout(
-            (*layout.shape, count, self.stages),
-            stride=(*layout.stride, self.box_rows * k, self.rows * k),
-        )
-        destination = cute.make_tensor(shared_w.iterator, outer)
-        source = cute.local_tile(tma_weights, shape, (None,) * 5)
-        return cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(destination, 0, 5), cute.group_modes(source, 0, 5)
-        )
-
-    @cute.jit
-    def copy_weights(self, tma, source, target, full, stage, step, half, warps):
-        """Starts the copy of one step of a tile's weights; the first producer warp calls it."""
+    def copy_weights(self, descriptor, target, full, stage, step, expert, tile):
+        """Starts the copy of one step of a tile's weights to the address of stage 0; the first producer warp calls it."""
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.rows * STEP_BYTES)
-        for m in cutlass.range_constexpr(self.rows // self.box_rows):
-            cute.copy(
-                tma, source[self.box_at(step, half, warps, m)], target[(None, m, stage)], tma_bar_ptr=full + stage
-            )
+            for m in cutlass.range_constexpr(self.rows // self.box_rows):
+                ptx.copy_box(
+                    target + (stage * self.rows + m * self.box_rows) * STEP_BYTES,
+                    descriptor,
+                    (step * self.step, Int32(0), *self.box_at(expert, tile, m)),
+                    (full + stage).toint(),
+                )
 
     @cute.jit
     def gather_rows(self, sorted_ids, block, divisor, num_slots, thread):

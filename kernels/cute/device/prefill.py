@@ -25,11 +25,13 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from rampwrap.kernels.cute.configs import STEP_BYTES, CuteConfig
+from rampwrap.kernels.cute.device import ptx
+from rampwrap.kernels.cute.device.boxes import describe
 from rampwrap.kernels.cute.device.pipeline import GroupedGemm
 
 BOX_ROWS = 128
@@ -74,24 +76,17 @@ class PrefillGemm(GroupedGemm):
         tokens = cute.tile_to_shape(atom, (self.block_m, self.step, self.stages), order=(0, 1, 2))
         return mma, weights, tokens
 
-    def weight_box(self):
-        """A TMA box in shared memory, row 2 q + e + 8 j + 8 run i: (K, e, q, j, i), 128-byte rows one after the other."""
-        k, run = self.step, self.run
-        shape = (k, 2, 4, run, BOX_ROWS // (8 * run))
-        return shape, cute.make_layout(shape, stride=(1, k, 2 * k, 8 * k, 8 * run * k))
+    @property
+    def box_runs(self) -> int:
+        """Eights of `run` rows of a box."""
+        return BOX_ROWS // (8 * self.run)
 
-    def make_weight_tma(self, w, rows_of_all, swizzle):
-        """The descriptor of all weight rows [rows_of_all, K], row e + 2 j + 2 run q + 8 run i read as (K, e, q, j, i)."""
-        shape, layout = self.weight_box()
-        row, run = Int64(w.shape[2]), self.run
-        view = cute.make_layout(
-            (w.shape[2], 2, 4, run, rows_of_all // (8 * run)),
-            stride=(1, row, row * (2 * run), row * 2, row * (8 * run)),
-        )
-        layout = cute.make_composed_layout(swizzle, 0, layout)
-        return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), cute.make_tensor(w.iterator, view), layout, shape
-        )
+    def describe_weights(self, w, rows_of_all, l2_fetch):
+        """The descriptor of all weight rows [rows_of_all, K], row e + 2 j + 2 run q + 8 run i as (K, e, q, j, i): row 2 q + e + 8 j + 8 run i
+        of a box in shared memory."""
+        run = self.run
+        extents = (w.shape[2], 2, 4, run, rows_of_all // (8 * run))
+        return describe(w, extents, (1, 2 * run, 2, 8 * run), (self.step, 2, 4, run, self.box_runs), l2_fetch)
 
     # ---- device side
 
@@ -119,24 +114,17 @@ class PrefillGemm(GroupedGemm):
         cute.arch.sync_threads()
 
     @cute.jit
-    def weight_partition(self, tma, tma_w, shared_w):
-        """(destinations [box, 2, stage], sources [box, k step, 0, 0, 0, 128 rows]) of the weight boxes."""
-        shape, layout = self.weight_box()
-        k = const_expr(self.step)
-        outer = cute.make_layout(
-            (*layout.shape, self.rows // BOX_ROWS, self.stages), stride=(*layout.stride, BOX_ROWS * k, self.rows * k)
-        )
-        destination = cute.make_tensor(shared_w.iterator, outer)
-        source = cute.local_tile(tma_w, shape, (None,) * 5)
-        return cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(destination, 0, 5), cute.group_modes(source, 0, 5)
-        )
-
-    @cute.jit
-    def copy_boxes(self, tma, source, target, full, stage, step, first, second):
-        """Starts the copies of one step of a tile's weights; the first producer warp calls it."""
-        cute.copy(tma, source[(None, step, 0, 0, 0, first)], target[(None, 0, stage)], tma_bar_ptr=full + stage)
-        cute.copy(tma, source[(None, step, 0, 0, 0, second)], target[(None, 1, stage)], tma_bar_ptr=full + stage)
+    def copy_boxes(self, boxes, target, full, stage, step, first, second, num_bytes: cutlass.Constexpr):
+        """Starts the copies of one step of a tile's weights, of `num_bytes` that the TMA brings for it; the first producer warp calls it."""
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+            for box in cutlass.range_constexpr(2):
+                ptx.copy_box(
+                    target + (stage * self.rows + box * BOX_ROWS) * STEP_BYTES,
+                    boxes,
+                    (step * self.step, Int32(0), Int32(0), Int32(0), (second if box else first) * self.box_runs),
+                    (full + stage).toint(),
+                )
 
     @cute.jit
     def operands(self, mma, shared_x, shared_w, group):

@@ -6,8 +6,9 @@
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, GridConstant, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
+from cutlass.experimental.cuda import TensorMap
 
 from rampwrap.kernels.cute.configs import PRODUCER_REGISTERS, PRODUCER_THREADS, SCALE, CuteConfig
 from rampwrap.kernels.cute.device import ptx
@@ -38,18 +39,18 @@ class PrefillDown(PrefillGemm):
         group_m,
         num_blocks,
         max_ctas,
+        l2_fetch,
         stream,
     ):
         experts, hidden = w2.shape[0], slots.shape[1]
         mma, weights, tokens = self.make_mma()
-        tma, tma_w = self.make_weight_tma(w2, experts * hidden, weights.inner)
+        boxes = self.describe_weights(w2, experts * hidden, l2_fetch)
         tma_h, tma_rows = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(), h, cute.slice_(tokens, (None, None, 0)), (self.block_m, self.step)
         )
         self.kernel(
             mma,
-            tma,
-            tma_w,
+            boxes,
             tma_h,
             tma_rows,
             h,
@@ -76,8 +77,7 @@ class PrefillDown(PrefillGemm):
     def kernel(
         self,
         mma: cute.TiledMma,
-        tma: cute.CopyAtom,
-        tma_w: cute.Tensor,
+        boxes: GridConstant[TensorMap],
         tma_h: cute.CopyAtom,
         tma_rows: cute.Tensor,
         h: cute.Tensor,
@@ -101,7 +101,7 @@ class PrefillDown(PrefillGemm):
         tiles_n = hidden // self.rows
         cute.arch.griddepcontrol_launch_dependents()
         if warp == 0:
-            cpasync.prefetch_descriptor(tma)
+            ptx.prefetch_descriptor(boxes.get_ptr().toint())
             cpasync.prefetch_descriptor(tma_h)
         self.init_barriers(full, empty, warp)
         # Routing was complete before the up launch let this one start; only h is still being written.
@@ -112,7 +112,7 @@ class PrefillDown(PrefillGemm):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
                 if warp == 0:
                     self.produce(
-                        tma, tma_w, tma_h, tma_rows, h_scale, w2_scale, expert_ids, shared_w, shared_x, shared_s, shared_ws,
+                        boxes.get_ptr().toint(), tma_h, tma_rows, h_scale, w2_scale, expert_ids, shared_w, shared_x, shared_s, shared_ws,
                         full, empty, hidden, columns, group_m, num_blocks, tiles_n, cta, stop, ctas, thread,
                     )  # fmt: skip
             else:
@@ -128,12 +128,12 @@ class PrefillDown(PrefillGemm):
 
     @cute.jit
     def produce(
-        self, tma, tma_w, tma_h, tma_rows, h_scale, w2_scale, expert_ids, shared_w, shared_x, shared_s, shared_ws,
+        self, boxes, tma_h, tma_rows, h_scale, w2_scale, expert_ids, shared_w, shared_x, shared_s, shared_ws,
         full, empty, hidden, columns, group_m, num_blocks, tiles_n, start, stop, by, lane,
     ):  # fmt: skip
         steps = columns // self.step
-        boxes = const_expr(self.rows // BOX_ROWS)
-        target, source = self.weight_partition(tma, tma_w, shared_w)
+        of_a_tile = const_expr(self.rows // BOX_ROWS)
+        weights_address, num_bytes = shared_w.iterator.toint(), const_expr(bytes_of_a_step(self.config, True))
         rows = cute.local_tile(tma_rows, (self.block_m, self.step), (None, None))
         to_rows, from_rows = cpasync.tma_partition(
             tma_h, 0, cute.make_layout(1), cute.group_modes(shared_x, 0, 2), cute.group_modes(rows, 0, 2)
@@ -146,14 +146,14 @@ class PrefillDown(PrefillGemm):
         early = Int32(0)
         if expert >= 0:
             early = cutlass.min(steps, self.stages)
-            box = expert * (hidden // BOX_ROWS) + tile * boxes
+            box = expert * (hidden // BOX_ROWS) + tile * of_a_tile
             for step in cutlass.range(early, unroll=1):
-                self.copy_weights_of(tma, source, target, full, step, step, box)
+                self.copy_boxes(boxes, weights_address, full, step, step, box, box + 1, num_bytes)
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for index in cutlass.range(start, stop, by, unroll=1):
             now_expert, now_block = expert, block
-            box = now_expert * (hidden // BOX_ROWS) + tile * boxes
+            box = now_expert * (hidden // BOX_ROWS) + tile * of_a_tile
             # What a tile needs is loaded a tile ahead.
             block, tile = self.tile_of(self.tile_after(index, stop, by), num_blocks, tiles_n, group_m)
             expert = expert_ids[block]
@@ -161,7 +161,7 @@ class PrefillDown(PrefillGemm):
                 for step in cutlass.range(steps, unroll=1):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if step >= early:
-                        self.copy_weights_of(tma, source, target, full, stage, step, box)
+                        self.copy_boxes(boxes, weights_address, full, stage, step, box, box + 1, num_bytes)
                     cute.copy(
                         tma_h, from_rows[(None, now_block, step)], to_rows[(None, stage)], tma_bar_ptr=full + stage
                     )
@@ -178,18 +178,12 @@ class PrefillDown(PrefillGemm):
                             shared_ws.iterator.toint() + (stage * 2 + lane) * 4,
                             0,
                             w2_scale.iterator.toint() + Int64(step) * 4,
-                            (box + lane) | ((boxes - 1 - lane) >> 31),
+                            (box + lane) | ((of_a_tile - 1 - lane) >> 31),
                             row_scales * 4,
                         )
                         cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
                     stage, phase = self.next_stage(stage, phase)
             early = Int32(0)
-
-    @cute.jit
-    def copy_weights_of(self, tma, source, target, full, stage, step, box):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, bytes_of_a_step(self.config, True))
-        self.copy_boxes(tma, source, target, full, stage, step, box, box + 1)
 
     @cute.jit
     def slot_at(self, sorted_ids, at, num_slots):
@@ -280,11 +274,12 @@ class PrefillDownFp8(PrefillDown):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             h, h_scale, w2, w2_scale, sorted_token_ids, expert_ids, num_tokens_post_padded, topk_weights, slots,
-            group_m, num_blocks, max_ctas, stream,
+            group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip
 
 
@@ -303,9 +298,10 @@ class PrefillDownBf16(PrefillDown):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             h, None, w2, None, sorted_token_ids, expert_ids, num_tokens_post_padded, topk_weights, slots,
-            group_m, num_blocks, max_ctas, stream,
+            group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip

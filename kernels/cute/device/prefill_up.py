@@ -11,8 +11,8 @@ first are gate rows, the second the up rows of the same 128 columns of h: a thre
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Float32, GridConstant, Int32, Int64, const_expr
+from cutlass.experimental.cuda import TensorMap
 
 from rampwrap.kernels.cute.configs import PRODUCER_REGISTERS, PRODUCER_THREADS, SCALE, CuteConfig
 from rampwrap.kernels.cute.device import ptx
@@ -45,15 +45,15 @@ class PrefillUp(PrefillGemm):
         group_m,
         num_blocks,
         max_ctas,
+        l2_fetch,
         stream,
     ):
         experts, columns = w13.shape[0], h.shape[1]
         mma, weights, tokens = self.make_mma()
-        tma, tma_w = self.make_weight_tma(w13, experts * (2 * columns), weights.inner)
+        boxes = self.describe_weights(w13, experts * (2 * columns), l2_fetch)
         self.kernel(
             mma,
-            tma,
-            tma_w,
+            boxes,
             x,
             x_scale,
             w13_scale,
@@ -79,8 +79,7 @@ class PrefillUp(PrefillGemm):
     def kernel(
         self,
         mma: cute.TiledMma,
-        tma: cute.CopyAtom,
-        tma_w: cute.Tensor,
+        boxes: GridConstant[TensorMap],
         x: cute.Tensor,
         x_scale: cute.Tensor,
         w13_scale: cute.Tensor,
@@ -102,7 +101,7 @@ class PrefillUp(PrefillGemm):
         hidden, columns = x.shape[1], h.shape[1]
         tiles_n = columns // BOX_ROWS
         if warp == 0:
-            cpasync.prefetch_descriptor(tma)
+            ptx.prefetch_descriptor(boxes.get_ptr().toint())
         self.init_barriers(full, empty, warp)
         # All that is read here was written by the launches before; they are done from here on, so that the launch
         # after this one may rely on it as well.
@@ -115,7 +114,7 @@ class PrefillUp(PrefillGemm):
             if warp < PRODUCER_THREADS // 32:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
                 self.produce(
-                    tma, tma_w, x, x_scale, w13_scale, sorted_ids, expert_ids, shared_w, shared_x, shared_s, shared_ws,
+                    boxes.get_ptr().toint(), x, x_scale, w13_scale, sorted_ids, expert_ids, shared_w, shared_x, shared_s, shared_ws,
                     full, empty, num_slots, top_k, columns, group_m, num_blocks, tiles_n, cta, stop, ctas, thread, warp,
                 )  # fmt: skip
             else:
@@ -128,7 +127,7 @@ class PrefillUp(PrefillGemm):
 
     @cute.jit
     def produce(
-        self, tma, tma_w, x, x_scale, w13_scale, sorted_ids, expert_ids, shared_w, shared_x, shared_s, shared_ws,
+        self, boxes, x, x_scale, w13_scale, sorted_ids, expert_ids, shared_w, shared_x, shared_s, shared_ws,
         full, empty, num_slots, top_k, columns, group_m, num_blocks, tiles_n, start, stop, by, thread, warp,
     ):  # fmt: skip
         hidden = x.shape[1]
@@ -136,7 +135,7 @@ class PrefillUp(PrefillGemm):
         # The 128-byte swizzle: 16-byte chunk c of row r stands where chunk c ^ (r % 8) would.
         to_tokens = shared_x.iterator.toint() + first * (CHUNKS * CHUNK_BYTES) + (chunk ^ (first % 8)) * CHUNK_BYTES
         x_at = x.iterator.toint() + chunk * CHUNK_BYTES
-        target, source = self.weight_partition(tma, tma_w, shared_w)
+        weights_address = shared_w.iterator.toint()
         stage, phase = Int32(0), Int32(1)
         for index in cutlass.range(start, stop, by, unroll=1):
             # Not loaded a tile ahead: registers are short, and the stages under way last longer than these loads.
@@ -155,9 +154,10 @@ class PrefillUp(PrefillGemm):
                 for step in cutlass.range(hidden // self.step, unroll=1):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if warp == 0:
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, bytes_of_a_step(self.config, False))
-                        self.copy_boxes(tma, source, target, full, stage, step, box, box + tiles_n)
+                        self.copy_boxes(
+                            boxes, weights_address, full, stage, step, box, box + tiles_n,
+                            bytes_of_a_step(self.config, False),
+                        )  # fmt: skip
                         if const_expr(self.fp8):
                             # Scales of both boxes; a row of scales is one of weights' 128.
                             ptx.copy_4_bytes(
@@ -285,11 +285,12 @@ class PrefillUpFp8(PrefillUp):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             x, x_scale, w13, w13_scale, sorted_token_ids, expert_ids, num_tokens_post_padded, h, h_scale,
-            top_k, group_m, num_blocks, max_ctas, stream,
+            top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip
 
 
@@ -307,9 +308,10 @@ class PrefillUpBf16(PrefillUp):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             x, None, w13, None, sorted_token_ids, expert_ids, num_tokens_post_padded, h, None,
-            top_k, group_m, num_blocks, max_ctas, stream,
+            top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip

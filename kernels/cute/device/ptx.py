@@ -114,6 +114,28 @@ def copy_bulk(shared, source, num_bytes, barrier, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def copy_box(shared, descriptor, at, barrier, *, loc=None, ip=None):
+    """Starts the TMA's copy of a box of five dimensions at the coordinates `at`, innermost first; one thread calls it."""
+    operands = [
+        Int32(shared).ir_value(loc=loc, ip=ip),
+        Int64(descriptor).ir_value(loc=loc, ip=ip),
+        *(Int32(place).ir_value(loc=loc, ip=ip) for place in at),
+        Int32(barrier).ir_value(loc=loc, ip=ip),
+    ]
+    text = (
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[$0], [$1, {$2, $3, $4, $5, $6}], [$7];"
+    )
+    _asm(None, operands, text, "r,l,r,r,r,r,r,r,~{memory}", loc, ip)
+
+
+@dsl_user_op
+def prefetch_descriptor(descriptor, *, loc=None, ip=None):
+    """Brings a TMA descriptor, a constant of the launch, near."""
+    _asm(None, [Int64(descriptor).ir_value(loc=loc, ip=ip)], "prefetch.tensormap [$0];", "l,~{memory}", loc, ip)
+
+
+@dsl_user_op
 def pack_e4m3(low, high, *, loc=None, ip=None):
     """Two float32 as saturated e4m3 in the low 16 bits of an Int32."""
     operands = [Float32(value).ir_value(loc=loc, ip=ip) for value in (low, high)]

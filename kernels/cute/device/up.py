@@ -6,11 +6,12 @@
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Float32, GridConstant, Int32, Int64, const_expr
+from cutlass.experimental.cuda import TensorMap
 
 from rampwrap.kernels.cute.configs import PRODUCER_REGISTERS, PRODUCER_THREADS, SCALE, CuteConfig
 from rampwrap.kernels.cute.device import ptx
+from rampwrap.kernels.cute.device.boxes import describe
 from rampwrap.kernels.cute.device.pipeline import GroupedGemm
 
 FP8_MAX = 448.0
@@ -43,21 +44,20 @@ class Up(GroupedGemm):
         group_m,
         num_blocks,
         max_ctas,
+        l2_fetch,
         stream,
     ):
         experts, hidden, columns = w13.shape[0], x.shape[1], h.shape[1]
         mma, weights, tokens = self.make_mma()
         # Rows of shared memory: 8 gate rows, 8 up rows, ...; row r of the m-th 64 of a warp is column r * mt + m of it.
-        row, mt = Int64(hidden), self.mt
-        view = cute.make_layout(
-            (hidden, 8, 2 * experts, columns // (8 * mt), mt), stride=(1, row * mt, row * columns, row * (8 * mt), row)
+        mt = self.mt
+        boxes = describe(
+            w13, (hidden, 8, 2 * experts, columns // (8 * mt), mt), (mt, columns, 8 * mt, 1), self.box, l2_fetch
         )
-        tma, tma_w = self.make_tma(cute.make_tensor(w13.iterator, view), weights.inner)
         tiles_n = columns // (self.rows // 2)
         self.kernel(
             mma,
-            tma,
-            tma_w,
+            boxes,
             x,
             x_scale,
             w13_scale,
@@ -84,8 +84,7 @@ class Up(GroupedGemm):
     def kernel(
         self,
         mma: cute.TiledMma,
-        tma: cute.CopyAtom,
-        tma_w: cute.Tensor,
+        boxes: GridConstant[TensorMap],
         x: cute.Tensor,
         x_scale: cute.Tensor,
         w13_scale: cute.Tensor,
@@ -108,7 +107,7 @@ class Up(GroupedGemm):
         num_slots, hidden, columns = h.shape[0], x.shape[1], h.shape[1]
         tiles_n = columns // (self.rows // 2)
         if warp == 0:
-            cpasync.prefetch_descriptor(tma)
+            ptx.prefetch_descriptor(boxes.get_ptr().toint())
         self.init_barriers(full, empty, exchange[4], warp)
         # All that is read here was written by the launches before; they are done from here on, so that the launch
         # after this one may rely on it as well.
@@ -121,9 +120,8 @@ class Up(GroupedGemm):
             start, stop, by = cta // self.cluster, num_blocks * (tiles_n // self.cluster), ctas // self.cluster
             if warp < PRODUCER_THREADS // 32:
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-                target, source = self.box_partition(tma, tma_w, shared_w, 2)
                 self.produce(
-                    tma, source, target, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
+                    boxes.get_ptr().toint(), shared_w, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
                     num_slots, top_k, group_m, num_blocks, tiles_n // self.cluster, start, stop, by, rank, thread, warp,
                 )  # fmt: skip
             else:
@@ -152,12 +150,13 @@ class Up(GroupedGemm):
         of_ctas = memory.allocate_tensor(Float32, cute.make_layout((self.block_m, self.cluster, 2)), byte_alignment=16)
         return slots, inverse, of_warps, of_ctas, memory.allocate_array(Int64, 2)
 
-    def box_at(self, step, half, warps, m):
-        return (None, step, 0, half, warps, m)
+    def box_at(self, expert, tile, m):
+        """Where the m-th box of a tile begins along all dimensions but the first two."""
+        return 2 * expert, tile * self.box_warps, m
 
     @cute.jit
     def produce(
-        self, tma, source, target, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
+        self, boxes, shared_w, x, x_scale, sorted_ids, expert_ids, shared_x, shared_s, full, empty,
         num_slots, top_k, group_m, num_blocks, tiles_n, start, stop, by, rank, thread, warp,
     ):  # fmt: skip
         hidden = x.shape[1]
@@ -166,7 +165,7 @@ class Up(GroupedGemm):
         if const_expr(self.fp8):
             scale_address, scales_address = x_scale.iterator.toint(), shared_s.iterator.toint()
             row_scales = Int64(x_scale.shape[1])
-        tokens_address = shared_x.iterator.toint()
+        tokens_address, weights_address = shared_x.iterator.toint(), shared_w.iterator.toint()
         stage, phase = Int32(0), Int32(1)
         # What a tile needs is loaded a tile ahead.
         block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
@@ -184,7 +183,7 @@ class Up(GroupedGemm):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if warp == 0:
                         self.copy_weights(
-                            tma, source, target, full, stage, step, now_expert, now_tile * self.cluster + rank
+                            boxes, weights_address, full, stage, step, now_expert, now_tile * self.cluster + rank
                         )
                     self.copy_tokens(
                         rows,
@@ -368,11 +367,12 @@ class UpFp8(Up):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             x, x_scale, w13, w13_scale, sorted_token_ids, expert_ids, num_tokens_post_padded, h, h_scale,
-            top_k, group_m, num_blocks, max_ctas, stream,
+            top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip
 
 
@@ -390,9 +390,10 @@ class UpBf16(Up):
         group_m: Int32,
         num_blocks: Int32,
         max_ctas: Int32,
+        l2_fetch: Int32,
         stream: cuda.CUstream,
     ):
         self.launch(
             x, None, w13, None, sorted_token_ids, expert_ids, num_tokens_post_padded, h, None,
-            top_k, group_m, num_blocks, max_ctas, stream,
+            top_k, group_m, num_blocks, max_ctas, l2_fetch, stream,
         )  # fmt: skip
