@@ -36,7 +36,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from serve_vllm_report import report
@@ -63,11 +63,18 @@ PROFILED = 6
 class Arm:
     """An engine in a process of its own."""
 
-    def __init__(self, name: str, settings: dict[str, Any], environment: dict[str, str], log: pathlib.Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        environment: dict[str, str],
+        log: pathlib.Path,
+        script: Sequence[str] = ("serve_vllm_arm.py",),
+    ) -> None:
         self.name, self.log = name, log
         self._start = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, str(pathlib.Path(__file__).parent / "serve_vllm_arm.py")],
+            [sys.executable, str(pathlib.Path(__file__).parent / script[0]), *script[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),

@@ -4,8 +4,8 @@ SGLang finds `register` through the entry point group ``sglang.srt.plugins`` and
 stands around `_prepare_fused_moe_run`, which has the routing and has not yet aligned: it offers SGLang the config by
 SGLang's own override, for this call alone. What it chooses from:
 
-* in eager steps (prefill, or without CUDA graphs) the plan's policy, by the histogram of the layer's step before,
-  copied to the host without waiting;
+* in eager steps (without CUDA graphs, which 0.5.17 has for prefill too by default) the plan's policy, by the histogram
+  of the layer's step before, copied to the host without waiting;
 * under capture of a CUDA graph the plan's static config for the token count: a graph would freeze any other choice.
 
 Plans are those of kernel ``vllm_fused_moe``: SGLang's kernel has the same source and the same parameters. They are
