@@ -121,7 +121,7 @@ def environment_of(arm: str, folder: pathlib.Path) -> dict[str, str]:
         PLANS: str(folder / "plans"),
         OWN_PLANS: "1",
     }
-    return out | ({DISABLE: "1"} if arm == "installed" else {"RAMPWRAP_STATS": "2"})
+    return out | ({DISABLE: "1"} if arm == "installed" else {})
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -172,24 +172,18 @@ def main() -> int:
     script, found = ("serve_sglang_arm.py",), {"stamp": stamp(), "model": arguments.model, "layers": arguments.layers}
     running: list[Arm] = []
 
-    def begin(name: str, *more: str, **its: Any) -> Arm:
-        arm = name.removeprefix("whole ")
-        running.append(
-            Arm(
-                name,
-                settings | its,
-                environment_of(arm, folder),
-                logs / f"{name.replace(' ', '-')}.log",
-                (*script, *more),
-            )
-        )
+    def begin(name: str) -> Arm:
+        running.append(Arm(name, settings, environment_of(name, folder), logs / f"{name}.log", script))
         return running[-1]
 
     try:
         engines = {"installed": begin("installed")}
         whole = None
-        if arguments.whole:
-            whole = begin("whole plugin", "--whole", requests=8, length=LENGTH, steps=24)
+        if arguments.whole:  # what its scheduler counted is in the log alone
+            more = settings | {"requests": 8, "length": LENGTH, "steps": 24}
+            environment = environment_of("plugin", folder) | {"RAMPWRAP_STATS": "2"}
+            whole = Arm("whole", more, environment, logs / "whole.log", (*script, "--whole"))
+            running.append(whole)
         found["installed"] = engines["installed"].started()
         say(start, f"installed: {found['installed']}")
         if whole is not None:

@@ -181,8 +181,9 @@ class Engine:
         try:
             table = rampwrap.profile(kernel, self.shape, workloads, budget_s=budget_s, quiet=True)
             rampwrap.make_plan(table, source="this run, SGLang's own kernel").save(out)
-        except Exception:  # the table's plan serves on
-            return {"error": traceback.format_exc()[-1500:]}
+        except Exception as error:  # the table's plan serves on
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {error}"[:300]}
         return {
             "configs": len(configs),
             "workloads": len(table.num_tokens),
