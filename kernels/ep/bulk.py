@@ -10,20 +10,24 @@ None of these launches overlaps the one before it (`pdl`): they stand on streams
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import await_all, next_epoch, tell_all
+from rampwrap.kernels.ep.flags import await_cells, end_step, next_epoch, tell
 
 
 @triton.jit(do_not_specialize=["rank", "peer", "num_tokens"])
-def tell_kernel(
-    bases_ptr, header_ptr, rank, peer, num_tokens, CELLS_AT: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr
-):
-    """Writes this rank's cell at RANKS ranks from a peer on, after all that the stream did before."""
-    tell_all(bases_ptr + peer, CELLS_AT, rank, next_epoch(header_ptr), num_tokens, RANKS, LANES)
+def tell_kernel(bases_ptr, header_ptr, rank, peer, num_tokens, CELLS_AT: tl.constexpr, RANKS: tl.constexpr):
+    """Writes the cell of this rank's first CTA at RANKS ranks from a peer on, after all that the stream did before."""
+    tell(bases_ptr + peer, CELLS_AT + rank * 8, next_epoch(header_ptr), num_tokens, RANKS)
 
 
 @triton.jit(do_not_specialize=["source", "limit_ns", "num_tokens"])
 def wait_kernel(cells_ptr, header_ptr, fault_ptr, source, limit_ns, num_tokens, PHASE: tl.constexpr):
-    """Waits for the cell of one rank."""
+    """Waits for the cell of the first CTA of one rank."""
     expected = tl.zeros((1,), tl.int32) + num_tokens
-    epoch = next_epoch(header_ptr)
-    await_all(cells_ptr + source, header_ptr, fault_ptr, epoch, expected, limit_ns, PHASE, 1, 1, source)
+    epoch, wanted = next_epoch(header_ptr), expected >= 0
+    await_cells(cells_ptr + source, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, PHASE, 1, source)
+
+
+@triton.jit
+def end_kernel(header_ptr):
+    """The end of a step source by source, when all that read its epoch has ended."""
+    end_step(header_ptr, next_epoch(header_ptr))

@@ -1,7 +1,7 @@
 """Combine by low latency: owners push sums to fixed places at the source, which adds them by rank. Two launches.
 
-The first sums and pushes, and ends with this rank's flags. The second waits for those of the others, with at most as many
-CTAs as the GPU has SMs, and ends the step: only then the epoch moves on.
+A CTA of the first sums and pushes tokens of one source, and tells that source. CTAs of the second wait for those of the first that
+pushed their tokens, of all ranks, and for no others, so that tokens are added while others travel.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -13,39 +13,36 @@ import triton.language as tl
 
 from rampwrap.kernels.ep.flags import (
     COMBINE,
-    EPOCH,
-    await_all,
+    await_cells,
+    ctas_of,
+    end_step,
+    epoch_in_progress,
     first_row,
-    is_last,
     next_epoch,
     owner_of,
     peer_at,
     spread,
-    tell_all,
+    tell,
 )
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
-_COMBINE, _EPOCH = tl.constexpr(COMBINE), tl.constexpr(EPOCH)
+_COMBINE = tl.constexpr(COMBINE)
 
 
 @triton.jit(
     do_not_specialize=[
         "rank",
-        "num_experts",
         *(f"count_{rank}" for rank in range(8)),
     ]
 )
 def push_kernel(
     bases_ptr,
     y_ptr,
-    topk_ids_ptr,
-    topk_weights_ptr,
-    expert_map_ptr,
+    owners_ptr,
+    weights_ptr,
     header_ptr,
-    ticket_ptr,
     rank,
-    num_experts,
     count_0,
     count_1,
     count_2,
@@ -55,7 +52,6 @@ def push_kernel(
     count_6,
     count_7,
     RANKS: tl.constexpr,
-    LANES: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -64,55 +60,62 @@ def push_kernel(
     PARTIAL_BYTES: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     CELLS_AT: tl.constexpr,
+    MOST: tl.constexpr,
     PARTIALS_AT: tl.constexpr,
     BLOCK: tl.constexpr,
     EVERY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sources along axis 1, each of whose tokens the CTAs along axis 0 share; ids and weights are those received.
+    """Sources along axis 1, each of whose tokens up to MOST CTAs along axis 0 share.
 
-    EVERY pushes all rows, by a caller who knows no owners: without ids, and summed. `y_ptr` points at rows that are summed
-    already, or BY_SLOT at one row a slot: weighted and added here in the order of slots, in float32.
+    Owners and weights are a copy of those received, by source and token: rows of the next step may lie elsewhere, so a source that has
+    its sums may write its ids over those of another that are still to be read here. EVERY pushes all rows, by a caller who knows no
+    owners: without them, and summed. `y_ptr` points at rows that are summed already, or BY_SLOT at one row a slot: weighted and added
+    here in the order of slots, in float32.
 
     What does not depend on each other is loaded together: a trip to memory takes 0.6 us, as long as 200 KB take on the link.
     So rows are read before it is known whether they are wanted.
     """
     wait_for_launch_before(PDL)
-    epoch = next_epoch(header_ptr)
+    epoch = epoch_in_progress(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     # The next rank first, so that not all push to the same one.
     source = (rank + 1 + tl.program_id(1)) % RANKS
     first, num_tokens = first_row(counts, source, RANKS)
+    slot = tl.arange(0, SLOTS)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         row = tl.cast(first + token, tl.int64)
         here = tl.full((SLOTS,), 1, tl.int32)
+        its = (tl.cast(source, tl.int64) * MAX_TOKENS + token) * TOP_K
         if not EVERY:
-            _ids, local = owner_of(topk_ids_ptr, expert_map_ptr, row * TOP_K, num_experts, TOP_K, SLOTS)
-            here = (local >= 0).to(tl.int32)
+            owners = tl.load(owners_ptr + its + slot, mask=slot < TOP_K, other=-1)
+            here = (owners == rank).to(tl.int32)
         wanted = tl.max(here, 0)
         to = peer_at(
             bases_ptr,
             source,
-            PARTIALS_AT + (rank.to(tl.int64) * MAX_TOKENS + token) * (COLUMNS * PARTIAL_BYTES),
+            PARTIALS_AT + (tl.cast(rank, tl.int64) * MAX_TOKENS + token) * (COLUMNS * PARTIAL_BYTES),
             PARTIAL,
         )
-        slot = tl.arange(0, SLOTS)
         for start in tl.static_range(0, COLUMNS, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            mask = column < COLUMNS
             if BY_SLOT:
                 total = tl.zeros((BLOCK,), tl.float32)
                 for k in tl.static_range(TOP_K):
                     if tl.sum(tl.where(slot == k, here, 0), 0) > 0:
-                        weight = tl.load(topk_weights_ptr + row * TOP_K + k)
-                        y = tl.load(y_ptr + (row * TOP_K + k) * COLUMNS + column, mask=mask, other=0.0)
+                        weight = tl.load(weights_ptr + its + k)
+                        y = tl.load(y_ptr + (row * TOP_K + k) * COLUMNS + column, mask=column < COLUMNS, other=0.0)
                         total += weight * y.to(tl.float32)
+                total = downcast(total, PARTIAL)
             else:
-                total = tl.load(y_ptr + row * COLUMNS + column, mask=mask, other=0.0).to(tl.float32)
-            tl.store(to + column, downcast(total, PARTIAL), mask=column < COLUMNS * wanted)
-    if is_last(ticket_ptr):
+                y = tl.load(y_ptr + row * COLUMNS + column, mask=column < COLUMNS, other=0.0)
+                total = y if y.dtype == PARTIAL else downcast(y.to(tl.float32), PARTIAL)
+            tl.store(to + column, total, mask=column < COLUMNS * wanted)
+    if tl.program_id(0) < ctas_of(num_tokens, MOST):
         _first, own = first_row(counts, rank, RANKS)
-        tell_all(bases_ptr, CELLS_AT, rank, epoch, own, RANKS, LANES)
+        tell(bases_ptr + source, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, own, 1)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        end_step(header_ptr, epoch)
 
 
 @triton.jit
@@ -158,7 +161,6 @@ def sum_kernel(
     cells_ptr,
     header_ptr,
     fault_ptr,
-    ticket_ptr,
     rank,
     num_experts,
     limit_ns,
@@ -178,32 +180,38 @@ def sum_kernel(
     MAX_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     EVERY: tl.constexpr,
+    BY_SOURCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Any number of CTAs, which share this rank's tokens; ids are those that the rank sent. EVERY adds those of all ranks."""
+    """Along axis 0 as many CTAs as push this rank's tokens at each rank; those along axis 1 share the columns.
+
+    Ids are those that the rank sent. EVERY adds the sums of all ranks. BY_SOURCE waits for one cell of each rank, told after all its sums.
+    """
     wait_for_launch_before(PDL)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
-    epoch = next_epoch(header_ptr)
+    epoch = next_epoch(header_ptr) if BY_SOURCE else epoch_in_progress(header_ptr)
     _first, num_tokens = first_row(counts, rank, RANKS)
     token = tl.program_id(0)
     # Before the wait: it is this rank's own, and would be a trip to memory behind it.
     owners = owners_of(topk_ids_ptr, rank_of_expert_ptr, token, num_tokens, num_experts, TOP_K, SLOTS, EVERY)
     expected = spread(counts, RANKS, LANES)
-    await_all(cells_ptr, header_ptr, fault_ptr, epoch, expected, limit_ns, _COMBINE, RANKS, LANES)
+    wanted = tl.arange(0, LANES) < RANKS
+    cells = cells_ptr if BY_SOURCE else cells_ptr + token * RANKS
+    await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, _COMBINE, LANES)
     while token < num_tokens:
-        for start in tl.static_range(0, COLUMNS, BLOCK):
+        for start in range(tl.program_id(1) * BLOCK, COLUMNS, tl.num_programs(1) * BLOCK):
             column = start + tl.arange(0, BLOCK)
             mask = column < COLUMNS
-            total = tl.zeros((BLOCK,), tl.float32)
-            # Masks and no branches, so that the loads of all ranks are under way together.
+            # Masks and no branches, and no sum before the last load: those of all ranks are under way together.
+            parts = ()
             for peer in tl.static_range(RANKS):
-                here = has_sum(owners, peer, EVERY)
                 at = (tl.cast(peer, tl.int64) * MAX_TOKENS + token) * COLUMNS + column
-                part = tl.load(partials_ptr + at, mask=column < COLUMNS * here, other=0.0).to(tl.float32)
-                total = tl.where(here > 0, total + part, total)
+                part = tl.load(partials_ptr + at, mask=column < COLUMNS * has_sum(owners, peer, EVERY), other=0.0)
+                parts += (part,)  # type: ignore[assignment]
+            total = tl.zeros((BLOCK,), tl.float32)
+            for peer in tl.static_range(RANKS):
+                total = tl.where(has_sum(owners, peer, EVERY) > 0, total + parts[peer].to(tl.float32), total)
             at = tl.cast(token, tl.int64) * COLUMNS + column
             tl.store(out_ptr + at, downcast(total, out_ptr.dtype.element_ty), mask=mask)
         token += tl.num_programs(0)
         owners = owners_of(topk_ids_ptr, rank_of_expert_ptr, token, num_tokens, num_experts, TOP_K, SLOTS, EVERY)
-    if is_last(ticket_ptr):
-        tl.store(header_ptr + _EPOCH, epoch)

@@ -1,9 +1,9 @@
 """Dispatch by low latency: rows go to fixed places in the memory of peers, in one launch.
 
-A CTA copies a row of this rank's to each rank that wants it, its ids and weights to all. The last CTA writes this rank's
-flags and waits for those of the others. What the local layer needs of all ids, M blocks and the choice of a config, launches of
-their own make: by the last CTA, alone, it took 2 us longer for 128 slots, 8 for 512 and 37 for 2048 (two H100, whole layers of
-Qwen3-30B with and without).
+A CTA copies a row of this rank's to each rank that wants it, its ids and weights to all, tells the CTAs of its number on all ranks
+and waits for those of theirs. What the local layer needs of all ids, M blocks and the choice of a config, launches of their own make:
+by one CTA of this launch it took 2 us longer for 128 slots, 8 for 512 and 37 for 2048 (two H100, whole layers of Qwen3-30B with and
+without).
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -15,14 +15,13 @@ import triton.language as tl
 
 from rampwrap.kernels.ep.flags import (
     DISPATCH,
-    await_all,
+    await_namesakes,
+    begin_step,
     first_row,
-    is_last,
     next_epoch,
     owner_of,
     peer_at,
-    spread,
-    tell_all,
+    tell,
 )
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.quantise import quantise_groups
@@ -95,14 +94,29 @@ def send_quantised(
 
 
 @triton.jit
-def send_routing(bases_ptr, ids, weights, ids_at, weights_at, rank, top_k, RANKS: tl.constexpr, SLOTS: tl.constexpr):
-    """Ids and weights of one token, to every rank."""
+def send_routing(
+    bases_ptr,
+    ids,
+    owners,
+    weights,
+    ids_at,
+    weights_at,
+    push_owners_at,
+    push_weights_at,
+    rank,
+    top_k,
+    RANKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Ids and weights of one token, to every rank; and what its push reads, to where no other rank writes (`push_kernel`)."""
     slot = tl.arange(0, SLOTS)
     ids = tl.where((ids >= 0) & (ids < 0x7FFFFFFF), ids, -1).to(tl.int32)
     for step in tl.static_range(RANKS):
         base = tl.load(bases_ptr + (rank + 1 + step) % RANKS)
         tl.store((base + ids_at).to(tl.pointer_type(tl.int32)) + slot, ids, mask=slot < top_k)
         tl.store((base + weights_at).to(tl.pointer_type(tl.float32)) + slot, weights, mask=slot < top_k)
+        tl.store((base + push_owners_at).to(tl.pointer_type(tl.int32)) + slot, owners, mask=slot < top_k)
+        tl.store((base + push_weights_at).to(tl.pointer_type(tl.float32)) + slot, weights, mask=slot < top_k)
 
 
 @triton.jit
@@ -126,6 +140,9 @@ def send_token(
     MASKED: tl.constexpr,
     IDS_AT: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
+    PUSH_OWNERS_AT: tl.constexpr,
+    PUSH_WEIGHTS_AT: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
     ROWS_AT: tl.constexpr,
     SCALES_AT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -151,8 +168,21 @@ def send_token(
                     peer = (rank + 1 + step) % RANKS
                     if wants(owners, peer, MASKED):
                         store_scales(bases_ptr, peer, scales_at, group, scale, scales)
-    ids_at, weights_at = IDS_AT + row * (TOP_K * 4), WEIGHTS_AT + row * (TOP_K * 4)
-    send_routing(bases_ptr, ids, weights, ids_at, weights_at, rank, TOP_K, RANKS, SLOTS)
+    behind, push_behind = row * (TOP_K * 4), (rank * MAX_TOKENS + at) * (TOP_K * 4)
+    send_routing(
+        bases_ptr,
+        ids,
+        owners,
+        weights,
+        IDS_AT + behind,
+        WEIGHTS_AT + behind,
+        PUSH_OWNERS_AT + push_behind,
+        PUSH_WEIGHTS_AT + push_behind,
+        rank,
+        TOP_K,
+        RANKS,
+        SLOTS,
+    )
 
 
 @triton.jit(
@@ -173,7 +203,6 @@ def dispatch_kernel(
     cells_ptr,
     header_ptr,
     fault_ptr,
-    ticket_ptr,
     rank,
     num_experts,
     limit_ns,
@@ -196,15 +225,19 @@ def dispatch_kernel(
     SENDS: tl.constexpr,
     WAITS: tl.constexpr,
     CELLS_AT: tl.constexpr,
+    MOST: tl.constexpr,
     IDS_AT: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
+    PUSH_OWNERS_AT: tl.constexpr,
+    PUSH_WEIGHTS_AT: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
     ROWS_AT: tl.constexpr,
     SCALES_AT: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Any number of CTAs, which share this rank's tokens.
+    """Up to MOST CTAs, which share this rank's tokens.
 
     `x_ptr` points at int32 words of rows that are sent as they are, or at bf16 or fp16 that is quantised; `x_scales_ptr`
     at the scales of e4m3 rows. SENDS or WAITS is only off where ranks are emulated one after the other: all send, then
@@ -236,14 +269,15 @@ def dispatch_kernel(
                 MASKED,
                 IDS_AT,
                 WEIGHTS_AT,
+                PUSH_OWNERS_AT,
+                PUSH_WEIGHTS_AT,
+                MAX_TOKENS,
                 ROWS_AT,
                 SCALES_AT,
                 BLOCK,
                 GROUPS,
             )
-    if is_last(ticket_ptr):
-        if SENDS:
-            tell_all(bases_ptr, CELLS_AT, rank, epoch, num_tokens, RANKS, LANES)
-        if WAITS:
-            expected = spread(counts, RANKS, LANES)
-            await_all(cells_ptr, header_ptr, fault_ptr, epoch, expected, limit_ns, _DISPATCH, RANKS, LANES)
+        tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
+    begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
+    if WAITS:
+        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST)

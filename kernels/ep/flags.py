@@ -1,8 +1,10 @@
-"""Flags between GPUs: one cell a peer and phase, written by a release after everything that it announces.
+"""Flags between GPUs: each CTA tells those of its number on other ranks what it stored, by a release of its own.
 
-A cell is an int64, (epoch << 32) | tokens of the writer. Cells are compared for equality and never cleared: every rank waits
-for every other in both phases, so no cell can run ahead of its reader (`tests/ep/test_protocol.py`). A wait ends after a
-time limit; what was missing is left where the host sees it, and later waits do not wait again until the host starts anew.
+A cell is an int64, (epoch << 32) | tokens of the writer. A phase has one for each CTA of each rank; those of all ranks for one CTA lie
+together. No launch gathers its CTAs by a ticket before it tells: that would be two trips to memory and a second fence. Cells are
+compared for equality and never cleared: every rank waits for every other in both phases, so no cell can run ahead of its reader
+(`tests/ep/test_protocol.py`). A wait ends after a time limit, or when another one failed; what was missing is left where the host
+sees it, and later waits do not wait again until the host starts anew.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -14,16 +16,70 @@ import triton.language as tl
 
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 
-EPOCH, FAULT = 0, 16
-"Places in the header, in int64: lines of their own."
+EPOCH, FAULT, STEP = 0, 16, 32
+"""Places in the header, in int64, on lines of their own: the last step that was told, what went wrong, and the step in progress. No
+launch writes one that it reads: dispatch reads the first and writes the last, push the other way round."""
 DISPATCH, COMBINE = 1, 2
 LATE, COUNTS = 1, 2
 "Kinds of fault: a rank did not arrive in time, or with another number of tokens than was expected."
 MOST_RANKS = 8
 "Of one host; counts of tokens are arguments, one a rank."
-_EPOCH, _FAULT = tl.constexpr(EPOCH), tl.constexpr(FAULT)
+_EPOCH, _FAULT, _STEP = tl.constexpr(EPOCH), tl.constexpr(FAULT), tl.constexpr(STEP)
 _LATE, _COUNTS = tl.constexpr(LATE), tl.constexpr(COUNTS)
 _EPOCHS = tl.constexpr((1 << 31) - 1)
+
+# In PTX, where one warp or thread acts and the others do not: all threads of a CTA would do it otherwise.
+# A lane a rank. All that the CTA stored before its last barrier arrives before the cell.
+_TELL = tl.constexpr("""{
+.reg .pred mine; .reg .u32 lane; .reg .u64 at;
+mov.u32 lane, %tid.x;
+setp.lt.u32 mine, lane, $4;
+mad.wide.u32 at, lane, 8, $1;
+@mine ld.global.b64 at, [at];
+add.u64 at, at, $2;
+@mine st.release.sys.global.b64 [at], $3;
+mov.u32 $0, 0;
+}""")
+# The first warp polls, its lanes together; threads of others get what is due. A fault is read ahead of each acquire, which nothing overtakes.
+_POLL = tl.constexpr("""{
+.reg .pred mine, late; .reg .u32 lane; .reg .u64 begun, now, fault, due, there;
+mov.u64 $0, $2;
+mov.u32 lane, %tid.x;
+setp.lt.u32 mine, lane, 32;
+@!mine bra done;
+shr.u64 due, $2, 32;
+mov.u64 begun, 0;
+again:
+ld.relaxed.sys.global.b64 fault, [$3];
+ld.acquire.sys.global.b64 $0, [$1];
+shr.u64 there, $0, 32;
+setp.ne.u64 late, there, due;
+setp.ne.and.u32 late, $5, 0, late;
+setp.eq.and.u64 late, fault, 0, late;
+vote.sync.any.pred late, late, 0xffffffff;
+@!late bra done;
+mov.u64 now, %globaltimer;
+setp.eq.u64 late, begun, 0;
+selp.u64 begun, now, begun, late;
+sub.u64 now, now, begun;
+setp.lt.s64 late, now, $4;
+vote.sync.any.pred late, late, 0xffffffff;
+@late bra again;
+done:
+}""")
+# The first thread, which is one of those that polled. The first fault stays.
+_RECORD = tl.constexpr("""{
+.reg .pred mine; .reg .u32 lane; .reg .u64 old;
+mov.u32 $0, 0;
+mov.u32 lane, %tid.x;
+setp.eq.u32 mine, lane, 0;
+setp.ne.and.u64 mine, $3, 0, mine;
+@!mine bra done;
+atom.cas.relaxed.sys.global.b64 old, [$1], 0, $3;
+setp.eq.u64 mine, old, 0;
+@mine st.relaxed.sys.global.b64 [$2], $3;
+done:
+}""")
 
 
 @triton.jit
@@ -37,61 +93,111 @@ def peer_at(bases_ptr, peer, at, TYPE: tl.constexpr):
 
 
 @triton.jit
-def load_acquire(ptr):
-    """int64 cells, of any shape, with acquire at system scope."""
-    if INTERPRETED:
-        return tl.load(ptr)
-    return tl.inline_asm_elementwise(
-        "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [ptr], dtype=tl.int64, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def now_ns():
-    """The GPU's clock; without one, time does not pass."""
-    if INTERPRETED:
-        return tl.full((), 0, tl.int64)
-    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
-
-
-@triton.jit
-def is_last(ticket_ptr):
-    """Whether this CTA is the last of its launch to come here; it then sees all that the others stored before.
-
-    The count starts anew for the next launch.
-    """
-    tl.debug_barrier()  # the atomic is one thread's, and must come after the stores of all
-    done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
-    last = done == tl.num_programs(0) * tl.num_programs(1) - 1
-    if last:
-        tl.store(ticket_ptr, 0)
-    tl.debug_barrier()
-    return last
-
-
-@triton.jit
 def next_epoch(header_ptr):
-    """That of the step in progress. Only the last launch of a step writes it, so no CTA of this one sees it change."""
+    """That of the step to come; where its rows go source by source, of the step in progress."""
     return (tl.load(header_ptr + _EPOCH) + 1) & _EPOCHS
 
 
 @triton.jit
-def tell_all(bases_ptr, cells_at, rank, epoch, num_tokens, RANKS: tl.constexpr, LANES: tl.constexpr):
-    """Writes this rank's cell on RANKS ranks, itself included; whatever the CTA stored or saw is visible before.
-
-    `cells_at` is where the phase's cells begin. One thread a peer: the barrier orders the other threads' stores before.
-    """
-    peer = tl.arange(0, LANES)
-    here = peer < RANKS
-    bases = tl.load(bases_ptr + peer, mask=here, other=0)
-    cells = (bases + cells_at + rank * 8).to(tl.pointer_type(tl.int64))
-    value = (epoch << 32) | num_tokens
-    tl.debug_barrier()
-    tl.atomic_xchg(cells, tl.zeros((LANES,), tl.int64) + value, mask=here, sem="release", scope="sys")
+def begin_step(header_ptr, epoch):
+    """The first CTA of a dispatch says which step is in progress."""
+    if tl.program_id(0) == 0:
+        tl.store(header_ptr + _STEP, epoch)
 
 
 @triton.jit
-def await_all(
+def epoch_in_progress(header_ptr):
+    """What `begin_step` left, its lower half, past the cache of the SM: this launch may have begun before others ended."""
+    return tl.load((header_ptr + _STEP).to(tl.pointer_type(tl.int32)), cache_modifier=".cg")
+
+
+@triton.jit
+def end_step(header_ptr, epoch):
+    """The next dispatch or the next source by source is of the step after this one."""
+    tl.store(header_ptr + _EPOCH, epoch)
+
+
+@triton.jit
+def tell(bases_ptr, cell_at, epoch, num_tokens, RANKS: tl.constexpr):
+    """Writes a cell, `cell_at` bytes into the memory of RANKS ranks; whatever the CTA stored or saw is visible before."""
+    value = (tl.cast(epoch, tl.int64) << 32) | num_tokens
+    tl.debug_barrier()
+    if INTERPRETED:
+        for rank in tl.static_range(RANKS):
+            tl.store((tl.load(bases_ptr + rank) + cell_at).to(tl.pointer_type(tl.int64)), value)
+    else:
+        ranks, at = tl.full((), RANKS, tl.int32), tl.cast(cell_at, tl.int64)
+        tl.inline_asm_elementwise(
+            _TELL, "=r,l,l,l,r", [bases_ptr, at, value, ranks], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def await_cells(
+    cells_ptr,
+    header_ptr,
+    fault_ptr,
+    epoch,
+    counts,
+    wanted,
+    limit_ns,
+    PHASE: tl.constexpr,
+    LANES: tl.constexpr,
+    first=0,
+):
+    """Waits for one cell of each wanted rank; everything that they announce is then visible to all threads of the CTA.
+
+    Args:
+        cells_ptr: of one CTA and phase, in this rank's memory; that of the `first` rank.
+        header_ptr: of this rank's memory.
+        fault_ptr: int64 [1] that the host reads: epoch, kind, phase and a bit a rank, from the highest (`host.said_by`).
+        epoch: of the step.
+        counts: int32 [LANES], tokens that each rank must announce; up to 8 lanes, which every warp then has.
+        wanted: bool [LANES], ranks that are waited for.
+        limit_ns: nanoseconds after which the wait ends.
+    """
+    peer, epoch = tl.arange(0, LANES), tl.cast(epoch, tl.int64)
+    due = (epoch << 32) | counts
+    own = cells_ptr + tl.where(wanted, peer, 0)
+    if INTERPRETED:  # nobody runs beside this launch
+        cells = tl.load(own)
+    else:
+        limit, asked = tl.cast(limit_ns, tl.int64), wanted.to(tl.int32)
+        cells = tl.inline_asm_elementwise(
+            _POLL,
+            "=&l,l,l,l,l,r",
+            [own, due, header_ptr + _FAULT, limit, asked],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+    tl.debug_barrier()
+    late = wanted & ((cells >> 32) != epoch)
+    other = wanted & (cells != due) & ~late
+    bits = tl.full((LANES,), 1, tl.int64) << (peer + first)
+    missing = tl.sum(tl.where(late, bits, 0), 0)
+    wrong = tl.sum(tl.where(other, bits, 0), 0)
+    kind = tl.where(missing != 0, _LATE, _COUNTS).to(tl.int64)
+    fault = (epoch << 32) | (kind << 16) | (PHASE << 8) | missing | tl.where(missing != 0, 0, wrong)
+    fault = tl.where((missing | wrong) != 0, fault, 0)
+    if INTERPRETED:
+        if (fault != 0) & (tl.load(header_ptr + _FAULT) == 0):
+            tl.store(header_ptr + _FAULT, fault)
+            tl.store(fault_ptr, fault)
+    else:
+        tl.inline_asm_elementwise(
+            _RECORD, "=r,l,l,l", [header_ptr + _FAULT, fault_ptr, fault], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def ctas_of(num_tokens, MOST: tl.constexpr):
+    """CTAs that share the tokens of a rank; there is one where there are none, which tells so."""
+    return tl.minimum(tl.maximum(num_tokens, 1), MOST)
+
+
+@triton.jit
+def await_namesakes(
     cells_ptr,
     header_ptr,
     fault_ptr,
@@ -101,42 +207,19 @@ def await_all(
     PHASE: tl.constexpr,
     RANKS: tl.constexpr,
     LANES: tl.constexpr,
-    first=0,
+    MOST: tl.constexpr,
 ):
-    """Waits for the cells of RANKS ranks; everything that they announce is then visible to all threads of the CTA.
+    """Waits for all CTAs that tell, of all ranks: each CTA of this launch for those of its own number, and of those further on.
 
-    Args:
-        cells_ptr: of this phase, in this rank's memory; that of the `first` rank.
-        header_ptr: of this rank's memory.
-        fault_ptr: int64 [1] that the host reads: epoch, kind, phase and a bit a rank, from the highest (`host.said_by`).
-        epoch: of the step.
-        counts: int32 [LANES], tokens that each rank must announce.
-        limit_ns: nanoseconds after which the wait ends.
+    `cells_ptr` is where the phase's cells begin.
     """
-    peer = tl.arange(0, LANES)
-    own = cells_ptr + tl.where(peer < RANKS, peer, 0)
-    patient = tl.load(header_ptr + _FAULT, volatile=True) == 0  # ahead of the acquire, which nothing overtakes
-    cells = load_acquire(own)
-    late = (peer < RANKS) & ((cells >> 32) != epoch)
-    start = now_ns()
-    waiting = patient & (tl.max(late.to(tl.int32), 0) > 0)
-    while waiting:
-        cells = load_acquire(own)
-        late = (peer < RANKS) & ((cells >> 32) != epoch)
-        in_time = now_ns() - start < limit_ns
-        if INTERPRETED:
-            in_time = False  # nobody runs beside this launch
-        waiting = in_time & (tl.max(late.to(tl.int32), 0) > 0)
-    tl.debug_barrier()
-    other = (peer < RANKS) & ((cells & 0xFFFFFFFF) != counts) & ~late
-    bits = tl.full((LANES,), 1, tl.int64) << (peer + first)
-    missing = tl.sum(tl.where(late, bits, 0), 0)
-    wrong = tl.sum(tl.where(other, bits, 0), 0)
-    if patient & ((missing | wrong) != 0):
-        kind = tl.where(missing != 0, _LATE, _COUNTS).to(tl.int64)
-        fault = (epoch << 32) | (kind << 16) | (PHASE << 8) | tl.where(missing != 0, missing, wrong)
-        tl.store(header_ptr + _FAULT, fault)
-        tl.store(fault_ptr, fault)
+    expected = spread(counts, RANKS, LANES)
+    telling = ctas_of(expected, MOST)
+    here = tl.arange(0, LANES) < RANKS
+    for number in range(tl.program_id(0), tl.max(telling, 0), tl.num_programs(0)):
+        cells = cells_ptr + number * RANKS
+        wanted = here & (number < telling)
+        await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, PHASE, LANES)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """All-gather by low latency, for callers who know no owners of experts: rows of several tensors go to fixed places at every rank.
 
-One launch, as in `dispatch`: a CTA copies all rows of one token, the last one writes this rank's flags and waits for those of the
-others. The launches of `combine` take the sums back, of every rank for every token.
+One launch, as in `dispatch`: a CTA copies all rows of a token, tells the CTAs of its number on other ranks, and waits for them. The
+launches of `combine` take the sums back, of every rank for every token.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -11,7 +11,7 @@ others. The launches of `combine` take the sums back, of every rank for every to
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import DISPATCH, await_all, first_row, is_last, next_epoch, spread, tell_all
+from rampwrap.kernels.ep.flags import DISPATCH, await_namesakes, begin_step, first_row, next_epoch, tell
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 _DISPATCH = tl.constexpr(DISPATCH)
@@ -46,7 +46,6 @@ def gather_kernel(
     cells_ptr,
     header_ptr,
     fault_ptr,
-    ticket_ptr,
     rank,
     limit_ns,
     count_0,
@@ -70,11 +69,12 @@ def gather_kernel(
     AT_3: tl.constexpr,
     AT_4: tl.constexpr,
     CELLS_AT: tl.constexpr,
+    MOST: tl.constexpr,
     SENDS: tl.constexpr,
     WAITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One CTA a token, and one where there is none; a field of no words is absent.
+    """Up to MOST CTAs, which share this rank's tokens; a field of no words is absent.
 
     SENDS or WAITS is only off where ranks are emulated one after the other: all send, then all wait.
     """
@@ -82,17 +82,16 @@ def gather_kernel(
     epoch = next_epoch(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     first, num_tokens = first_row(counts, rank, RANKS)
-    if SENDS & (tl.program_id(0) < num_tokens):
-        token = tl.program_id(0).to(tl.int64)
-        row = first + token
-        send_row(bases_ptr, field_0_ptr, token, row, rank, RANKS, WORDS_0, AT_0)
-        send_row(bases_ptr, field_1_ptr, token, row, rank, RANKS, WORDS_1, AT_1)
-        send_row(bases_ptr, field_2_ptr, token, row, rank, RANKS, WORDS_2, AT_2)
-        send_row(bases_ptr, field_3_ptr, token, row, rank, RANKS, WORDS_3, AT_3)
-        send_row(bases_ptr, field_4_ptr, token, row, rank, RANKS, WORDS_4, AT_4)
-    if is_last(ticket_ptr):
-        if SENDS:
-            tell_all(bases_ptr, CELLS_AT, rank, epoch, num_tokens, RANKS, LANES)
-        if WAITS:
-            expected = spread(counts, RANKS, LANES)
-            await_all(cells_ptr, header_ptr, fault_ptr, epoch, expected, limit_ns, _DISPATCH, RANKS, LANES)
+    if SENDS:
+        for number in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+            token = tl.cast(number, tl.int64)
+            row = first + token
+            send_row(bases_ptr, field_0_ptr, token, row, rank, RANKS, WORDS_0, AT_0)
+            send_row(bases_ptr, field_1_ptr, token, row, rank, RANKS, WORDS_1, AT_1)
+            send_row(bases_ptr, field_2_ptr, token, row, rank, RANKS, WORDS_2, AT_2)
+            send_row(bases_ptr, field_3_ptr, token, row, rank, RANKS, WORDS_3, AT_3)
+            send_row(bases_ptr, field_4_ptr, token, row, rank, RANKS, WORDS_4, AT_4)
+        tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
+    begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
+    if WAITS:
+        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST)

@@ -15,16 +15,15 @@ import triton.language as tl
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
-from rampwrap.kernels.ep.bulk import tell_kernel, wait_kernel
+from rampwrap.kernels.ep.bulk import end_kernel, tell_kernel, wait_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE, MOST_RANKS
 from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
 from rampwrap.kernels.triton import pdl
 
-MOST_CTAS = 512
-"""Of a launch, about four on an SM of Hopper, with one or more tokens each: all fit at once, a fence after its stores costs a CTA a
-trip over the link, and those that wait in the last launch leave room for what else runs."""
+MOST_CTAS = 528
+"Of a launch that waits and does little else: four on an SM of Hopper."
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -37,7 +36,6 @@ class Mapped:
         bases: int64 [num_ranks] on the GPU, where each rank's memory begins in this rank's addresses.
         views: regions of this rank's own memory, by name.
         offsets: bytes from the start of the memory to each region.
-        ticket: int32 [1] on the GPU, zero.
         fault: int64 [1] that both the GPU and the host reach, zero.
         rank_of_expert, expert_map: int32 [num_experts] on the GPU; None where rows go to every rank (`gather`).
         timeout_s: seconds that a rank is waited for on the GPU.
@@ -48,7 +46,6 @@ class Mapped:
     bases: torch.Tensor
     views: Mapping[str, torch.Tensor]
     offsets: Mapping[str, int]
-    ticket: torch.Tensor
     fault: torch.Tensor
     rank_of_expert: torch.Tensor | None
     expert_map: torch.Tensor | None
@@ -71,6 +68,15 @@ class Mapped:
     def max_tokens(self) -> int:
         return self.views["partials"].shape[1]
 
+    @property
+    def most_ctas(self) -> int:
+        """That share the tokens of a rank: as many as tell."""
+        return int(self.views["cells"].shape[1])
+
+    def ctas(self, num_tokens: int) -> int:
+        """That share so many tokens of a rank."""
+        return min(self.most_ctas, max(1, num_tokens))
+
     def counts(self, tokens_per_rank: Sequence[int]) -> dict[str, int]:
         """Tokens of every rank, as arguments of kernels."""
         counts = [*tokens_per_rank, *[0] * (MOST_RANKS - self.num_ranks)]
@@ -82,15 +88,17 @@ class Mapped:
             "rank": self.rank,
             **self.counts(tokens_per_rank),
             "RANKS": self.num_ranks,
-            "LANES": triton.next_power_of_2(self.num_ranks),
             **pdl.arguments(),
         }
+
+    @property
+    def _lanes(self) -> int:
+        return triton.next_power_of_2(self.num_ranks)
 
     def _shared(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
         """Arguments of every kernel that knows experts."""
         return {
             **self._between(tokens_per_rank),
-            "num_experts": 0 if self.expert_map is None else self.expert_map.numel(),
             "TOP_K": self.top_k,
             "SLOTS": triton.next_power_of_2(self.top_k),
             "COLUMNS": self.hidden_size,
@@ -98,9 +106,13 @@ class Mapped:
             "enable_fp_fusion": False,
         }
 
+    @property
+    def num_experts(self) -> int:
+        return 0 if self.expert_map is None else self.expert_map.numel()
+
     def cells(self, phase: int) -> tuple[torch.Tensor, int]:
         """Those of a phase in this rank's memory, and where they begin in everybody's."""
-        return self.views["cells"][phase - 1], self.offsets["cells"] + (phase - 1) * 8 * self.num_ranks
+        return self.views["cells"][phase - 1], self.offsets["cells"] + (phase - 1) * 8 * self.num_ranks * self.most_ctas
 
 
 def dispatch(
@@ -133,7 +145,7 @@ def dispatch(
     quantises = payload == FP8 and x.dtype != FP8
     row_bytes = hidden * payload.itemsize
     words = row_bytes // 4
-    dispatch_kernel[(_ctas(tokens_per_rank[its.rank]) if sends else 1, 1)](
+    dispatch_kernel[(its.ctas(tokens_per_rank[its.rank]) if sends else 1, 1)](
         its.bases,
         x if quantises else x.view(torch.int32),
         scales,
@@ -143,16 +155,21 @@ def dispatch(
         cells,
         views["header"],
         its.fault,
-        its.ticket,
+        num_experts=its.num_experts,
         limit_ns=int(its.timeout_s * 1e9),
+        LANES=its._lanes,
         ROW_BYTES=row_bytes,
         QUANTISES=quantises,
         MASKED=masked,
         SENDS=sends,
         WAITS=waits,
         CELLS_AT=cells_at,
+        MOST=its.most_ctas,
         IDS_AT=offsets["topk_ids"],
         WEIGHTS_AT=offsets["topk_weights"],
+        PUSH_OWNERS_AT=offsets["push_owners"],
+        PUSH_WEIGHTS_AT=offsets["push_weights"],
+        MAX_TOKENS=its.max_tokens,
         ROWS_AT=offsets["rows"],
         SCALES_AT=offsets.get("scales", 0),
         BLOCK=min(4096, triton.next_power_of_2(words)),
@@ -188,15 +205,16 @@ def gather(
         given[f"field_{number}_ptr"] = fields[number] if here else None
         given[f"WORDS_{number}"] = fields[number].shape[1] if here else 0
         given[f"AT_{number}"] = places[number] if here else 0
-    gather_kernel[(max(1, tokens_per_rank[its.rank]) if sends else 1, 1)](
+    gather_kernel[(its.ctas(tokens_per_rank[its.rank]) if sends else 1, 1)](
         bases_ptr=its.bases,
         cells_ptr=cells,
         header_ptr=its.views["header"],
         fault_ptr=its.fault,
-        ticket_ptr=its.ticket,
         limit_ns=int(its.timeout_s * 1e9),
         **given,
+        LANES=its._lanes,
         CELLS_AT=cells_at,
+        MOST=its.most_ctas,
         SENDS=sends,
         WAITS=waits,
         num_warps=8,
@@ -208,25 +226,24 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
     """The first launch of a combine: sums of all received rows, to their sources.
 
     Args:
-        mapped: the memory, with the ids and weights of the last dispatch.
+        mapped: the memory, with the owners and weights of the last dispatch.
         expert_output: floating point [N, H], summed, or [N, top_k, H], one row a slot; contiguous.
         tokens_per_rank: of every rank.
     """
     its, partials = mapped, mapped.views["partials"]
     _, cells_at = its.cells(COMBINE)
-    push_kernel[(_ctas(max(tokens_per_rank)), its.num_ranks)](
+    push_kernel[(its.ctas(max(tokens_per_rank)), its.num_ranks)](
         its.bases,
         expert_output,
-        its.views.get("topk_ids"),
-        its.views.get("topk_weights"),
-        its.expert_map,
+        its.views.get("push_owners"),
+        its.views.get("push_weights"),
         its.views["header"],
-        its.ticket,
         BY_SLOT=expert_output.dim() == 3,
         PARTIAL=_TL[partials.dtype],
         PARTIAL_BYTES=partials.dtype.itemsize,
         MAX_TOKENS=its.max_tokens,
         CELLS_AT=cells_at,
+        MOST=its.most_ctas,
         PARTIALS_AT=its.offsets["partials"],
         **_row_at_once(its.hidden_size),
         EVERY=its.expert_map is None,
@@ -234,18 +251,29 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
     )
 
 
-def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens_per_rank: Sequence[int]) -> None:
-    """The second launch of a combine, and the end of the step: `out` [T, H] becomes the sums of the ranks, by rank.
+def add(
+    mapped: Mapped,
+    out: torch.Tensor,
+    topk_ids: torch.Tensor | None,
+    tokens_per_rank: Sequence[int],
+    *,
+    by_source: bool = False,
+) -> None:
+    """The second launch of a combine: `out` [T, H] becomes the sums of the ranks, by rank. A step by source is ended by one more.
 
     Args:
         mapped: the memory.
         out: [T, H], contiguous, written.
         topk_ids: those that this rank sent; None where every rank has a sum for every token.
         tokens_per_rank: of every rank.
+        by_source: the sums were told by `tell`; otherwise by `push`, just before.
     """
     its = mapped
     cells, _ = its.cells(COMBINE)
-    sum_kernel[(_ctas(tokens_per_rank[its.rank]), 1)](
+    ctas, block = its.ctas(tokens_per_rank[its.rank]), min(2048, triton.next_power_of_2(its.hidden_size))
+    # Few columns each, so that a thread has those of all ranks under way at once.
+    shares = min(-(-its.hidden_size // block), max(1, MOST_CTAS // ctas))
+    sum_kernel[(ctas, shares)](
         out,
         its.views["partials"],
         topk_ids,
@@ -253,18 +281,23 @@ def add(mapped: Mapped, out: torch.Tensor, topk_ids: torch.Tensor | None, tokens
         cells,
         its.views["header"],
         its.fault,
-        its.ticket,
+        num_experts=its.num_experts,
         limit_ns=int(its.timeout_s * 1e9),
+        LANES=its._lanes,
         MAX_TOKENS=its.max_tokens,
-        **_row_at_once(its.hidden_size),
+        BLOCK=block,
+        num_warps=max(1, block // 256),
+        maxnreg=64,  # without it ptxas saves registers, and loads the last ranks' after the sum of the first
         EVERY=its.expert_map is None,
+        BY_SOURCE=by_source,
         **its._shared(tokens_per_rank),
     )
+    if by_source:
+        end_kernel[(1,)](its.views["header"], num_warps=1)
 
 
 def tell(mapped: Mapped, phase: int, num_tokens: int, peer: int | None = None) -> None:
-    """One launch: this rank's cell of a phase at one peer, or at all ranks, after all that the stream did before."""
-    ranks = mapped.num_ranks if peer is None else 1
+    """One launch: the first cell of this rank and a phase at one peer, or at all ranks, after all that the stream did before."""
     tell_kernel[(1,)](
         mapped.bases,
         mapped.views["header"],
@@ -272,8 +305,7 @@ def tell(mapped: Mapped, phase: int, num_tokens: int, peer: int | None = None) -
         peer or 0,
         num_tokens,
         CELLS_AT=mapped.cells(phase)[1],
-        RANKS=ranks,
-        LANES=triton.next_power_of_2(ranks),
+        RANKS=mapped.num_ranks if peer is None else 1,
         num_warps=1,
     )
 
@@ -283,10 +315,6 @@ def wait(mapped: Mapped, source: int, phase: int, num_tokens: int) -> None:
     limit_ns, header = int(mapped.timeout_s * 1e9), mapped.views["header"]
     cells, _ = mapped.cells(phase)
     wait_kernel[(1,)](cells, header, mapped.fault, source, limit_ns, num_tokens, PHASE=phase, num_warps=1)
-
-
-def _ctas(num_tokens: int) -> int:
-    return min(MOST_CTAS, max(1, num_tokens))
 
 
 def _row_at_once(columns: int) -> dict[str, int]:

@@ -103,7 +103,7 @@ class Bulk:
         if out is None:
             size = (len(self._ids), self._layout.shape.hidden_size)
             out = torch.empty(size, dtype=self._layout.hidden_dtype, device=self._ids.device)
-        host.add(self._mapped, out, self._ids, self._counts)
+        host.add(self._mapped, out, self._ids, self._counts, by_source=True)
         return out
 
     def _views(self, source: int, tokens_per_rank: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rampwrap.ep.board import Board
-from rampwrap.ep.layout import ALIGNED, HEADER, placed, views_of
+from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, placed, views_of
 from rampwrap.ep.shared import Shared
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.gather import MOST_FIELDS
@@ -72,7 +72,6 @@ class Gathered:
             bases=torch.tensor(shared.bases, dtype=torch.int64, device=device),
             views=views_of(regions, shared.memory),
             offsets={its.name: its.offset for its in regions},
-            ticket=torch.zeros(32, dtype=torch.int32, device=device)[:1],
             fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
             rank_of_expert=None,
             expert_map=None,
@@ -178,7 +177,7 @@ def wanted(
     """Regions of a rank's memory."""
     return [
         ("header", torch.int64, (HEADER,)),
-        ("cells", torch.int64, (2, num_ranks)),
+        ("cells", torch.int64, (2, CELLS, num_ranks)),
         ("fields", torch.uint8, (num_ranks * max_tokens * token_bytes + MOST_FIELDS * ALIGNED,)),
         ("partials", dtype, (num_ranks, max_tokens, hidden_size)),
     ]

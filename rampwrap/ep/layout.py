@@ -11,14 +11,17 @@ from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
 from rampwrap.schema import between
 
-PROTOCOL = 1
+PROTOCOL = 2
 "Of regions, cells and their meaning: ranks of different ones must not meet."
 MOST_RANKS = 64
 MOST_TOKENS = 1 << 16
 ALIGNED = 256
 "Bytes at whose multiples regions start: whole lines of 128 bytes, and 16 bytes for every vector."
 HEADER = 64
-"int64 values: epoch and fault code, each on a line of its own, and room."
+"int64 values: epochs and fault code, each on a line of its own, and room."
+CELLS = 512
+"""Of a rank and phase, one for each CTA that shares its tokens: about four on an SM of Hopper, with one or more tokens each. All fit at
+once, and those that wait leave room for what else runs."""
 
 
 @attrs.frozen
@@ -118,7 +121,10 @@ class Layout:
         columns, top_k = shape.hidden_size, shape.top_k
         wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
             ("header", torch.int64, (HEADER,)),
-            ("cells", torch.int64, (2, ranks)),  # of dispatch and of combine, one a source
+            ("cells", torch.int64, (2, CELLS, ranks)),  # of dispatch and of combine, one a CTA and source
+            # What the push reads, by source: no other rank writes there.
+            ("push_owners", torch.int32, (ranks, self.max_tokens_per_rank, top_k)),
+            ("push_weights", torch.float32, (ranks, self.max_tokens_per_rank, top_k)),
             ("topk_ids", torch.int32, (rows, top_k)),
             ("topk_weights", torch.float32, (rows, top_k)),
             ("rows", self.payload_dtype, (rows, columns)),

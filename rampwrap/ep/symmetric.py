@@ -21,14 +21,14 @@ from rampwrap.kernels.triton.align.host import alignment_ints, blocks_in
 
 MOST_BLOCK_M = 128
 "Of the M blocks that memory is kept for."
-TICKET = 32
-"int32 values: a line of 128 bytes."
+RECEIVED = ("rows", "scales", "topk_ids", "topk_weights")
+"Regions that hold a row for each token of all ranks."
 
 
 def own_ints(layout: Layout, num_local_experts: int) -> int:
-    """int32 values that a rank keeps for itself: a ticket, on a line of 128 bytes of its own, and M blocks."""
+    """int32 values that a rank keeps for itself: M blocks."""
     rows = layout.num_ranks * layout.max_tokens_per_rank
-    return TICKET + alignment_ints(rows, layout.shape.top_k, num_local_experts, MOST_BLOCK_M)
+    return alignment_ints(rows, layout.shape.top_k, num_local_experts, MOST_BLOCK_M)
 
 
 class Symmetric:
@@ -46,7 +46,7 @@ class Symmetric:
         self, mapped: Mapped, owners: Owners, layout: Layout, memory: torch.Tensor, kept: Shared | None = None
     ) -> None:
         self._mapped, self._owners, self._layout, self._kept = mapped, owners, layout, kept
-        self._memory = memory[TICKET:]
+        self._memory = memory
         self._ids: torch.Tensor | None = None
 
     @classmethod
@@ -66,7 +66,6 @@ class Symmetric:
             bases=torch.tensor(shared.bases, dtype=torch.int64, device=device),
             views=layout.views(shared.memory),
             offsets={its.name: its.offset for its in layout.regions},
-            ticket=own[:1],
             fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
             rank_of_expert=owners.rank_of_expert,
             expert_map=owners.expert_map,
@@ -84,7 +83,7 @@ class Symmetric:
     def dispatch(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path, block_m: int | None) -> Received:
         """One launch, and those of the blocks where they are asked for."""
         rows = sum(tokens_per_rank)
-        views = {name: its[:rows] for name, its in self._mapped.views.items() if name not in ("header", "cells")}
+        views = {name: its[:rows] for name, its in self._mapped.views.items() if name in RECEIVED}
         self._ids = sent.topk_ids.contiguous()
         host.dispatch(
             self._mapped,
@@ -123,7 +122,7 @@ class Symmetric:
         views = self._mapped.views
         self._settle()
         board.exchange("settled", None)
-        for its in (views["header"], views["cells"], self._mapped.ticket, self._mapped.fault):
+        for its in (views["header"], views["cells"], self._mapped.fault):
             its.zero_()
         self._settle()
         board.exchange("zeroed", None)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import triton.language as tl
 
-from rampwrap.ep import terms
+from rampwrap.ep import gathered, layout, terms
 from rampwrap.ep.board import Board
 from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
@@ -23,23 +23,26 @@ from rampwrap.ep.shared import Shared
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.operands import local_ids
 from rampwrap.kernels.common.reference import quantise
-from rampwrap.kernels.ep import bulk, combine, dispatch, flags, gather, host
+from rampwrap.kernels.ep import bulk, combine, flags
 
 SHAPE = MoEShape(12, 3, 128, 128)
 MOST = 4
 PATIENCE_S = 30.0
 
 
-def await_all(cells_ptr: Any, header_ptr: Any, fault_ptr: Any, epoch: Any, *rest: Any) -> None:
-    """`flags.await_all`, after all cells hold the epoch or patience ends."""
-    ranks, lanes = rest[3:5]
+wait_of_the_kernel = flags.await_cells
+
+
+def await_cells(cells_ptr: Any, header_ptr: Any, fault_ptr: Any, epoch: Any, *rest: Any) -> None:
+    """`flags.await_cells`, after all wanted cells hold the epoch or patience ends."""
+    wanted, lanes = rest[1], rest[4]
     start, lane = time.monotonic(), tl.arange(0, int(lanes))
     while time.monotonic() - start < PATIENCE_S:
-        cells = tl.load(cells_ptr + lane, mask=lane < int(ranks), other=0).handle.data
-        if (cells[: int(ranks)] >> 32 == epoch.handle.data).all():
+        cells = tl.load(cells_ptr + lane, mask=wanted, other=0).handle.data
+        if (cells >> 32 == epoch.handle.data)[wanted.handle.data.astype(bool)].all():
             break
         time.sleep(1e-4)
-    flags.await_all(cells_ptr, header_ptr, fault_ptr, epoch, *rest)
+    wait_of_the_kernel(cells_ptr, header_ptr, fault_ptr, epoch, *rest)
 
 
 class Handle:
@@ -71,15 +74,14 @@ class Mapped:
 def emulated(folder: str) -> Any:
     """A context in which ranks share memory so."""
     zeros = torch.zeros
-    patches: list[Any] = [
-        mock.patch.object(module, "await_all", await_all) for module in (dispatch, combine, gather, bulk)
-    ]
+    patches: list[Any] = [mock.patch.object(module, "await_cells", await_cells) for module in (flags, combine, bulk)]
     patches += [
         mock.patch.object(Shared, "mapped", Mapped(folder)),
         mock.patch.object(terms, "apart", lambda *_: None),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
         mock.patch.object(torch, "zeros", lambda *its, pin_memory=False, **more: zeros(*its, **more)),
-        mock.patch.object(host, "MOST_CTAS", 2),
+        mock.patch.object(layout, "CELLS", 2),
+        mock.patch.object(gathered, "CELLS", 2),
     ]
     stack = contextlib.ExitStack()
     for patch in patches:

@@ -117,7 +117,7 @@ def test_steps_of_both_kinds(counts: list[int], payload: str, partials: str) -> 
                 wanted = Received(q, scales, received.topk_ids, weights, their_counts, received.owners, PATH)
             sums.append(wanted.partial(experts(wanted), layout.partial_dtype))
             assert bulks[rank]._mapped.fault == 0
-            assert int(bulks[rank]._mapped.views["header"][0]) == step + 1 and int(bulks[rank]._mapped.ticket) == 0
+            assert int(bulks[rank]._mapped.views["header"][0]) == step + 1
         first = 0
         for rank, (out, count) in enumerate(zip(outs, counts, strict=True)):
             owned = bulks[rank]._owners.ranks_of(brought[rank]["topk_ids"])

@@ -59,7 +59,7 @@ def test_another_version(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     ours = made()
     monkeypatch.setattr(terms, "PROTOCOL", 7)
-    with pytest.raises(GroupError, match="disagree in version of the protocol: rank 0 has 1, rank 1 has 7"):
+    with pytest.raises(GroupError, match="disagree in version of the protocol: rank 0 has 2, rank 1 has 7"):
         terms.check([ours, made()])
 
 

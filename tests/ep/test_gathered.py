@@ -27,8 +27,8 @@ def made(num_ranks: int, dtype: torch.dtype = torch.bfloat16, token_bytes: int =
         for name in ("header", "cells"):
             views[name].zero_()
         offsets = {its.name: its.offset for its in regions}
-        ticket, fault = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        ranks.append(Gathered(host.Mapped(rank, num_ranks, bases, views, offsets, ticket, fault, None, None, 1.0)))
+        fault = torch.zeros(1, dtype=torch.int64)
+        ranks.append(Gathered(host.Mapped(rank, num_ranks, bases, views, offsets, fault, None, None, 1.0)))
     return ranks
 
 

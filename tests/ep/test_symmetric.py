@@ -43,7 +43,6 @@ def made(layout: Layout) -> Symmetric:
         torch.tensor([memory.data_ptr()]),
         layout.views(memory),
         {its.name: its.offset for its in layout.regions},
-        own[:1],
         torch.zeros(1, dtype=torch.int64),
         owners.rank_of_expert,
         owners.expert_map,

@@ -110,7 +110,6 @@ def made_with_memory(layout: Layout, limit_s: float = LIMIT_S) -> tuple[list[Ran
             bases,
             views,
             {its.name: its.offset for its in layout.regions},
-            torch.zeros(32, dtype=torch.int32, device="cuda")[:1],
             torch.zeros(1, dtype=torch.int64, pin_memory=True),
             owners.rank_of_expert,
             owners.expert_map,

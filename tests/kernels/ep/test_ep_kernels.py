@@ -21,10 +21,12 @@ import rampwrap
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.received import prefix, sum_in_order
+from rampwrap.ep.symmetric import RECEIVED
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.ep import host
+from rampwrap.kernels.ep.flags import EPOCH
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter these kernels need several GPUs")
@@ -50,7 +52,6 @@ def made(layout: Layout, placements: list[Placement], timeout_s: float = 1.0) ->
                 bases,
                 views,
                 {its.name: its.offset for its in layout.regions},
-                torch.zeros(1, dtype=torch.int32),
                 torch.zeros(1, dtype=torch.int64),
                 owners.rank_of_expert,
                 owners.expert_map,
@@ -106,8 +107,8 @@ def test_rows_and_sums(
 ) -> None:
     """Two steps: rows and ids where they belong, the sums of the right ranks, and nothing elsewhere."""
     layout = Layout(SHAPE, num_ranks, 6, payload=payload, partials="fp32" if by_slot else "bf16")
+    monkeypatch.setattr("rampwrap.ep.layout.CELLS", 2)  # CTAs, which take several tokens each
     ranks = made(layout, PLACEMENTS[num_ranks])
-    monkeypatch.setattr(host, "MOST_CTAS", 2)  # which take several tokens each
     for step in range(2):
         brought = drawn(counts, 10 * num_ranks + step, (torch.int64, torch.int32)[step])
         sent(ranks, brought, counts, masked=masked)
@@ -115,7 +116,7 @@ def test_rows_and_sums(
         for rank, its in enumerate(ranks):
             owners = Owners.of(PLACEMENTS[num_ranks], rank, "cpu")
             read = owners.is_local(ids).any(1)
-            seen = {name: view[: sum(counts)] for name, view in its.views.items() if name not in ("header", "cells")}
+            seen = {name: view[: sum(counts)] for name, view in its.views.items() if name in RECEIVED}
             assert torch.equal(seen["topk_ids"], torch.where(ids < (1 << 31) - 1, ids, -1).clamp(min=-1).int())
             assert torch.equal(seen["topk_weights"], weights)
             if payload == "fp8":
@@ -154,7 +155,7 @@ def test_rows_and_sums(
             owned = Owners.of(PLACEMENTS[num_ranks], rank, "cpu").ranks_of(brought[rank]["topk_ids"])
             wanted = sum_in_order(torch.stack([part[own] for part in sums]), owned).bfloat16()
             assert torch.equal(out, wanted)
-            assert int(its.fault) == 0 and int(its.views["header"][0]) == step + 1 and int(its.ticket) == 0
+            assert int(its.fault) == 0 and int(its.views["header"][EPOCH]) == step + 1
 
 
 def test_e4m3_rows_with_scales_are_copied() -> None:
@@ -233,7 +234,7 @@ from rampwrap.kernels.triton import interpreter
 import triton.language as tl
 
 LONG = {"bases_ptr", "cells_ptr", "header_ptr", "fault_ptr"}
-REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
+REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "weights_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
 
 def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
     signature, constexprs, attrs = {}, {}, {}
@@ -251,25 +252,29 @@ def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
     built = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"][built.asm["ptx"].index(".entry"):]
     print(json.dumps(dict(name=name, shared=built.metadata.shared, ptx=[line.split("//")[0].strip() for line in ptx.splitlines()],
-        spills=len(re.findall(r"\b(STL|LDL)\b", built.asm["sass"])))))
+        spills=len(re.findall(r"\b(STL|LDL)\b", built.asm["sass"])),
+        sass=[line.split(";")[0].split("\t")[-1].strip() for line in built.asm["sass"].splitlines()])))
 
 ranks = 4
-shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512)
-send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, ROWS_AT=17408, SCALES_AT=1 << 33,
+shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512, MOST=512, MAX_TOKENS=128)
+send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, PUSH_OWNERS_AT=1 << 22, PUSH_WEIGHTS_AT=1 << 23, ROWS_AT=17408, SCALES_AT=1 << 33,
     BLOCK=4096, GROUPS=64)
 build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr",), num_warps=8)
 quantises = send | dict(QUANTISES=True, ROW_BYTES=7168)
 build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr",), x="bf16", ids="i64", num_warps=8)
 build("dispatch scales", dispatch.dispatch_kernel, send | dict(ROW_BYTES=7168), num_warps=8)
-push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, MAX_TOKENS=128, PARTIALS_AT=1 << 20, BLOCK=8192, EVERY=False)
+push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, PARTIALS_AT=1 << 20, BLOCK=8192, EVERY=False)
 build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=8)
-build("sum", combine.sum_kernel, push, num_warps=8)
+added = push | dict(BLOCK=2048, BY_SOURCE=False)
+build("sum", combine.sum_kernel, added, num_warps=8, maxnreg=64)
+build("sum by source", combine.sum_kernel, added | dict(BY_SOURCE=True), num_warps=8, maxnreg=64)
 every = push | dict(EVERY=True, TOP_K=1, SLOTS=1, BY_SLOT=False)
-build("push every", combine.push_kernel, every, ("topk_ids_ptr", "topk_weights_ptr", "expert_map_ptr"), num_warps=8)
-build("sum every", combine.sum_kernel, every, ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=8)
+build("push every", combine.push_kernel, every, ("owners_ptr", "weights_ptr"), num_warps=8)
+build("sum every", combine.sum_kernel, every | added | dict(EVERY=True, TOP_K=1, SLOTS=1), ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=8, maxnreg=64)
 rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024, AT_1=1 << 24, AT_2=1 << 25, AT_3=1 << 26, AT_4=0)
-build("tell", bulk.tell_kernel, dict(RANKS=1, LANES=1, CELLS_AT=512), num_warps=1)
-build("tell all", bulk.tell_kernel, dict(RANKS=ranks, LANES=ranks, CELLS_AT=512), num_warps=1)
+build("tell", bulk.tell_kernel, dict(RANKS=1, CELLS_AT=512), num_warps=1)
+build("tell all", bulk.tell_kernel, dict(RANKS=ranks, CELLS_AT=512), num_warps=1)
+build("end", bulk.end_kernel, {}, num_warps=1)
 build("wait", bulk.wait_kernel, dict(PHASE=1), num_warps=1)
 build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8)
 """
@@ -291,10 +296,8 @@ def compiled(folder: pathlib.Path) -> dict[str, dict]:
     return {its["name"]: its for its in found}
 
 
-FLAGS = ("tell", "tell all", "wait")
+FLAGS = ("tell", "tell all", "wait", "end")
 "Kernels that move nothing else."
-ATOM = r"atom\.(?=.*\bglobal\b)(?=.*\b{}\b)(?=.*\b{}\b).*{}"
-"Whatever the order in which this Triton writes them."
 
 
 def places(ptx: list[str], pattern: str) -> list[int]:
@@ -315,32 +318,34 @@ def stores_in_wide_pieces(kernels: dict[str, dict]) -> None:
 
 
 def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.Path) -> None:
-    """In each kernel: stores, a barrier, the ticket at the GPU's scope; then flags with release, cells with acquire, system-wide."""
+    """In each kernel: stores, a barrier, cells with release, system-wide, and no other fence; and polls with acquire, then a barrier."""
     kernels = compiled(tmp_path)
     stores_in_wide_pieces(kernels)
     for name, its in kernels.items():
-        ptx = its["ptx"]
+        ptx, told, waits = (
+            its["ptx"],
+            not name.startswith(("sum", "wait", "end")),
+            not name.startswith(("push", "tell", "end")),
+        )
         assert its["spills"] == 0, name
         assert len(places(ptx, r"griddepcontrol\.wait")) == (name not in FLAGS)
-        tickets = places(ptx, ATOM.format("gpu", "acq_rel", "add.u32"))
         barriers = places(ptx, r"bar\.sync|barrier\.sync")
-        flags = places(ptx, ATOM.format("sys", "release", "exch.b64"))
+        cells = places(ptx, r"st\.release\.sys\.global\.b64")
         polls = places(ptx, r"ld\.acquire\.sys\.global\.b64")
-        clocks = places(ptx, "globaltimer")
-        if name in FLAGS:  # what came before them has ended
-            assert not tickets and len(flags) == (name != "wait") and len(polls) == (2 if name == "wait" else 0)
-            continue
-        (ticket,) = tickets
-        if not name.startswith("sum"):
-            stores = [place for place in places(ptx, r"st\.global") if place < ticket]
-            assert stores and any(stores[-1] < barrier < ticket for barrier in barriers), name
-            assert len(flags) == 1 and any(ticket < barrier < flags[0] for barrier in barriers), name
-        else:
-            assert not flags
-        if name.startswith("push") or name == "copy":
-            assert not polls and not clocks, name
-        else:
-            assert len(polls) == 2 and len(clocks) >= 2, name  # once, and in the loop
-            assert name.startswith("sum") or flags[0] < polls[0]
-            assert any(barrier > polls[-1] for barrier in barriers), name
+        assert len(cells) == told and len(polls) == waits, name
+        assert not places(ptx, r"\batom\.(?!cas\.relaxed)|\bred\.|\bfence|\bmembar"), name
+        fences = [line for line in its["sass"] if "MEMBAR" in line]
+        assert len(fences) == told and all("SYS" in line for line in fences), (name, fences)
+        if told and name not in FLAGS:
+            wide = [place for place in places(ptx, r"st\.global\.v|st\.global\.b32") if place < cells[0]]
+            assert wide and any(wide[-1] < barrier < cells[0] for barrier in barriers), name
+        if waits:
+            assert len(places(ptx, "globaltimer")) == 1 and any(barrier > polls[0] for barrier in barriers), name
+            assert not told or cells[0] < polls[0], name
+            voted = places(ptx, r"vote\.sync\.any")
+            assert len(voted) == 2 and voted[0] > polls[0], name
+        if name.startswith("sum"):  # the loads of all ranks, then the first sum
+            loads = [at for at, line in enumerate(its["sass"]) if "LDG.E.128" in line]
+            sums = [at for at, line in enumerate(its["sass"]) if re.search(r"\bFADD\b", line)]
+            assert len(loads) == 4 and loads[-1] < sums[0], name
         assert not places(ptx, r"multimem|multicast"), name
