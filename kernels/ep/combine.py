@@ -1,7 +1,8 @@
 """Combine by low latency: owners push sums to fixed places at the source, which adds them by rank. Two launches.
 
 A CTA of the first sums and pushes tokens of one source, and tells that source. CTAs of the second wait for those of the first that
-pushed their tokens, of all ranks, and for no others, so that tokens are added while others travel.
+pushed their tokens, of all ranks, and for no others, so that tokens are added while others travel. They begin while the first launch
+runs, for cells tell all that they need of it, and end after it.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -25,7 +26,7 @@ from rampwrap.kernels.ep.flags import (
     tell,
 )
 from rampwrap.kernels.triton.interpreter import downcast
-from rampwrap.kernels.triton.pdl import wait_for_launch_before
+from rampwrap.kernels.triton.pdl import begin_next_launch, end_after_launch_before, wait_for_launch_before
 
 _COMBINE = tl.constexpr(COMBINE)
 
@@ -186,8 +187,12 @@ def sum_kernel(
     """Along axis 0 as many CTAs as push this rank's tokens at each rank; those along axis 1 share the columns.
 
     Ids are those that the rank sent. EVERY adds the sums of all ranks. BY_SOURCE waits for one cell of each rank, told after all its sums.
+
+    Without BY_SOURCE the launch before is `push_kernel`, which began when all that is read here beside sums was there: so it is waited
+    for at the end.
     """
-    wait_for_launch_before(PDL)
+    if BY_SOURCE:
+        wait_for_launch_before(PDL)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     epoch = next_epoch(header_ptr) if BY_SOURCE else epoch_in_progress(header_ptr)
     _first, num_tokens = first_row(counts, rank, RANKS)
@@ -198,6 +203,8 @@ def sum_kernel(
     wanted = tl.arange(0, LANES) < RANKS
     cells = cells_ptr if BY_SOURCE else cells_ptr + token * RANKS
     await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, _COMBINE, LANES)
+    if not BY_SOURCE:
+        begin_next_launch(PDL)  # not sooner: it would take room from the push
     while token < num_tokens:
         for start in range(tl.program_id(1) * BLOCK, COLUMNS, tl.num_programs(1) * BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -215,3 +222,5 @@ def sum_kernel(
             tl.store(out_ptr + at, downcast(total, out_ptr.dtype.element_ty), mask=mask)
         token += tl.num_programs(0)
         owners = owners_of(topk_ids_ptr, rank_of_expert_ptr, token, num_tokens, num_experts, TOP_K, SLOTS, EVERY)
+    if not BY_SOURCE:
+        end_after_launch_before(PDL)

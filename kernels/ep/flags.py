@@ -247,6 +247,7 @@ def first_row(counts, rank, RANKS: tl.constexpr):
 def owner_of(topk_ids_ptr, table_ptr, at, num_experts, top_k, SLOTS: tl.constexpr):
     """What a table of all experts holds for the slots of one token, int32 [SLOTS]: -1 for ids out of range."""
     slot = tl.arange(0, SLOTS)
-    ids = tl.load(topk_ids_ptr + at + slot, mask=slot < top_k, other=-1)
+    # Past the cache of the SM: `sum_kernel` begins before the launch ahead of it has ended. Nobody reads them twice.
+    ids = tl.load(topk_ids_ptr + at + slot, mask=slot < top_k, other=-1, cache_modifier=".cg")
     valid = (ids >= 0) & (ids < num_experts)
     return ids, tl.load(table_ptr + ids, mask=valid, other=-1)

@@ -93,7 +93,7 @@ class Mapped:
 
     @property
     def _lanes(self) -> int:
-        return triton.next_power_of_2(self.num_ranks)
+        return int(triton.next_power_of_2(self.num_ranks))
 
     def _shared(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
         """Arguments of every kernel that knows experts."""

@@ -8,6 +8,9 @@ works (an alignment of 16384 slots took 18.0 us so, where it takes 9.5 without P
 It therefore ends after the kernel before it, which holds for that one too, and so on: whatever runs behind the wait
 sees all that was launched earlier, and overwrites nothing that is still read. Results are the same bits.
 
+One kernel waits at its end, the sum of a combine (`kernels.ep.combine`): flags tell it all that it needs of the launch before, which has
+waited for all before that when it lets others start. So the chain holds there too.
+
 A kernel that is launched with the attribute but does not wait breaks this, for itself and for all that come later. Only
 those whose parameter PDL hands on to `wait_for_launch_before` are given `arguments`.
 
@@ -57,6 +60,20 @@ def wait_for_launch_before(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def begin_next_launch(PDL: tl.constexpr):
+    """Lets the launch after this one start; it waits for the end of this one."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_launch_before(PDL: tl.constexpr):
+    """The last statement of a kernel that needs no more of the launch before it than flags tell: what comes after sees that one's end."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
 
 
 def arguments(several: bool = False) -> dict[str, Any]:

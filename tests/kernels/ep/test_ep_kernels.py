@@ -328,7 +328,12 @@ def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.P
             not name.startswith(("push", "tell", "end")),
         )
         assert its["spills"] == 0, name
-        assert len(places(ptx, r"griddepcontrol\.wait")) == (name not in FLAGS)
+        begins, memory = places(ptx, r"griddepcontrol\.wait"), places(ptx, r"\b(?:ld|st|atom)\.\w*\.*global")
+        assert len(begins) == len(places(ptx, r"griddepcontrol\.launch_dependents")) == (name not in FLAGS)
+        if begins and name in ("sum", "sum every"):
+            assert begins[0] > memory[-1], name
+        elif begins:
+            assert begins[0] < memory[0], name
         barriers = places(ptx, r"bar\.sync|barrier\.sync")
         cells = places(ptx, r"st\.release\.sys\.global\.b64")
         polls = places(ptx, r"ld\.acquire\.sys\.global\.b64")
