@@ -40,8 +40,7 @@ _COMBINE = tl.constexpr(COMBINE)
 def push_kernel(
     bases_ptr,
     y_ptr,
-    owners_ptr,
-    weights_ptr,
+    routing_ptr,
     header_ptr,
     rank,
     count_0,
@@ -69,7 +68,7 @@ def push_kernel(
 ):
     """Sources along axis 1, each of whose tokens up to MOST CTAs along axis 0 share.
 
-    Owners and weights are a copy of those received, by source and token: rows of the next step may lie elsewhere, so a source that has
+    The routing is a copy of that received, by source, token and slot: the owner, and the bits of the weight. Rows of the next step may lie elsewhere, so a source that has
     its sums may write its ids over those of another that are still to be read here. EVERY pushes all rows, by a caller who knows no
     owners: without them, and summed. `y_ptr` points at rows that are summed already, or BY_SLOT at one row a slot: weighted and added
     here in the order of slots, in float32.
@@ -87,9 +86,9 @@ def push_kernel(
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         row = tl.cast(first + token, tl.int64)
         here = tl.full((SLOTS,), 1, tl.int32)
-        its = (tl.cast(source, tl.int64) * MAX_TOKENS + token) * TOP_K
+        its = (tl.cast(source, tl.int64) * MAX_TOKENS + token) * (TOP_K * 2)
         if not EVERY:
-            owners = tl.load(owners_ptr + its + slot, mask=slot < TOP_K, other=-1)
+            owners = tl.load(routing_ptr + its + 2 * slot, mask=slot < TOP_K, other=-1)
             here = (owners == rank).to(tl.int32)
         wanted = tl.max(here, 0)
         to = peer_at(
@@ -104,7 +103,7 @@ def push_kernel(
                 total = tl.zeros((BLOCK,), tl.float32)
                 for k in tl.static_range(TOP_K):
                     if tl.sum(tl.where(slot == k, here, 0), 0) > 0:
-                        weight = tl.load(weights_ptr + its + k)
+                        weight = tl.load(routing_ptr + its + (2 * k + 1)).to(tl.float32, bitcast=True)
                         y = tl.load(y_ptr + (row * TOP_K + k) * COLUMNS + column, mask=column < COLUMNS, other=0.0)
                         total += weight * y.to(tl.float32)
                 total = downcast(total, PARTIAL)

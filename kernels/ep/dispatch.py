@@ -101,22 +101,21 @@ def send_routing(
     weights,
     ids_at,
     weights_at,
-    push_owners_at,
-    push_weights_at,
+    push_at,
     rank,
     top_k,
     RANKS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Ids and weights of one token, to every rank; and what its push reads, to where no other rank writes (`push_kernel`)."""
+    """Ids and weights of one token, to every rank; and what its push reads, to where no other rank writes (`push_kernel`), in one store."""
     slot = tl.arange(0, SLOTS)
+    pairs, pair = tl.join(owners, weights.to(tl.int32, bitcast=True)), 2 * slot[:, None] + tl.arange(0, 2)[None, :]
     ids = tl.where((ids >= 0) & (ids < 0x7FFFFFFF), ids, -1).to(tl.int32)
     for step in tl.static_range(RANKS):
         base = tl.load(bases_ptr + (rank + 1 + step) % RANKS)
         tl.store((base + ids_at).to(tl.pointer_type(tl.int32)) + slot, ids, mask=slot < top_k)
         tl.store((base + weights_at).to(tl.pointer_type(tl.float32)) + slot, weights, mask=slot < top_k)
-        tl.store((base + push_owners_at).to(tl.pointer_type(tl.int32)) + slot, owners, mask=slot < top_k)
-        tl.store((base + push_weights_at).to(tl.pointer_type(tl.float32)) + slot, weights, mask=slot < top_k)
+        tl.store((base + push_at).to(tl.pointer_type(tl.int32)) + pair, pairs, mask=pair < 2 * top_k)
 
 
 @triton.jit
@@ -140,8 +139,7 @@ def send_token(
     MASKED: tl.constexpr,
     IDS_AT: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
-    PUSH_OWNERS_AT: tl.constexpr,
-    PUSH_WEIGHTS_AT: tl.constexpr,
+    PUSH_AT: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     ROWS_AT: tl.constexpr,
     SCALES_AT: tl.constexpr,
@@ -168,7 +166,7 @@ def send_token(
                     peer = (rank + 1 + step) % RANKS
                     if wants(owners, peer, MASKED):
                         store_scales(bases_ptr, peer, scales_at, group, scale, scales)
-    behind, push_behind = row * (TOP_K * 4), (rank * MAX_TOKENS + at) * (TOP_K * 4)
+    behind, push_behind = row * (TOP_K * 4), (rank * MAX_TOKENS + at) * (TOP_K * 8)
     send_routing(
         bases_ptr,
         ids,
@@ -176,8 +174,7 @@ def send_token(
         weights,
         IDS_AT + behind,
         WEIGHTS_AT + behind,
-        PUSH_OWNERS_AT + push_behind,
-        PUSH_WEIGHTS_AT + push_behind,
+        PUSH_AT + push_behind,
         rank,
         TOP_K,
         RANKS,
@@ -228,8 +225,7 @@ def dispatch_kernel(
     MOST: tl.constexpr,
     IDS_AT: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
-    PUSH_OWNERS_AT: tl.constexpr,
-    PUSH_WEIGHTS_AT: tl.constexpr,
+    PUSH_AT: tl.constexpr,
     MAX_TOKENS: tl.constexpr,
     ROWS_AT: tl.constexpr,
     SCALES_AT: tl.constexpr,
@@ -269,8 +265,7 @@ def dispatch_kernel(
                 MASKED,
                 IDS_AT,
                 WEIGHTS_AT,
-                PUSH_OWNERS_AT,
-                PUSH_WEIGHTS_AT,
+                PUSH_AT,
                 MAX_TOKENS,
                 ROWS_AT,
                 SCALES_AT,

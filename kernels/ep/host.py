@@ -167,8 +167,7 @@ def dispatch(
         MOST=its.most_ctas,
         IDS_AT=offsets["topk_ids"],
         WEIGHTS_AT=offsets["topk_weights"],
-        PUSH_OWNERS_AT=offsets["push_owners"],
-        PUSH_WEIGHTS_AT=offsets["push_weights"],
+        PUSH_AT=offsets["routing"],
         MAX_TOKENS=its.max_tokens,
         ROWS_AT=offsets["rows"],
         SCALES_AT=offsets.get("scales", 0),
@@ -226,7 +225,7 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
     """The first launch of a combine: sums of all received rows, to their sources.
 
     Args:
-        mapped: the memory, with the owners and weights of the last dispatch.
+        mapped: the memory, with the routing of the last dispatch.
         expert_output: floating point [N, H], summed, or [N, top_k, H], one row a slot; contiguous.
         tokens_per_rank: of every rank.
     """
@@ -235,8 +234,7 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
     push_kernel[(its.ctas(max(tokens_per_rank)), its.num_ranks)](
         its.bases,
         expert_output,
-        its.views.get("push_owners"),
-        its.views.get("push_weights"),
+        its.views.get("routing"),
         its.views["header"],
         BY_SLOT=expert_output.dim() == 3,
         PARTIAL=_TL[partials.dtype],

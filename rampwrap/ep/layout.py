@@ -122,9 +122,8 @@ class Layout:
         wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
             ("header", torch.int64, (HEADER,)),
             ("cells", torch.int64, (2, CELLS, ranks)),  # of dispatch and of combine, one a CTA and source
-            # What the push reads, by source: no other rank writes there.
-            ("push_owners", torch.int32, (ranks, self.max_tokens_per_rank, top_k)),
-            ("push_weights", torch.float32, (ranks, self.max_tokens_per_rank, top_k)),
+            # Owners and bits of weights, which the push reads, by source: no other rank writes there.
+            ("routing", torch.int32, (ranks, self.max_tokens_per_rank, top_k, 2)),
             ("topk_ids", torch.int32, (rows, top_k)),
             ("topk_weights", torch.float32, (rows, top_k)),
             ("rows", self.payload_dtype, (rows, columns)),

@@ -234,7 +234,7 @@ from rampwrap.kernels.triton import interpreter
 import triton.language as tl
 
 LONG = {"bases_ptr", "cells_ptr", "header_ptr", "fault_ptr"}
-REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "weights_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
+REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
 
 def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
     signature, constexprs, attrs = {}, {}, {}
@@ -257,7 +257,7 @@ def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
 
 ranks = 4
 shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512, MOST=512, MAX_TOKENS=128)
-send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, PUSH_OWNERS_AT=1 << 22, PUSH_WEIGHTS_AT=1 << 23, ROWS_AT=17408, SCALES_AT=1 << 33,
+send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, PUSH_AT=1 << 22, ROWS_AT=17408, SCALES_AT=1 << 33,
     BLOCK=4096, GROUPS=64)
 build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr",), num_warps=8)
 quantises = send | dict(QUANTISES=True, ROW_BYTES=7168)
@@ -269,7 +269,7 @@ added = push | dict(BLOCK=2048, BY_SOURCE=False)
 build("sum", combine.sum_kernel, added, num_warps=8, maxnreg=64)
 build("sum by source", combine.sum_kernel, added | dict(BY_SOURCE=True), num_warps=8, maxnreg=64)
 every = push | dict(EVERY=True, TOP_K=1, SLOTS=1, BY_SLOT=False)
-build("push every", combine.push_kernel, every, ("owners_ptr", "weights_ptr"), num_warps=8)
+build("push every", combine.push_kernel, every, ("routing_ptr",), num_warps=8)
 build("sum every", combine.sum_kernel, every | added | dict(EVERY=True, TOP_K=1, SLOTS=1), ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=8, maxnreg=64)
 rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024, AT_1=1 << 24, AT_2=1 << 25, AT_3=1 << 26, AT_4=0)
 build("tell", bulk.tell_kernel, dict(RANKS=1, CELLS_AT=512), num_warps=1)
