@@ -285,7 +285,8 @@ def add(
         MAX_TOKENS=its.max_tokens,
         BLOCK=block,
         num_warps=max(1, block // 256),
-        maxnreg=64,  # without it ptxas saves registers, and loads the last ranks' after the sum of the first
+        # Without it ptxas saves registers, and loads the last ranks' after the sum of the first.
+        maxnreg=64 if its.num_ranks * its.views["partials"].dtype.itemsize <= 16 else 128,
         EVERY=its.expert_map is None,
         BY_SOURCE=by_source,
         **its._shared(tokens_per_rank),

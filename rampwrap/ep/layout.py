@@ -19,9 +19,9 @@ ALIGNED = 256
 "Bytes at whose multiples regions start: whole lines of 128 bytes, and 16 bytes for every vector."
 HEADER = 64
 "int64 values: epochs and fault code, each on a line of its own, and room."
-CELLS = 512
-"""Of a rank and phase, one for each CTA that shares its tokens: about four on an SM of Hopper, with one or more tokens each. All fit at
-once, and those that wait leave room for what else runs."""
+CELLS = 384
+"""Of a rank and phase, one for each CTA that shares its tokens: three on an SM of Hopper, with one or more tokens each. All fit at once, with
+the 78 registers for each of 256 threads that quantising takes, and so none waits for one that cannot begin."""
 
 
 @attrs.frozen

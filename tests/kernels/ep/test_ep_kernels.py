@@ -256,7 +256,7 @@ def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
         sass=[line.split(";")[0].split("\t")[-1].strip() for line in built.asm["sass"].splitlines()])))
 
 ranks = 4
-shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512, MOST=512, MAX_TOKENS=128)
+shared = dict(RANKS=ranks, LANES=ranks, TOP_K=8, SLOTS=8, COLUMNS=7168, PDL=True, CELLS_AT=512, MOST=384, MAX_TOKENS=128)
 send = shared | dict(ROW_BYTES=14336, QUANTISES=False, MASKED=True, SENDS=True, WAITS=True, IDS_AT=1024, WEIGHTS_AT=9216, PUSH_AT=1 << 22, ROWS_AT=17408, SCALES_AT=1 << 33,
     BLOCK=4096, GROUPS=64)
 build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr",), num_warps=8)
