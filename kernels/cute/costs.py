@@ -3,9 +3,9 @@
 A model of tiles: an SM takes a number of clocks for each step of its tiles, by the tile's width, and all of them together read the
 weights of the active experts once; a GEMM takes the root of the squares of both. Its numbers were fitted to 3639 timings of whole
 layers in the two-launch form, whose tiles are of one width: OLMoE and Qwen3-30B on an H200, 32 to 1024 tokens, each within 1.6x of
-the best. They lie 2.5-2.8 % (one standard deviation) beside the model. An H100's race of the ragged form over five layers gave one number more,
-how fast an H100 reads: with it the race's times from 2 tokens on are 1.00x the prediction, give or take 6 % in FP8 and 3 % in bf16 (1.10x
-before), but 1.06x from 512 tokens in FP8; at one token 0.83-1.00x (`benchmarks/predicted.py`).
+the best. They lie 2.5-2.8 % (one standard deviation) beside the model. A shortened race on an H100 gave one number more, how fast an
+H100 reads: with it the ragged form's times from 2 tokens on are 1.00x the prediction, give or take 1.4 % in bf16 and 2.7 % in FP8, but 1.04x from 512 tokens in FP8;
+at one token 0.94x (`benchmarks/predicted.py`). An H200 was not measured since L2 fetches 256 bytes, and may read faster than its figures say.
 """
 
 import math
@@ -46,7 +46,7 @@ class Points:
 
 
 POINTS = {"fp8": Points(637, 8.58, 1.14, 11.7, 0.029), "bf16": Points(811, 2.64, 1.175, 9.6, 0.049)}
-READING = {"H100": {"fp8": 1.00, "bf16": 1.03}}
+READING = {"H100": {"fp8": 1.06, "bf16": 1.09}}
 "Other figures for `Points.reading`, by a word of the device's name."
 
 

@@ -14,12 +14,12 @@ from rampwrap.kernel.shape import SHAPES
 
 def test_a_layer_is_near_what_is_predicted(script, monkeypatch, capsys):
     its = script("predicted")
-    monkeypatch.setattr("sys.argv", ["predicted.py", "--layers", "olmoe:bf16"])
+    monkeypatch.setattr("sys.argv", ["predicted.py", "--layers", "olmoe:fp8"])
     its.main()
-    assert "| olmoe:bf16 |" in capsys.readouterr().out
-    race = json.loads(its.RACE.read_text())["races"]["olmoe:bf16"]
-    found = its.ratios("olmoe:bf16", race)
-    assert {tokens for tokens, _ in found} == {64} and len(found) == len(race["rows"] + race["changing"])
+    assert "| olmoe:fp8 |" in capsys.readouterr().out
+    race = json.loads(its.RACE.read_text())["races"]["olmoe:fp8"]
+    found = its.ratios("olmoe:fp8", race)
+    assert {tokens for tokens, _ in found} == {64, 256} and len(found) == len(race["rows"] + race["changing"])
     assert abs(np.log([ratio for _, ratio in found]).mean()) < 0.03
 
 

@@ -142,7 +142,7 @@ def test_a_layer_without_a_plan_is_served_by_the_cute_kernels_default(capsys: py
     )
     faster, _ = explained(capsys, *asked, "--device", "h200", "--ragged")
     assert all("ragged" in its for its in faster["choices"])
-    assert faster["choices"][1]["ragged"]["us"] < 0.8 * ragged["ragged"]["us"]
+    assert faster["choices"][1]["ragged"]["us"] < 0.85 * ragged["ragged"]["us"]
     far, _ = explained(capsys, "--model", "gpt-oss-120b", "--batch-size", "8")
     assert "engines pass over" in far["why"] and far["config"]["form"] == "two"
 
