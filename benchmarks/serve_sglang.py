@@ -212,10 +212,10 @@ def main() -> int:
         found["results"] = turns(engines, arguments, start)
         found["stats"] = engines["plugin"]("stats")
     finally:
+        if arguments.out is not None:  # first: an engine may take its time to end
+            arguments.out.write_text(json.dumps(found, indent=1))
         for arm in running:
             arm.stop()
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(found, indent=1))
     for number in ("gpu_us", "ms"):
         for kind in ("decode", "prefill"):
             cells = [its for its in found["results"] if its["kind"] == kind and its["plugin"][number]]
