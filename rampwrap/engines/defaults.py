@@ -5,11 +5,11 @@
 The CuTe kernels' defaults serve where they are built, our Triton kernel's where not; in transformers those serve everywhere else. On
 the tables of an H200 both are ahead of vLLM's Triton kernel at its best for each workload: the CuTe kernels 1.09-1.50x in the
 mean at every token count in FP8, 1.02-1.25x in bf16, the Triton kernel 1.03-1.45x (`benchmarks/defaults.py`). In GPU time
-of vLLM 0.33 on an H100, before the CuTe kernels' took the ragged form, OLMoE and Qwen3-30B: 1.01-1.09x in decode and 1.01-1.33x in prefill (bf16) by those of the CuTe kernels, 1.02-1.10x
-and 1.03-1.26x by those of the Triton kernel (`benchmarks/README.md`).
+of vLLM 0.33 on an H100, OLMoE and Qwen3-30B: 1.03-1.12x in decode and 1.04-1.30x in prefill (bf16), 1.03-1.16x and 1.12-1.62x (FP8) by those of the
+CuTe kernels, 1.02-1.06x and 1.03-1.19x by those of the Triton kernel (Qwen3-30B bf16; `benchmarks/README.md`).
 
 FP8 layers with scales by channel or tensor (`SCALES`) get the Triton kernel's too. By channel they are 1.14-1.28x over
-vLLM's CUTLASS there (Qwen3-30B), as a plan is; scales by tensor were not timed.
+vLLM's CUTLASS there (Qwen3-30B), as a plan is; by tensor with static activations 1.03-1.05x over vLLM's Triton in decode, with dynamic ones not timed.
 """
 
 import logging
