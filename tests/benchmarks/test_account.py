@@ -59,7 +59,7 @@ class Library(cute.StandIns):
             )
         found = super()._find(variant)
         if variant.role == "up" and self.lost:
-            return lambda *its: found(*its[:-2], its[-2] - self.lost, its[-1])
+            return lambda *its: found(*its[:-3], its[-3] - self.lost, *its[-2:])
         return found
 
 

@@ -60,4 +60,4 @@ def test_results_are_in_the_index():
         prefix = {"H200": "h200-", "H100": "h100-", "CPU": "cpu-"}[device]
         assert all(name.startswith(prefix) for name in re.findall(r"`([^`]+)`", files))
         assert re.fullmatch(r"2026-\d\d-\d\d", date)
-        assert re.fullmatch(r"[0-9a-f]{7}( \*)?|not kept", commit)
+        assert re.fullmatch(r"[0-9a-f]{7}(, [0-9a-f]{7})*( \*)?|not kept", commit)
