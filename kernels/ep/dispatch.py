@@ -17,6 +17,7 @@ from rampwrap.kernels.ep.flags import (
     DISPATCH,
     await_namesakes,
     begin_step,
+    ctas_of,
     first_row,
     next_epoch,
     owner_of,
@@ -233,7 +234,7 @@ def dispatch_kernel(
     GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to MOST CTAs, which share this rank's tokens.
+    """As many CTAs as the rank with most tokens needs, up to MOST; they share this rank's, and those beyond them only wait.
 
     `x_ptr` points at int32 words of rows that are sent as they are, or at bf16 or fp16 that is quantised; `x_scales_ptr`
     at the scales of e4m3 rows. SENDS or WAITS is only off where ranks are emulated one after the other: all send, then
@@ -272,7 +273,8 @@ def dispatch_kernel(
                 BLOCK,
                 GROUPS,
             )
-        tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
+        if tl.program_id(0) < ctas_of(num_tokens, MOST):
+            tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
     begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
     if WAITS:
-        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST)
+        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST, SENDS)

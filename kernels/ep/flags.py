@@ -94,8 +94,9 @@ def peer_at(bases_ptr, peer, at, TYPE: tl.constexpr):
 
 @triton.jit
 def next_epoch(header_ptr):
-    """That of the step to come; where its rows go source by source, of the step in progress."""
-    return (tl.load(header_ptr + _EPOCH) + 1) & _EPOCHS
+    """That of the step to come; where its rows go source by source, of the step in progress. After the last comes 1: 0 is in cells that nobody wrote."""
+    epoch = tl.load(header_ptr + _EPOCH)
+    return tl.where(epoch == _EPOCHS, 1, epoch + 1)
 
 
 @triton.jit
@@ -208,18 +209,24 @@ def await_namesakes(
     RANKS: tl.constexpr,
     LANES: tl.constexpr,
     MOST: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """Waits for all CTAs that tell, of all ranks: each CTA of this launch for those of its own number, and of those further on.
+    """Waits for all CTAs that tell, of all ranks: each CTA of this launch for those of its own number, which it has told before.
 
-    `cells_ptr` is where the phase's cells begin.
+    `cells_ptr` is where the phase's cells begin. There is a CTA for each number that a rank tells: one that waited for more of them
+    would take about 1 us each, and could keep CTAs from beginning that others wait for. ALL is only off where ranks are emulated, by fewer.
     """
     expected = spread(counts, RANKS, LANES)
     telling = ctas_of(expected, MOST)
     here = tl.arange(0, LANES) < RANKS
-    for number in range(tl.program_id(0), tl.max(telling, 0), tl.num_programs(0)):
-        cells = cells_ptr + number * RANKS
-        wanted = here & (number < telling)
+    number = tl.program_id(0)
+    if ALL:
+        cells, wanted = cells_ptr + number * RANKS, here & (number < telling)
         await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, PHASE, LANES)
+    else:
+        for number in range(tl.program_id(0), tl.max(telling, 0), tl.num_programs(0)):
+            cells, wanted = cells_ptr + number * RANKS, here & (number < telling)
+            await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, PHASE, LANES)
 
 
 @triton.jit

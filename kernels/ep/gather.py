@@ -11,7 +11,7 @@ launches of `combine` take the sums back, of every rank for every token.
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import DISPATCH, await_namesakes, begin_step, first_row, next_epoch, tell
+from rampwrap.kernels.ep.flags import DISPATCH, await_namesakes, begin_step, ctas_of, first_row, next_epoch, tell
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 _DISPATCH = tl.constexpr(DISPATCH)
@@ -74,7 +74,7 @@ def gather_kernel(
     WAITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Up to MOST CTAs, which share this rank's tokens; a field of no words is absent.
+    """As many CTAs as `dispatch_kernel` has; a field of no words is absent.
 
     SENDS or WAITS is only off where ranks are emulated one after the other: all send, then all wait.
     """
@@ -91,7 +91,8 @@ def gather_kernel(
             send_row(bases_ptr, field_2_ptr, token, row, rank, RANKS, WORDS_2, AT_2)
             send_row(bases_ptr, field_3_ptr, token, row, rank, RANKS, WORDS_3, AT_3)
             send_row(bases_ptr, field_4_ptr, token, row, rank, RANKS, WORDS_4, AT_4)
-        tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
+        if tl.program_id(0) < ctas_of(num_tokens, MOST):
+            tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
     begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
     if WAITS:
-        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST)
+        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST, SENDS)

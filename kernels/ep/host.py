@@ -145,7 +145,7 @@ def dispatch(
     quantises = payload == FP8 and x.dtype != FP8
     row_bytes = hidden * payload.itemsize
     words = row_bytes // 4
-    dispatch_kernel[(its.ctas(tokens_per_rank[its.rank]) if sends else 1, 1)](
+    dispatch_kernel[(its.ctas(max(tokens_per_rank)) if sends else 1, 1)](
         its.bases,
         x if quantises else x.view(torch.int32),
         scales,
@@ -204,7 +204,7 @@ def gather(
         given[f"field_{number}_ptr"] = fields[number] if here else None
         given[f"WORDS_{number}"] = fields[number].shape[1] if here else 0
         given[f"AT_{number}"] = places[number] if here else 0
-    gather_kernel[(its.ctas(tokens_per_rank[its.rank]) if sends else 1, 1)](
+    gather_kernel[(its.ctas(max(tokens_per_rank)) if sends else 1, 1)](
         bases_ptr=its.bases,
         cells_ptr=cells,
         header_ptr=its.views["header"],
@@ -217,7 +217,22 @@ def gather(
         SENDS=sends,
         WAITS=waits,
         num_warps=8,
+        maxnreg=64,  # without it ptxas saves registers, and spills some; four CTAs fit on an SM so
         **its._between(tokens_per_rank),
+    )
+
+
+def apart(expert_output: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`expert_output`, contiguous; a copy where it shares memory with `out`, which `add` writes while `push` may still read."""
+    ranges = []
+    for its in (expert_output, out):
+        last = sum((size - 1) * stride for size, stride in zip(its.shape, its.stride(), strict=True))
+        ranges.append((its.data_ptr(), its.data_ptr() + (last + 1) * its.element_size() if its.numel() else 0))
+    (first, end), (other, its_end) = ranges
+    return (
+        expert_output.clone(memory_format=torch.contiguous_format)
+        if first < its_end and other < end
+        else expert_output.contiguous()
     )
 
 
@@ -226,7 +241,7 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
 
     Args:
         mapped: the memory, with the routing of the last dispatch.
-        expert_output: floating point [N, H], summed, or [N, top_k, H], one row a slot; contiguous.
+        expert_output: floating point [N, H], summed, or [N, top_k, H], one row a slot; contiguous, and `apart` from what `add` writes.
         tokens_per_rank: of every rank.
     """
     its, partials = mapped, mapped.views["partials"]

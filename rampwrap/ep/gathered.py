@@ -151,7 +151,7 @@ class Gathered:
         its = self._mapped
         if out is None:
             out = y.new_empty(tokens_per_rank[its.rank], y.shape[1])
-        host.push(its, y.contiguous(), tokens_per_rank)
+        host.push(its, host.apart(y, out), tokens_per_rank)
         host.add(its, out, None, tokens_per_rank)
         return out
 

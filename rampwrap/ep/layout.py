@@ -20,8 +20,8 @@ ALIGNED = 256
 HEADER = 64
 "int64 values: epochs and fault code, each on a line of its own, and room."
 CELLS = 384
-"""Of a rank and phase, one for each CTA that shares its tokens: three on an SM of Hopper, with one or more tokens each. All fit at once, with
-the 78 registers for each of 256 threads that quantising takes, and so none waits for one that cannot begin."""
+"""Of a rank and phase, one for each CTA that shares its tokens: three on an SM of Hopper, with one or more tokens each, as many as
+fit at once with the 78 registers for each of 256 threads that quantising takes. Where fewer fit, they go in the order of their numbers."""
 
 
 @attrs.frozen

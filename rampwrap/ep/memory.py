@@ -11,7 +11,7 @@ class Memory:
 
     Attributes:
         shared: that all ranks map, and write into.
-        own: ticket and M blocks.
+        own: M blocks.
         collectives: what torch.distributed moves rows into.
     """
 

@@ -47,6 +47,10 @@ class Rules:
     "For the flag of a source."
     sums_wait: bool = True
     "For the layer of their source."
+    ctas: str = "of the most tokens"
+    "Of a dispatch: of the rank that has most; or of the rank's own, which then wait for those further on too."
+    resident: int = 1 << 20
+    "CTAs of a launch of low latency that are on the GPU at once; the next begins, in order, when one has ended."
     flags_follow: bool = True
     "The rows of the same peer; or go ahead of them."
     sums_told: str = "after the layer"
@@ -59,6 +63,7 @@ class Launch:
 
     ctas: tuple[tuple[Op, ...], ...]
     tail: tuple[Op, ...] = ()
+    resident: int = 1 << 20
 
 
 Routing = list[list[list[set[int]]]]
@@ -133,6 +138,8 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
     awaited = everyone if rules.dispatch_waits_for == "every rank" else sorted(senders)
     early, bumps_early = rules.epoch_read != "by the launch", rules.epoch_bumped != "by the push"
 
+    ctas = max(telling) if rules.ctas == "of the most tokens" else telling[rank]
+
     def sends(number: int) -> tuple[Op, ...]:
         """What a CTA of the dispatch stores."""
         if number >= len(mine):
@@ -150,16 +157,20 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
                 *([] if early and step else [("epoch", f"dispatch {number}")]),
                 *([("bump", "epoch", "dispatch 0")] if bumps_early and not number else []),
                 *sends(number),
-                *(("flag", to, ("dispatch", rank, number), f"dispatch {number}") for to in everyone),
+                *(
+                    ("flag", to, ("dispatch", rank, number), f"dispatch {number}")
+                    for to in everyone
+                    if number < telling[rank]
+                ),
                 *([] if number else [("bump", "step", "dispatch 0")]),
                 *(
                     ("wait", ("dispatch", other, its), f"dispatch {number}")
-                    for its in range(number, max(telling), telling[rank])
+                    for its in range(number, max(telling), ctas)
                     for other in awaited
                     if its < telling[other]
                 ),
             )
-            for number in range(telling[rank])
+            for number in range(ctas)
         ),
         # The layer: all ids, and the rows that are for this rank.
         tail=(
@@ -171,6 +182,7 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
                 if rank in its
             ),
         ),
+        resident=rules.resident,
     )
 
     def pushes(source: int, number: int) -> tuple[Op, ...]:
@@ -212,8 +224,9 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
     # The next dispatch's first lines, where that launch does not wait for this one.
     prologue: list[tuple[Op, ...]] = []
     if early and step + 1 < len(routing):
-        prologue = [tuple(("epoch", f"dispatch {its}") for its in range(max(1, len(routing[step + 1][rank]))))]
-    return [dispatch, Launch((*push, *sums, *prologue))]
+        following = max(1, *map(len, routing[step + 1]))
+        prologue = [tuple(("epoch", f"dispatch {its}") for its in range(following))]
+    return [dispatch, Launch((*push, *sums, *prologue), resident=rules.resident)]
 
 
 @attrs.frozen
@@ -245,9 +258,12 @@ class Model:
             if launch == len(self.launches[rank]):
                 continue
             its = self.launches[rank][launch]
-            ended = all(place == len(cta) for place, cta in zip(places, its.ctas, strict=False))
+            left = [at for at, cta in enumerate(its.ctas) if places[at] < len(cta)]
+            ended, resident = not left, left[: its.resident]
             for number, (place, program) in enumerate(zip(places, (*its.ctas, its.tail), strict=True)):
                 is_tail = number == len(its.ctas)
+                if not is_tail and number not in resident:
+                    continue
                 if place < len(program) and (ended or not is_tail) and self._may(ranks[rank], program[place]):
                     yield rank, number
         for index, (_, to, address, _, after) in enumerate(flying):
@@ -392,8 +408,10 @@ def failures(rules: Rules, runs: int, ranks: Sequence[int] = (2, 3), seed: int =
         Rules(buffers=2),
         Rules(by_source_from=1, parity=True),
         Rules(by_source_from=2),
+        Rules(resident=1),
+        Rules(resident=2),
     ],
-    ids=["low latency", "two buffers", "by source, its parity", "both kinds"],
+    ids=["low latency", "two buffers", "by source, its parity", "both kinds", "a CTA at once", "two CTAs at once"],
 )
 def test_the_protocol_holds(rules: Rules) -> None:
     """One buffer is enough, for steps of both kinds that follow each other too; one bit of the epoch only for those by source."""
@@ -423,6 +441,22 @@ def test_broken_protocols_are_seen(name: str) -> None:
     rules, said = MUTANTS[name]
     found = failures(rules, 90)
     assert len(found) >= 3 and all(re.search(said, reason) for reason in found), found[:3]
+
+
+FEW, MANY = 2, 5
+"Tokens of two ranks."
+
+
+@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize("ctas", ["of the most tokens", "of its own tokens"])
+def test_no_cta_keeps_from_beginning_what_another_waits_for(ctas: str, resident: int) -> None:
+    """Where few CTAs of a launch fit at once, beside other kernels or by a limit: those of one number meet, in order. A rank of few
+    tokens whose CTAs waited for those further on would wait for one that cannot begin before it is told by one that cannot begin."""
+    rules = Rules(ctas=ctas, resident=resident, by_source_from=1 << 20)
+    routing: Routing = [[[{0}] * FEW, [{1}] * MANY]] * 2
+    found = {at_random(Model(programs(routing, 2, rules), rules), random.Random(run)) for run in range(20)}
+    holds = ctas == "of the most tokens" or 2 * resident > FEW
+    assert found == {None if holds else "all wait for each other"}
 
 
 SHIFTED: Routing = [[[{2}] * 4, [{2}], []], [[], [{2}] * 2, []]]

@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import attrs
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 pytest.importorskip("triton")
 import rampwrap
-from rampwrap.ep.layout import Layout
+from rampwrap.ep.layout import CELLS, Layout
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.received import prefix, sum_in_order
 from rampwrap.ep.symmetric import RECEIVED
@@ -218,6 +219,50 @@ def test_ranks_that_count_differently() -> None:
     )
 
 
+def test_a_rank_that_does_not_come_after_the_last_epoch() -> None:
+    """Cells that nobody wrote are 0, which no step has for a number: the one after 2**31 - 1 is 1."""
+    its, brought = made(Layout(SHAPE, 2, 4), PLACEMENTS[2])[0], drawn([1], 7)[0]
+    its.views["header"][EPOCH] = (1 << 31) - 1
+    host.dispatch(its, **brought, tokens_per_rank=[1, 0], masked=False)
+    assert str(host.said_by(int(its.fault), 1.0)).startswith("rank 1 did not arrive at dispatch of step 1 within 1 s")
+
+
+@pytest.mark.parametrize("kernel", ["dispatch", "gather"])
+def test_all_ranks_launch_as_many_ctas(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the rank of most tokens needs, so that each CTA waits for its namesakes alone (`tests/ep/test_protocol.py`)."""
+    ranks, counts = made(Layout(SHAPE, 4, 500), PLACEMENTS[4]), [1, 500, 0, 3]
+    grids: list[tuple[int, int]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda *_, **__: grids.append(grid)
+
+    monkeypatch.setattr(host, f"{kernel}_kernel", Recorded())
+    for rank, its in zip(ranks, drawn(counts, 8), strict=True):
+        if kernel == "dispatch":
+            host.dispatch(rank, **its, tokens_per_rank=counts, masked=False)
+        else:
+            host.gather(rank, [its["x"].view(torch.int32)], [0], counts)
+    assert grids == [(CELLS, 1)] * 4
+
+
+def test_what_is_pushed_is_apart_from_the_sums() -> None:
+    """The second launch of a combine writes while the first may read: a copy is pushed where they share memory."""
+    memory = torch.randn(6, 256)
+    for y, out, copied in (
+        (memory, memory[2:4], True),
+        (memory[:3], memory[2:4], True),
+        (memory[:2], memory[2:4], False),
+        (memory[4:], memory[2:4], False),
+        (memory[:0], memory, False),
+        (memory, memory[:0], False),
+        (memory[:, :128].t(), memory[5:], True),
+        (memory, torch.empty(6, 256), False),
+    ):
+        found = host.apart(y, out)
+        assert torch.equal(found, y) and found.is_contiguous() and (found.data_ptr() != y.data_ptr()) == copied
+
+
 def test_more_ranks_than_arguments() -> None:
     its = made(Layout(SHAPE, 1, 4), PLACEMENTS[1])[0]
     with pytest.raises(ValueError, match="9 ranks share memory; up to 8 of one host do"):
@@ -276,7 +321,7 @@ build("tell", bulk.tell_kernel, dict(RANKS=1, CELLS_AT=512), num_warps=1)
 build("tell all", bulk.tell_kernel, dict(RANKS=ranks, CELLS_AT=512), num_warps=1)
 build("end", bulk.end_kernel, {}, num_warps=1)
 build("wait", bulk.wait_kernel, dict(PHASE=1), num_warps=1)
-build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8)
+build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8, maxnreg=64)
 """
 
 
