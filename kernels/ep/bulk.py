@@ -10,13 +10,15 @@ None of these launches overlaps the one before it (`pdl`): they stand on streams
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import await_cells, end_step, next_epoch, tell
+from rampwrap.kernels.ep.flags import await_cells, end_step, has_all, next_epoch, tell
 
 
 @triton.jit(do_not_specialize=["rank", "peer", "num_tokens"])
 def tell_kernel(bases_ptr, header_ptr, rank, peer, num_tokens, CELLS_AT: tl.constexpr, RANKS: tl.constexpr):
     """Writes the cell of this rank's first CTA at RANKS ranks from a peer on, after all that the stream did before."""
-    tell(bases_ptr + peer, CELLS_AT + rank * 8, next_epoch(header_ptr), num_tokens, RANKS)
+    epoch = next_epoch(header_ptr)
+    if has_all(header_ptr):
+        tell(bases_ptr + peer, CELLS_AT + rank * 8, epoch, num_tokens, RANKS)
 
 
 @triton.jit(do_not_specialize=["source", "limit_ns", "num_tokens"])

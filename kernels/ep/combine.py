@@ -19,6 +19,7 @@ from rampwrap.kernels.ep.flags import (
     end_step,
     epoch_in_progress,
     first_row,
+    has_all,
     next_epoch,
     owner_of,
     peer_at,
@@ -77,7 +78,7 @@ def push_kernel(
     So rows are read before it is known whether they are wanted.
     """
     wait_for_launch_before(PDL)
-    epoch = epoch_in_progress(header_ptr)
+    epoch, sound = epoch_in_progress(header_ptr), has_all(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     # The next rank first, so that not all push to the same one.
     source = (rank + 1 + tl.program_id(1)) % RANKS
@@ -111,7 +112,7 @@ def push_kernel(
                 y = tl.load(y_ptr + row * COLUMNS + column, mask=column < COLUMNS, other=0.0)
                 total = y if y.dtype == PARTIAL else downcast(y.to(tl.float32), PARTIAL)
             tl.store(to + column, total, mask=column < COLUMNS * wanted)
-    if tl.program_id(0) < ctas_of(num_tokens, MOST):
+    if sound & (tl.program_id(0) < ctas_of(num_tokens, MOST)):
         _first, own = first_row(counts, rank, RANKS)
         tell(bases_ptr + source, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, own, 1)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):

@@ -19,6 +19,7 @@ from rampwrap.kernels.ep.flags import (
     begin_step,
     ctas_of,
     first_row,
+    has_all,
     next_epoch,
     owner_of,
     peer_at,
@@ -241,7 +242,7 @@ def dispatch_kernel(
     all wait.
     """
     wait_for_launch_before(PDL)
-    epoch = next_epoch(header_ptr)
+    epoch, sound = next_epoch(header_ptr), has_all(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     first, num_tokens = first_row(counts, rank, RANKS)
     if SENDS:
@@ -273,7 +274,7 @@ def dispatch_kernel(
                 BLOCK,
                 GROUPS,
             )
-        if tl.program_id(0) < ctas_of(num_tokens, MOST):
+        if sound & (tl.program_id(0) < ctas_of(num_tokens, MOST)):
             tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
     begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
     if WAITS:

@@ -119,6 +119,13 @@ def end_step(header_ptr, epoch):
 
 
 @triton.jit
+def has_all(header_ptr):
+    """Whether this rank missed nothing so far. What it has after a fault is worth nothing: it tells nothing more, so that others miss it,
+    also one that came too late and finds all else there. To be read early, for it is a trip to memory."""
+    return tl.load(header_ptr + _FAULT, cache_modifier=".cg") == 0
+
+
+@triton.jit
 def tell(bases_ptr, cell_at, epoch, num_tokens, RANKS: tl.constexpr):
     """Writes a cell, `cell_at` bytes into the memory of RANKS ranks; whatever the CTA stored or saw is visible before."""
     value = (tl.cast(epoch, tl.int64) << 32) | num_tokens

@@ -11,7 +11,16 @@ launches of `combine` take the sums back, of every rank for every token.
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import DISPATCH, await_namesakes, begin_step, ctas_of, first_row, next_epoch, tell
+from rampwrap.kernels.ep.flags import (
+    DISPATCH,
+    await_namesakes,
+    begin_step,
+    ctas_of,
+    first_row,
+    has_all,
+    next_epoch,
+    tell,
+)
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
 _DISPATCH = tl.constexpr(DISPATCH)
@@ -79,7 +88,7 @@ def gather_kernel(
     SENDS or WAITS is only off where ranks are emulated one after the other: all send, then all wait.
     """
     wait_for_launch_before(PDL)
-    epoch = next_epoch(header_ptr)
+    epoch, sound = next_epoch(header_ptr), has_all(header_ptr)
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     first, num_tokens = first_row(counts, rank, RANKS)
     if SENDS:
@@ -91,7 +100,7 @@ def gather_kernel(
             send_row(bases_ptr, field_2_ptr, token, row, rank, RANKS, WORDS_2, AT_2)
             send_row(bases_ptr, field_3_ptr, token, row, rank, RANKS, WORDS_3, AT_3)
             send_row(bases_ptr, field_4_ptr, token, row, rank, RANKS, WORDS_4, AT_4)
-        if tl.program_id(0) < ctas_of(num_tokens, MOST):
+        if sound & (tl.program_id(0) < ctas_of(num_tokens, MOST)):
             tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
     begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
     if WAITS:

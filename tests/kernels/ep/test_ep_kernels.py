@@ -27,7 +27,7 @@ from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.ep import host
-from rampwrap.kernels.ep.flags import EPOCH
+from rampwrap.kernels.ep.flags import COMBINE, EPOCH
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter these kernels need several GPUs")
@@ -187,13 +187,27 @@ def test_a_rank_that_does_not_come() -> None:
                 sends=sends,
                 waits=not sends,
             )
-    host.push(ranks[0], torch.zeros(4, 256), counts)
-    host.add(ranks[0], torch.empty(1, 256), brought[0]["topk_ids"], counts)
+    for rank in (0, 2):
+        host.push(ranks[rank], torch.zeros(4, 256), counts)
+        host.add(ranks[rank], torch.empty(1, 256), brought[rank]["topk_ids"], counts)
     assert host.said_by(int(ranks[0].fault), 2.5) == (
         "rank 1 did not arrive at dispatch of step 1 within 2.5 s; see what became of it, then call reset() on every rank."
     )
     assert host.said_by(int(ranks[2].fault), 2.5) == host.said_by(int(ranks[0].fault), 2.5)
     assert host.said_by(int(ranks[1].fault), 2.5) is None
+    # It comes, and finds all there but sums, which others made without its rows: it misses them, and their next steps.
+    for sends in (True, False):
+        its = {"tokens_per_rank": counts, "masked": False, "sends": sends, "waits": not sends}
+        host.dispatch(ranks[1], **brought[1], **its)
+    assert host.said_by(int(ranks[1].fault), 2.5) is None
+    host.push(ranks[1], torch.zeros(4, 256), counts)
+    host.add(ranks[1], torch.empty(2, 256), brought[1]["topk_ids"], counts)
+    assert str(host.said_by(int(ranks[1].fault), 2.5)).startswith("ranks 0, 2 did not arrive at combine of step 1")
+    before = [its.views["cells"].clone() for its in ranks]
+    for rank in (0, 2):
+        host.dispatch(ranks[rank], **brought[rank], tokens_per_rank=counts, masked=False)
+        host.tell(ranks[rank], COMBINE, counts[rank])
+    assert all(torch.equal(its.views["cells"], was) for its, was in zip(ranks, before, strict=True))
     assert "ranks 0, 2 did not arrive at combine of step 17 within 1 s; see what became of them" in str(
         host.said_by(17 << 32 | 1 << 16 | 2 << 8 | 5, 1.0)
     )
