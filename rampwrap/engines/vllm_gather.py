@@ -193,7 +193,14 @@ class Exchange:
         Raises:
             RampwrapError: a rank did not arrive at an earlier step.
         """
-        self._counts, manager = None, self._manager
+        under_way, self._counts, manager = self.under_way, None, self._manager
+        if under_way:
+            # The cells of its step are there already: nobody would wait for the rows of this one.
+            self._off = True
+            _warn(
+                "twice",
+                "rampwrap leaves vLLM's all-gather as it is from now on: rows were gathered whose sums never came.",
+            )
         if self._off:
             return None
         group = manager._get_comm_group(is_sequence_parallel)

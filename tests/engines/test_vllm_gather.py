@@ -109,6 +109,45 @@ def test_where_it_stands_aside(monkeypatch, change, says):
     assert reason is None if says is None else says in reason
 
 
+def test_a_gather_without_its_scatter(caplog):
+    """The next one goes vLLM's way, and all after it: it would find the flags of the one before, and not wait for anybody."""
+    gathered = []
+
+    class Rows:
+        hidden_size = 8
+
+        def refusal(self, fields, counts):
+            return None
+
+        def fault(self):
+            return None
+
+        def takes(self, y, counts):
+            return True
+
+        def gather(self, fields, counts):
+            gathered.append(counts)
+            return list(fields)
+
+        def scatter(self, y, counts, out):
+            return y
+
+    group = types.SimpleNamespace(world_size=2)
+    manager = types.SimpleNamespace(
+        world_size=2, _get_comm_group=lambda parallel: group, _get_sizes=lambda count, its: [count, 3]
+    )
+    exchange, fields = plugin.Exchange(manager, None), [torch.zeros(2, 8, dtype=torch.bfloat16)]
+    exchange._rows = Rows()
+    for _ in range(2):
+        assert exchange.gather(fields, False) is not None and exchange.under_way
+        assert exchange.scatter(fields[0]) is fields[0] and not exchange.under_way
+    assert exchange.gather(fields, False) is not None
+    for _ in range(2):
+        assert exchange.gather(fields, False) is None and exchange.scatter(fields[0]) is None
+    assert gathered == [(2, 3)] * 3
+    assert "rows were gathered whose sums never came" in caplog.text
+
+
 def test_a_rank_that_is_missed_ends_the_process():
     """A graph would run on without it."""
     script = (
