@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rampwrap.cli.main import main
+from rampwrap.ep.layout import CELLS
 
 LAYER = ["ep", "--model", "deepseek-v3", "--dtype", "fp8", "--ep-size", "8", "--dry-run"]
 
@@ -16,8 +17,8 @@ def test_memory_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     paths = [step["path"] for step in found["steps"]]
     assert paths == ["all rows", "masked", "masked"]
-    rows = 8 * 16384 * (7168 + 224 + 64 + 2 * 7168)
-    assert rows < found["memory"]["shared"] < rows + 8192
+    rows, cells = 8 * 16384 * (7168 + 224 + 2 * 64 + 2 * 7168), 2 * CELLS * 8 * 8
+    assert rows + cells < found["memory"]["shared"] < rows + cells + 8192
     assert found["memory"]["collectives"] == 0
     assert found["steps"][1]["most_dispatch_bytes"] == 7 * 128 * (7168 + 224 + 64)
     assert found["steps"][1]["most_combine_bytes"] == 7 * 128 * 2 * 7168
@@ -27,7 +28,7 @@ def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LAYER, "--backend", "collectives", "--partials", "fp32", "--batch-size", "1"]) == 0
     said = capsys.readouterr().out
     assert "fp8 on 8 ranks; rows travel in fp8, sums in fp32" in said
-    megabytes = 8 * 512 * (7168 + 4 * 56 + 8 * 8 + 4 * 7168) / 1e6
+    megabytes = (8 * 512 * (7168 + 4 * 56 + 2 * 8 * 8 + 4 * 7168) + 2 * CELLS * 8 * 8) / 1e6
     assert f"memory of a rank (collectives): {megabytes:.1f} MB, 0.0 shared" in said
 
 
