@@ -67,11 +67,7 @@ class Mega(Exchange):
         mma, weights, tokens = self.make_mma()
         # One of its own for the second product: setting a field of it in one loop makes it unusable in another.
         mma2, _, _ = self.make_mma()
-        # Rows of shared memory as in Up: 8 gate rows, 8 up rows, ...
-        mt = self.mt
-        boxes = describe(
-            w13, (hidden, 8, 2 * experts, columns // (8 * mt), mt), (mt, columns, 8 * mt, 1), self.box, l2_fetch
-        )
+        boxes = self.describe_w13(w13, experts, hidden, columns, l2_fetch)
         # As in Down, for `side` 64-row tiles at a time: a warp's 8 rows of lanes then add 128 contiguous bytes.
         side = self.side
         boxes2 = describe(

@@ -158,18 +158,21 @@ class GroupedGemm:
         slot = sorted_ids[block * self.block_m + cutlass.min(consumer, self.block_m - 1)]
         return slot | ((num_slots - 1 - slot) >> 31)
 
-    @cute.jit
-    def copy_weights(self, descriptor, target, full, stage, step, expert, tile):
-        """Starts the copy of one step of a tile's weights to the address of stage 0; the first producer warp calls it."""
+    def copy_boxes(self, boxes, target, full, stage, step, num_bytes, place):
+        """Starts the copies of one step of a tile's weights: boxes one behind the other in shared memory, from the address of stage 0 on.
+
+        `place` says the coordinates behind K of the m-th, `num_bytes` is all that the TMA brings for the step; the first producer warp calls it.
+        """
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.rows * STEP_BYTES)
-            for m in cutlass.range_constexpr(self.rows // self.box_rows):
-                ptx.copy_box(
-                    target + (stage * self.rows + m * self.box_rows) * STEP_BYTES,
-                    descriptor,
-                    (step * self.step, Int32(0), *self.box_at(expert, tile, m)),
-                    (full + stage).toint(),
-                )
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+            for m in range(self.rows // self.box_rows):
+                to = target + (stage * self.rows + m * self.box_rows) * STEP_BYTES
+                ptx.copy_box(to, boxes, (step * self.step, *place(m)), (full + stage).toint())
+
+    def copy_weights(self, boxes, target, full, stage, step, expert, tile):
+        """`copy_boxes` of a tile of an expert."""
+        place = lambda m: (0, *self.box_at(expert, tile, m))  # noqa: E731
+        self.copy_boxes(boxes, target, full, stage, step, self.rows * STEP_BYTES, place)
 
     @cute.jit
     def gather_rows(self, sorted_ids, block, divisor, num_slots, thread):

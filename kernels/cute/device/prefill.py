@@ -25,12 +25,11 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float8E4M3FN, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.memory import SmemAllocator
 
 from rampwrap.kernels.cute.configs import STEP_BYTES, CuteConfig
-from rampwrap.kernels.cute.device import ptx
 from rampwrap.kernels.cute.device.boxes import describe
 from rampwrap.kernels.cute.device.pipeline import GroupedGemm
 
@@ -56,7 +55,7 @@ class PrefillGemm(GroupedGemm):
         self.block_m, self.rows, self.stages = config.block_m, config.rows, config.stages
         self.step = config.step
         self.consumers = 32 * config.warp_n
-        self.cluster = 1
+        self.cluster, self.box_rows = 1, BOX_ROWS
         self.product_rows = BOX_ROWS if self.fp8 else self.rows
         self.sums = self.rows // 2  # of a thread: two tokens, a quarter of the rows
 
@@ -113,18 +112,10 @@ class PrefillGemm(GroupedGemm):
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-    @cute.jit
-    def copy_boxes(self, boxes, target, full, stage, step, first, second, num_bytes: cutlass.Constexpr):
-        """Starts the copies of one step of a tile's weights, of `num_bytes` that the TMA brings for it; the first producer warp calls it."""
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
-            for box in cutlass.range_constexpr(2):
-                ptx.copy_box(
-                    target + (stage * self.rows + box * BOX_ROWS) * STEP_BYTES,
-                    boxes,
-                    (step * self.step, Int32(0), Int32(0), Int32(0), (second if box else first) * self.box_runs),
-                    (full + stage).toint(),
-                )
+    def copy_pair(self, boxes, target, full, stage, step, first, second, num_bytes):
+        """`copy_boxes` of a tile's two."""
+        place = lambda m: (0, 0, 0, (second if m else first) * self.box_runs)  # noqa: E731
+        self.copy_boxes(boxes, target, full, stage, step, num_bytes, place)
 
     @cute.jit
     def operands(self, mma, shared_x, shared_w, group):

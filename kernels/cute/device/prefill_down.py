@@ -148,7 +148,7 @@ class PrefillDown(PrefillGemm):
             early = cutlass.min(steps, self.stages)
             box = expert * (hidden // BOX_ROWS) + tile * of_a_tile
             for step in cutlass.range(early, unroll=1):
-                self.copy_boxes(boxes, weights_address, full, step, step, box, box + 1, num_bytes)
+                self.copy_pair(boxes, weights_address, full, step, step, box, box + 1, num_bytes)
         cute.arch.griddepcontrol_wait()
         stage, phase = Int32(0), Int32(1)
         for index in cutlass.range(start, stop, by, unroll=1):
@@ -161,7 +161,7 @@ class PrefillDown(PrefillGemm):
                 for step in cutlass.range(steps, unroll=1):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if step >= early:
-                        self.copy_boxes(boxes, weights_address, full, stage, step, box, box + 1, num_bytes)
+                        self.copy_pair(boxes, weights_address, full, stage, step, box, box + 1, num_bytes)
                     cute.copy(
                         tma_h, from_rows[(None, now_block, step)], to_rows[(None, stage)], tma_bar_ptr=full + stage
                     )

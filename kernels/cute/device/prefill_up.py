@@ -154,7 +154,7 @@ class PrefillUp(PrefillGemm):
                 for step in cutlass.range(hidden // self.step, unroll=1):
                     cute.arch.mbarrier_wait(empty + stage, phase)
                     if warp == 0:
-                        self.copy_boxes(
+                        self.copy_pair(
                             boxes, weights_address, full, stage, step, box, box + tiles_n,
                             bytes_of_a_step(self.config, False),
                         )  # fmt: skip

@@ -64,6 +64,14 @@ class Ragged(GroupedGemm):
         return sorted_ids[first + cutlass.min(consumer, last)], sorted_ids[first + cutlass.min(behind, last)]
 
     @cute.jit
+    def look_at(self, index, num_blocks, tiles_n, group_m, sorted_ids, expert_ids, consumer):
+        """(column tile, expert, *`load_of`) of the index-th tile."""
+        block, tile = self.tile_of(index, num_blocks, tiles_n, group_m)
+        expert = expert_ids[block]
+        slot, behind = self.load_of(sorted_ids, block, consumer)
+        return tile, expert, slot, behind
+
+    @cute.jit
     def told_by(self, slot, behind, num_slots, consumer):
         """(a thread's slot, -1 for none; into how many eights of rows the block's tokens reach, at least one) by what was loaded."""
         past = self.block_m - 9 - consumer % 32 * 8  # negative where a lane's next eight rows are none of the block
@@ -99,16 +107,15 @@ class RaggedUp(Ragged, Up):
         num_slots, hidden, columns, group_m, num_blocks, tiles_n, start, stop, by, rank, consumer, warp,
     ):  # fmt: skip
         stage, phase, turn = Int32(0), Int32(0), Int32(0)
-        block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
-        expert = expert_ids[block]
-        slot, behind = self.load_of(sorted_ids, block, consumer)
+        tile, expert, slot, behind = self.look_at(start, num_blocks, tiles_n, group_m, sorted_ids, expert_ids, consumer)
         for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
             now_expert, now_tile = expert, tile * self.cluster + rank
             now_slot, eights = self.told_by(slot, behind, num_slots, consumer)
             # The next tile's are on their way while this one is multiplied.
-            block, tile = self.tile_of(self.tile_after(index, stop, by), num_blocks, tiles_n, group_m)
-            expert = expert_ids[block]
-            slot, behind = self.load_of(sorted_ids, block, consumer)
+            after = self.tile_after(index, stop, by)
+            tile, expert, slot, behind = self.look_at(
+                after, num_blocks, tiles_n, group_m, sorted_ids, expert_ids, consumer
+            )
             if now_expert >= 0:
                 for which in cutlass.range_constexpr(len(self.narrow)):
                     if self.fits(which, eights):
@@ -159,17 +166,16 @@ class RaggedDown(Ragged, Down):
         start, stop, by, consumer, warp,
     ):  # fmt: skip
         stage, phase, turn = Int32(0), Int32(0), Int32(0)
-        block, tile = self.tile_of(start, num_blocks, tiles_n, group_m)
-        expert = expert_ids[block]
-        slot, behind = self.load_of(sorted_ids, block, consumer)
+        tile, expert, slot, behind = self.look_at(start, num_blocks, tiles_n, group_m, sorted_ids, expert_ids, consumer)
         for index in cutlass.range(start, self.end_of(start, stop, by), by, unroll=1):
             now_expert, first = expert, tile * self.rows + warp * (16 * self.mt)
             now_slot, eights = self.told_by(slot, behind, num_slots, consumer)
             weight = topk_weights[cutlass.max(now_slot, 0)]
             # The next tile's are on their way while this one is multiplied.
-            block, tile = self.tile_of(self.tile_after(index, stop, by), num_blocks, tiles_n, group_m)
-            expert = expert_ids[block]
-            slot, behind = self.load_of(sorted_ids, block, consumer)
+            after = self.tile_after(index, stop, by)
+            tile, expert, slot, behind = self.look_at(
+                after, num_blocks, tiles_n, group_m, sorted_ids, expert_ids, consumer
+            )
             if now_expert >= 0:
                 for which in cutlass.range_constexpr(len(self.narrow)):
                     if self.fits(which, eights):

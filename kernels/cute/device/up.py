@@ -29,6 +29,12 @@ class Up(GroupedGemm):
         super().__init__(config)
         self.cluster = max(1, SCALE // (self.rows // 2)) if self.fp8 else 1
 
+    def describe_w13(self, w13, experts, hidden, columns, l2_fetch):
+        """The descriptor of its boxes. Rows of shared memory are 8 gate rows, 8 up rows, ...; row r of the m-th 64 of a warp is column
+        r * mt + m of it."""
+        extents = (hidden, 8, 2 * experts, columns // (8 * self.mt), self.mt)
+        return describe(w13, extents, (self.mt, columns, 8 * self.mt, 1), self.box, l2_fetch)
+
     def launch(
         self,
         x,
@@ -49,11 +55,7 @@ class Up(GroupedGemm):
     ):
         experts, hidden, columns = w13.shape[0], x.shape[1], h.shape[1]
         mma, weights, tokens = self.make_mma()
-        # Rows of shared memory: 8 gate rows, 8 up rows, ...; row r of the m-th 64 of a warp is column r * mt + m of it.
-        mt = self.mt
-        boxes = describe(
-            w13, (hidden, 8, 2 * experts, columns // (8 * mt), mt), (mt, columns, 8 * mt, 1), self.box, l2_fetch
-        )
+        boxes = self.describe_w13(w13, experts, hidden, columns, l2_fetch)
         tiles_n = columns // (self.rows // 2)
         self.kernel(
             mma,
@@ -186,17 +188,9 @@ class Up(GroupedGemm):
                             boxes, weights_address, full, stage, step, now_expert, now_tile * self.cluster + rank
                         )
                     self.copy_tokens(
-                        rows,
-                        x_address,
-                        row_bytes,
-                        scale_address,
-                        row_scales,
-                        tokens_address,
-                        scales_address,
-                        stage,
-                        step,
-                        thread,
-                    )
+                        rows, x_address, row_bytes, scale_address, row_scales, tokens_address, scales_address,
+                        stage, step, thread,
+                    )  # fmt: skip
                     cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
                     stage, phase = self.next_stage(stage, phase)
             self.next_slots(slots, ahead, sorted_ids, block, thread)
