@@ -4,8 +4,6 @@ Runs in a process of its own and is not called by hand. Commands on stdin, answe
 """
 
 import argparse
-import json
-import os
 import pathlib
 import sys
 import time
@@ -17,6 +15,7 @@ import transformers
 import triton
 from compiled_transformers import STEP, busy_us
 from generate_transformers import MODELS, random_model
+from serve_arm import asked, opened, say
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from rampwrap.engines import transformers as engine
@@ -172,16 +171,13 @@ class Model:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    model = Model(json.loads(sys.stdin.readline()))
+    settings, answers = opened()
+    model = Model(settings)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"versions": versions, "served": model.served}), file=answers, flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        name = command.pop("do")
+    say(answers, {"versions": versions, "served": model.served})
+    for name, arguments in asked():
         with torch.no_grad():
-            print(json.dumps(getattr(model, name)(**command)), file=answers, flush=True)
+            say(answers, getattr(model, name)(**arguments))
     return 0
 
 

@@ -9,8 +9,6 @@ import argparse
 import gc
 import importlib
 import importlib.metadata
-import json
-import os
 import sys
 import time
 import traceback
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from serve_arm import asked, opened, say
 from serve_vllm_arm import shares
 
 from rampwrap.adapters.layer import LayerKernel
@@ -220,20 +219,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", action="store_true", help="a whole engine instead, once")
     whole = parser.parse_args().whole
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    settings = json.loads(sys.stdin.readline())
+    settings, answers = opened()
     if whole:
-        print(json.dumps(served(settings)), file=answers, flush=True)
+        say(answers, served(settings))
         return 0
     engine = Engine(settings)
-    print(json.dumps(engine.started), file=answers, flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        name = command.pop("do")
-        if name == "quit":
-            break
-        print(json.dumps(getattr(engine, name)(**command)), file=answers, flush=True)
+    say(answers, engine.started)
+    for name, arguments in asked():
+        say(answers, getattr(engine, name)(**arguments))
     return 0
 
 

@@ -10,7 +10,6 @@ every arm, in place of vLLM's top-k kernel, and the pool is replaced between mea
 
 import argparse
 import gc
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from serve_arm import asked, opened, say
 
 STRATEGY = "rampwrap_pool"
 POOL = 32768  # choices a layer; 64 windows of 512 tokens before one repeats
@@ -377,18 +377,12 @@ def shares(kernels: Any, steps: int) -> dict[str, Any]:
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    settings = json.loads(sys.stdin.readline())
+    settings, answers = opened()
     engine = Engine(settings)
-    print(json.dumps(engine.started), file=answers, flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        name = command.pop("do")
-        if name == "quit":
-            break
+    say(answers, engine.started)
+    for name, arguments in asked():
         with torch.inference_mode():
-            print(json.dumps(getattr(engine, name)(**command)), file=answers, flush=True)
+            say(answers, getattr(engine, name)(**arguments))
     return 0
 
 

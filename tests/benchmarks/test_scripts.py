@@ -25,6 +25,7 @@ PARTS = {
     "race_check",
     "race_field",
     "race_layer",
+    "serve_arm",
     "serve_vllm_setup",
     "serve_vllm_report",
 }  # of other scripts
