@@ -2,11 +2,14 @@
 
     python benchmarks/place.py --hindsight --out results/cpu-place.json
     python benchmarks/place.py --dtype fp8 bf16 --redundant 0 --steps 60 --measured 12 --seconds 60 --out FILE.json
+    python benchmarks/place.py --loads LOADS.npz --dtype fp8 --redundant 0 --steps 60 --measured 12 --out FILE.json
 
 128 experts of Qwen3-30B on 4 ranks. The CuTe kernels serve where a library of them is found, our Triton kernel on other GPUs,
-and a simulated one elsewhere. A table of one rank's part is profiled here, over a dozen configs, and a plan made of it. Recordings are drawn: every layer draws its popularities once
-(dirichlet), every step its tokens and a lognormal factor a expert. Placements see the first half of the steps and are judged on the
-second. "hindsight" are placements judged on the steps they saw, which tells how much of a gain would be noise.
+and a simulated one elsewhere. A table of one rank's part is profiled here, over a dozen configs, and a plan made of it. Recordings
+are drawn: every layer draws its popularities once (dirichlet), every step its tokens and a lognormal factor a expert. With --loads
+popularities are those of a model on several texts, arrays [layers, experts] of a file: steps that placements see are of all texts
+but the last, steps held out of the last. Placements see the first half of the steps and are judged on the second. "hindsight" are
+placements judged on the steps they saw, which tells how much of a gain would be noise.
 
 Measured: in some of the steps held out every rank's part is timed alone, with the config that the plan chooses, one rank after the
 other on the one GPU, weights not in L2. A step takes as long as its slowest rank. Rows come in all ranks' number, as our dispatch
@@ -32,7 +35,7 @@ from ep_shard import Shard, served, shard
 from rampwrap.ep.expert_maps import ExpertMaps
 from rampwrap.ep.forecast import Forecast
 from rampwrap.ep.study import CONTIGUOUS, TIME, TOKENS, Study, study
-from rampwrap.kernel.grid import IntArray
+from rampwrap.kernel.grid import FloatArray, IntArray
 from rampwrap.kernel.shape import SHAPES, MoEShape
 from rampwrap.routing.recorded import Recording, read_recording
 from rampwrap.routing.workloads import RecordedWorkload, Routing
@@ -41,6 +44,8 @@ SHAPE = SHAPES["qwen3-30b"]
 RANKS, LAYERS, STEPS, NOISE = 4, 4, 400, 0.3
 CASES = ((0.1, (64,)), (0.3, (256,)), (0.3, (2048,)), (0.3, (64, 256, 2048)))
 "Concentration of the popularities, and the token counts that steps draw from."
+LOADS = 0.0
+"Stands for the concentration where popularities are those of a file."
 PROFILED = (1, 8, 64, 256, 1024, 2048, 4096)
 HEADER = """\
                                      | gain over contiguous            | by time over   | error of predictions
@@ -54,14 +59,34 @@ def rank_shape(dtype: str, redundant: int) -> MoEShape:
     return attrs.evolve(SHAPE, num_experts=slots, num_local_experts=slots // RANKS, dtype=dtype)
 
 
-def recorded(concentration: float, tokens: tuple[int, ...], steps: int, seed: int) -> IntArray:
-    """Counts [steps, layers, experts]."""
+def loads_in(path: pathlib.Path) -> FloatArray:
+    """Shares [texts, layers, experts] of all texts of this model in a file, by name; layers from its first to its last."""
+    with np.load(path) as file:
+        its = [
+            file[name].astype(np.float64)
+            for name in sorted(file.files)
+            if file[name].shape[-1:] == (SHAPE.num_experts,)
+        ]
+    its = [each[np.linspace(0, len(each) - 1, LAYERS).round().astype(np.int64)] for each in its]
+    return np.stack([each / each.sum(1, keepdims=True) for each in its])
+
+
+def drawn(concentration: float, rng: np.random.Generator) -> FloatArray:
+    """Shares [1, layers, experts]."""
+    return rng.dirichlet(np.full(SHAPE.num_experts, concentration), (1, LAYERS))
+
+
+def recorded(
+    concentration: float, tokens: tuple[int, ...], steps: int, seed: int, loads: FloatArray | None = None
+) -> IntArray:
+    """Counts [steps, layers, experts]; the second half of the steps are of the last text."""
     rng = np.random.default_rng(seed)
+    shares = drawn(concentration, rng) if loads is None else loads
     out = np.zeros((steps, LAYERS, SHAPE.num_experts), dtype=np.int64)
     for layer in range(LAYERS):
-        popularity = rng.dirichlet(np.full(SHAPE.num_experts, concentration))
         for step in range(steps):
-            now = np.log(popularity + 1e-12) + rng.normal(0, NOISE, SHAPE.num_experts)
+            text = step % max(1, len(shares) - 1) if step < steps // 2 else -1
+            now = np.log(shares[text, layer] + 1e-12) + rng.normal(0, NOISE, SHAPE.num_experts)
             score = rng.gumbel(size=(int(rng.choice(tokens)), SHAPE.num_experts)) + now
             ids = np.argpartition(-score, SHAPE.top_k - 1, axis=1)[:, : SHAPE.top_k]
             out[step, layer] = np.bincount(ids.ravel(), minlength=SHAPE.num_experts)
@@ -134,7 +159,7 @@ def line(row: dict[str, Any]) -> str:
     its, tokens = row["measured"], ",".join(map(str, row["tokens"]))
     gain, over = its["gain"], its["time_over_tokens"]
     return (
-        f"{row['dtype']:6s}{row['dirichlet']:9g} {tokens:15s}{row['redundant']:5d} |"
+        f"{row['dtype']:6s}{row['dirichlet'] or 'loads':>9} {tokens:15s}{row['redundant']:5d} |"
         f"{gain['predicted'][TOKENS]:6.3f}x{gain['predicted'][TIME]:6.3f}x {gain['measured'][TOKENS]:6.3f}x"
         f"{gain['measured'][TIME]:6.3f}x{its['slowest_us']['measured'][TIME]:5.0f} |{over['predicted']:6.3f}x"
         f"{over['measured']:7.3f}x |{its['rank_error']['mean']:5.1%}{its['rank_error']['p95']:7.1%}{its['slowest_error']:+7.1%}"
@@ -147,6 +172,9 @@ def main() -> None:
     parser.add_argument("--kernel", default=served())
     parser.add_argument("--dtype", nargs="+", choices=["fp8", "bf16"], default=["fp8"])
     parser.add_argument("--redundant", nargs="+", type=int, default=[0, 8])
+    parser.add_argument(
+        "--loads", type=pathlib.Path, metavar="NPZ", help="popularities on several texts [layers, experts]"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of a recording")
     parser.add_argument("--measured", type=int, default=24, help="steps of single layers that are measured")
     parser.add_argument("--hindsight", action="store_true", help="judges placements by the steps they saw, too")
@@ -156,11 +184,13 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
+    args.shares = None if args.loads is None else loads_in(args.loads)
+    cases = CASES if args.loads is None else tuple((LOADS, tokens) for _, tokens in CASES)
     found: list[dict[str, Any]] = []
     print(f"{args.kernel}\n{HEADER}", flush=True)
     for redundant in args.redundant:
         shards: dict[str, Shard] = {}
-        for concentration, tokens in CASES:  # types in turn: a run that is cut short has some of each
+        for concentration, tokens in cases:  # types in turn: a run that is cut short has some of each
             for dtype in args.dtype:
                 if found and time.monotonic() > until:
                     return
@@ -177,7 +207,7 @@ def main() -> None:
 def case(its: Shard, concentration: float, tokens: tuple[int, ...], redundant: int, args: argparse.Namespace) -> Any:
     """One recording, placed, judged and measured."""
     with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/recorded.npy", recorded(concentration, tokens, args.steps, args.seed))
+        np.save(f"{folder}/recorded.npy", recorded(concentration, tokens, args.steps, args.seed, args.shares))
         recording = read_recording(f"{folder}/recorded.npy", SHAPE.num_experts)
     judged = study(its.plan, recording, RANKS, redundant, most_steps=args.steps)
     taken = measured(its, judged.maps, some(recording, args.measured), args.rounds)

@@ -32,7 +32,7 @@ def test_a_rank_is_timed_by_its_own_experts():
 def test_placements_are_measured_on_their_own_ranks(script, monkeypatch, its):
     place = script("place")
     monkeypatch.setattr(place, "SHAPE", attrs.evolve(SHAPE, num_local_experts=16))
-    options = argparse.Namespace(steps=12, seed=1, measured=3, rounds=1, hindsight=True)
+    options = argparse.Namespace(steps=12, seed=1, measured=3, rounds=1, hindsight=True, shares=None)
     found = place.case(its, 0.3, (64,), 0, options)
     assert set(found["held_out"]) == set(found["hindsight"]) == set(found["measured"]["gain"]["measured"])
     us = found["measured"]["slowest_us"]
@@ -42,6 +42,20 @@ def test_placements_are_measured_on_their_own_ranks(script, monkeypatch, its):
     )
     assert 0 < found["measured"]["rank_error"]["mean"] < 0.1  # the model is not the simulation
     assert "x" in place.line(found | {"dtype": "fp8", "dirichlet": 0.3, "tokens": (64,)})
+
+
+def test_steps_held_out_are_of_the_last_text(script, monkeypatch, tmp_path):
+    place = script("place")
+    monkeypatch.setattr(place, "SHAPE", SHAPE)
+    seen, unseen = np.eye(SHAPE.num_experts)[[0, 1, 2, 3] * 2], np.eye(SHAPE.num_experts)[[4, 5, 6, 7] * 2]
+    other = np.ones((8, 3))  # of another model
+    np.savez(tmp_path / "loads.npz", b=unseen.astype(np.float16), a=seen, c=other)
+    shares = place.loads_in(tmp_path / "loads.npz")
+    assert shares.shape == (2, place.LAYERS, SHAPE.num_experts)
+    counts = place.recorded(place.LOADS, (5,), 6, 1, shares)
+    assert (counts.sum(2) == 5 * SHAPE.top_k).all()
+    for step, text in enumerate([shares[0]] * 3 + [shares[1]] * 3):
+        assert (np.take_along_axis(counts[step], text.argmax(1)[:, None], 1) == 5).all()  # each token's first choice
 
 
 def test_a_launch_is_of_the_ranks_histogram(script, its):
