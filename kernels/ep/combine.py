@@ -188,8 +188,10 @@ def sum_kernel(
 
     Ids are those that the rank sent. EVERY adds the sums of all ranks. BY_SOURCE waits for one cell of each rank, told after all its sums.
 
-    Without BY_SOURCE the launch before is `push_kernel`, which began when all that is read here beside sums was there: so it is waited
-    for at the end.
+    Without BY_SOURCE the launch before is `push_kernel`, which is waited for at the end. What is read here beside sums was there when it
+    began: each CTA of it lets this launch begin after its own wait, when the dispatch and what made the ids had ended and all that they
+    wrote was in L2. The step in progress and the ids are read from there (.cg); the table never changes; nobody writes the header's
+    step before the end of this launch.
     """
     if BY_SOURCE:
         wait_for_launch_before(PDL)

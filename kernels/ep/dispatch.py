@@ -13,22 +13,9 @@ without).
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import (
-    DISPATCH,
-    await_namesakes,
-    begin_step,
-    ctas_of,
-    first_row,
-    has_all,
-    next_epoch,
-    owner_of,
-    peer_at,
-    tell,
-)
+from rampwrap.kernels.ep.flags import first_row, has_all, meet, next_epoch, owner_of, peer_at
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 from rampwrap.kernels.triton.quantise import quantise_groups
-
-_DISPATCH = tl.constexpr(DISPATCH)
 
 
 @triton.jit
@@ -274,8 +261,21 @@ def dispatch_kernel(
                 BLOCK,
                 GROUPS,
             )
-        if sound & (tl.program_id(0) < ctas_of(num_tokens, MOST)):
-            tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
-    begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
-    if WAITS:
-        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST, SENDS)
+    meet(
+        bases_ptr,
+        cells_ptr,
+        header_ptr,
+        fault_ptr,
+        epoch,
+        sound,
+        counts,
+        rank,
+        num_tokens,
+        limit_ns,
+        CELLS_AT,
+        RANKS,
+        LANES,
+        MOST,
+        SENDS,
+        WAITS,
+    )

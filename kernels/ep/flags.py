@@ -25,6 +25,7 @@ LATE, COUNTS = 1, 2
 MOST_RANKS = 8
 "Of one host; counts of tokens are arguments, one a rank."
 _EPOCH, _FAULT, _STEP = tl.constexpr(EPOCH), tl.constexpr(FAULT), tl.constexpr(STEP)
+_DISPATCH = tl.constexpr(DISPATCH)
 _LATE, _COUNTS = tl.constexpr(LATE), tl.constexpr(COUNTS)
 _EPOCHS = tl.constexpr((1 << 31) - 1)
 
@@ -205,35 +206,43 @@ def ctas_of(num_tokens, MOST: tl.constexpr):
 
 
 @triton.jit
-def await_namesakes(
+def meet(
+    bases_ptr,
     cells_ptr,
     header_ptr,
     fault_ptr,
     epoch,
+    sound,
     counts,
+    rank,
+    num_tokens,
     limit_ns,
-    PHASE: tl.constexpr,
+    CELLS_AT: tl.constexpr,
     RANKS: tl.constexpr,
     LANES: tl.constexpr,
     MOST: tl.constexpr,
-    ALL: tl.constexpr,
+    SENDS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
-    """Waits for all CTAs that tell, of all ranks: each CTA of this launch for those of its own number, which it has told before.
+    """The end of a launch that sends rows: each CTA tells those of its number on all ranks, and waits for them.
 
-    `cells_ptr` is where the phase's cells begin. There is a CTA for each number that a rank tells: one that waited for more of them
-    would take about 1 us each, and could keep CTAs from beginning that others wait for. ALL is only off where ranks are emulated, by fewer.
+    There is a CTA for each number that a rank tells: one that waited for more of them would take about 1 us each, and could keep CTAs
+    from beginning that others wait for. One of SENDS and WAITS is only off where ranks are emulated one after the other.
+
+    Args:
+        sound: of `has_all`, without which nothing is told.
+        num_tokens: of this rank.
     """
-    expected = spread(counts, RANKS, LANES)
-    telling = ctas_of(expected, MOST)
-    here = tl.arange(0, LANES) < RANKS
     number = tl.program_id(0)
-    if ALL:
-        cells, wanted = cells_ptr + number * RANKS, here & (number < telling)
-        await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, PHASE, LANES)
-    else:
-        for number in range(tl.program_id(0), tl.max(telling, 0), tl.num_programs(0)):
-            cells, wanted = cells_ptr + number * RANKS, here & (number < telling)
-            await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, PHASE, LANES)
+    if SENDS:  # noqa: SIM102, one of them is of the compiler
+        if sound & (number < ctas_of(num_tokens, MOST)):
+            tell(bases_ptr, CELLS_AT + (number * RANKS + rank) * 8, epoch, num_tokens, RANKS)
+    begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
+    if WAITS:
+        expected = spread(counts, RANKS, LANES)
+        wanted = (tl.arange(0, LANES) < RANKS) & (number < ctas_of(expected, MOST))
+        cells = cells_ptr + number * RANKS
+        await_cells(cells, header_ptr, fault_ptr, epoch, expected, wanted, limit_ns, _DISPATCH, LANES)
 
 
 @triton.jit

@@ -11,19 +11,9 @@ launches of `combine` take the sums back, of every rank for every token.
 import triton
 import triton.language as tl
 
-from rampwrap.kernels.ep.flags import (
-    DISPATCH,
-    await_namesakes,
-    begin_step,
-    ctas_of,
-    first_row,
-    has_all,
-    next_epoch,
-    tell,
-)
+from rampwrap.kernels.ep.flags import first_row, has_all, meet, next_epoch
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
-_DISPATCH = tl.constexpr(DISPATCH)
 MOST_FIELDS = 5
 "Tensors of one launch."
 
@@ -100,8 +90,21 @@ def gather_kernel(
             send_row(bases_ptr, field_2_ptr, token, row, rank, RANKS, WORDS_2, AT_2)
             send_row(bases_ptr, field_3_ptr, token, row, rank, RANKS, WORDS_3, AT_3)
             send_row(bases_ptr, field_4_ptr, token, row, rank, RANKS, WORDS_4, AT_4)
-        if sound & (tl.program_id(0) < ctas_of(num_tokens, MOST)):
-            tell(bases_ptr, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, num_tokens, RANKS)
-    begin_step(header_ptr, epoch)  # not sooner: what is read after it would wait for the epoch
-    if WAITS:
-        await_namesakes(cells_ptr, header_ptr, fault_ptr, epoch, counts, limit_ns, _DISPATCH, RANKS, LANES, MOST, SENDS)
+    meet(
+        bases_ptr,
+        cells_ptr,
+        header_ptr,
+        fault_ptr,
+        epoch,
+        sound,
+        counts,
+        rank,
+        num_tokens,
+        limit_ns,
+        CELLS_AT,
+        RANKS,
+        LANES,
+        MOST,
+        SENDS,
+        WAITS,
+    )

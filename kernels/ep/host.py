@@ -145,7 +145,7 @@ def dispatch(
     quantises = payload == FP8 and x.dtype != FP8
     row_bytes = hidden * payload.itemsize
     words = row_bytes // 4
-    dispatch_kernel[(its.ctas(max(tokens_per_rank)) if sends else 1, 1)](
+    dispatch_kernel[(its.ctas(max(tokens_per_rank)), 1)](
         its.bases,
         x if quantises else x.view(torch.int32),
         scales,
@@ -204,7 +204,7 @@ def gather(
         given[f"field_{number}_ptr"] = fields[number] if here else None
         given[f"WORDS_{number}"] = fields[number].shape[1] if here else 0
         given[f"AT_{number}"] = places[number] if here else 0
-    gather_kernel[(its.ctas(max(tokens_per_rank)) if sends else 1, 1)](
+    gather_kernel[(its.ctas(max(tokens_per_rank)), 1)](
         bases_ptr=its.bases,
         cells_ptr=cells,
         header_ptr=its.views["header"],
