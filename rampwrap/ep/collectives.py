@@ -4,7 +4,7 @@ With counts that the host knows and every row sent to every rank nothing waits f
 captured. Masked, the lengths of messages follow from the routing, and the host reads it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rampwrap.ep.board import Board
-from rampwrap.ep.layout import Layout
+from rampwrap.ep.layout import Layout, placed, views_of
 from rampwrap.ep.mover import Piece, in_order_of_arrival
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
@@ -39,8 +39,8 @@ class Collectives:
         self, group: dist.ProcessGroup, layout: Layout, owners: Owners, device: torch.device, timeout_s: float
     ) -> None:
         self._group, self._owners, self._layout = group, owners, layout
-        memory = torch.zeros(layout.bytes, dtype=torch.uint8, device=device)
-        self._regions: Mapping[str, torch.Tensor] = layout.views(memory)
+        regions = placed(layout.tensors)
+        self._regions = views_of(regions, torch.zeros(regions[-1].end, dtype=torch.uint8, device=device))
         self._timeout = None if dist.get_backend(group) == "nccl" else timedelta(seconds=timeout_s)
         self._wanted: torch.Tensor | None = None
         self._whole: tuple[Received, torch.Tensor] | None = None  # of a step by source: the rows, and this rank's sums

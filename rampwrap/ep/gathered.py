@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rampwrap.ep.board import Board
-from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, placed, views_of
+from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, Wanted, placed, views_of
 from rampwrap.ep.shared import Shared
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.gather import MOST_FIELDS
@@ -171,9 +171,7 @@ def row_bytes(field: torch.Tensor) -> int:
     return int(torch.Size(field.shape[1:]).numel()) * field.element_size()
 
 
-def wanted(
-    num_ranks: int, max_tokens: int, token_bytes: int, hidden_size: int, dtype: torch.dtype
-) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def wanted(num_ranks: int, max_tokens: int, token_bytes: int, hidden_size: int, dtype: torch.dtype) -> list[Wanted]:
     """Regions of a rank's memory."""
     return [
         ("header", torch.int64, (HEADER,)),

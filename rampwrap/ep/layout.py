@@ -1,4 +1,4 @@
-"""`Layout`: the memory of a rank that its peers write into, region by region."""
+"""`Layout`: what a rank keeps of all ranks' tokens, and the memory that its peers write it into, region by region."""
 
 from collections.abc import Iterable, Mapping
 
@@ -24,6 +24,10 @@ CELLS = 384
 fit at once with the 78 registers for each of 256 threads that quantising takes. Where fewer fit, they go in the order of their numbers."""
 
 
+Wanted = tuple[str, torch.dtype, tuple[int, ...]]
+"Name, type and shape of a tensor."
+
+
 @attrs.frozen
 class Region:
     """A tensor inside the memory of a rank."""
@@ -44,7 +48,7 @@ class Region:
         return self.offset + -(-self.bytes // ALIGNED) * ALIGNED
 
 
-def placed(wanted: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[Region, ...]:
+def placed(wanted: Iterable[Wanted]) -> tuple[Region, ...]:
     """Names, types and shapes in the order of memory, each at a multiple of 256 bytes."""
     regions: list[Region] = []
     for name, dtype, shape in wanted:
@@ -114,30 +118,38 @@ class Layout:
         return torch.float32 if self.partials == "fp32" else self.hidden_dtype
 
     @property
-    def regions(self) -> tuple[Region, ...]:
-        """In the order of memory, each at a multiple of 256 bytes."""
-        shape, ranks = self.shape, self.num_ranks
-        rows = ranks * self.max_tokens_per_rank
-        columns, top_k = shape.hidden_size, shape.top_k
-        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-            ("header", torch.int64, (HEADER,)),
-            ("cells", torch.int64, (2, CELLS, ranks)),  # of dispatch and of combine, one a CTA and source
-            # Owners and bits of weights, which the push reads, by source: no other rank writes there.
-            ("routing", torch.int32, (ranks, self.max_tokens_per_rank, top_k, 2)),
+    def tensors(self) -> tuple[Wanted, ...]:
+        """What travels, as it lies at every rank, whatever moves it; "scales" only where rows travel in FP8."""
+        columns, top_k, most = self.shape.hidden_size, self.shape.top_k, self.max_tokens_per_rank
+        rows = self.num_ranks * most
+        scales: Wanted = ("scales", torch.float32, (rows, columns // GROUP))
+        return (
             ("topk_ids", torch.int32, (rows, top_k)),
             ("topk_weights", torch.float32, (rows, top_k)),
             ("rows", self.payload_dtype, (rows, columns)),
-            ("partials", self.partial_dtype, (ranks, self.max_tokens_per_rank, columns)),
-        ]
-        if self.payload == "fp8":
-            wanted.insert(-1, ("scales", torch.float32, (rows, columns // GROUP)))
-        return placed(wanted)
+            *([scales] if self.payload == "fp8" else []),
+            ("partials", self.partial_dtype, (self.num_ranks, most, columns)),
+        )
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Of shared memory, in its order, each at a multiple of 256 bytes: what kernels tell each other, then `tensors`."""
+        ranks, most, top_k = self.num_ranks, self.max_tokens_per_rank, self.shape.top_k
+        return placed(
+            (
+                ("header", torch.int64, (HEADER,)),
+                ("cells", torch.int64, (2, CELLS, ranks)),  # of dispatch and of combine, one a CTA and source
+                # Owners and bits of weights, which the push reads, by source: no other rank writes there.
+                ("routing", torch.int32, (ranks, most, top_k, 2)),
+                *self.tensors,
+            )
+        )
 
     @property
     def bytes(self) -> int:
-        """Of one rank's memory."""
+        """Of one rank's shared memory."""
         return self.regions[-1].end
 
     def views(self, memory: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The regions of uint8 memory of `bytes`, by name; "scales" only where rows travel in FP8."""
+        """The regions of uint8 memory of `bytes`, by name."""
         return views_of(self.regions, memory)

@@ -2,7 +2,7 @@
 
 import attrs
 
-from rampwrap.ep.layout import Layout
+from rampwrap.ep.layout import Layout, placed
 
 
 @attrs.frozen
@@ -34,7 +34,7 @@ def memory_of(layout: Layout, backend: str, num_local_experts: int) -> Memory:
         num_local_experts: of the rank.
     """
     if backend == "collectives":
-        return Memory(0, 0, layout.bytes)
+        return Memory(0, 0, placed(layout.tensors)[-1].end)
     from rampwrap.ep.symmetric import own_ints
 
     return Memory(layout.bytes, 4 * own_ints(layout, num_local_experts), 0)
