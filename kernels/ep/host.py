@@ -57,6 +57,11 @@ class Mapped:
             raise InputError(f"{value} ranks share memory; up to {MOST_RANKS} of one host do, use collectives.")
 
     @property
+    def of_steps(self) -> tuple[torch.Tensor, ...]:
+        """What is zero before the first step, and again after a fault."""
+        return self.views["header"], self.views["cells"], self.fault
+
+    @property
     def top_k(self) -> int:
         return self.views["topk_ids"].shape[1] if self.expert_map is not None else 1
 

@@ -8,12 +8,15 @@ allocates but the output, so both can be captured in CUDA graphs, as `Symmetric`
 from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 
+from rampwrap.ep import terms
 from rampwrap.ep.board import Board
 from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, Wanted, placed, views_of
-from rampwrap.ep.shared import Shared
+from rampwrap.ep.shared import Shared, settle, zeroed
+from rampwrap.errors import GroupError
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.gather import MOST_FIELDS
 from rampwrap.kernels.ep.host import Mapped
@@ -27,11 +30,12 @@ class Gathered:
 
     Args:
         mapped: the memory of all ranks, as kernels see it.
+        board: of the ranks.
         kept: what must live as long as the mapping does.
     """
 
-    def __init__(self, mapped: Mapped, kept: Any = None) -> None:
-        self._mapped, self._kept = mapped, kept
+    def __init__(self, mapped: Mapped, board: Board, kept: Any = None) -> None:
+        self._mapped, self._board, self._kept = mapped, board, kept
         self._places: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     @classmethod
@@ -59,11 +63,19 @@ class Gathered:
             max_tokens_per_rank: most tokens that a rank brings.
 
         Raises:
-            GroupError: a rank found no memory or no way to its peers, or did not arrive; every rank raises it.
+            GroupError: ranks disagree, one found no memory or no way to its peers, or did not arrive; every rank raises it.
         """
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         number = _opened[group.group_name] = _opened.get(group.group_name, 0) + 1
         board = Board(group.get_group_store(), f"gathered/{number}", rank, ranks, open_s)
+        sizes = {"token_bytes": token_bytes, "hidden_size": hidden_size, "max_tokens_per_rank": max_tokens_per_rank}
+        wish = terms.Terms.here(sizes | {"dtype": str(dtype).removeprefix("torch.")}, device)
+        every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
+        terms.check(every)
+        reason = terms.apart(every, rank, torch.cuda.can_device_access_peer)
+        reason = terms.first_reason(board.exchange("reach", reason))
+        if reason is not None:
+            raise GroupError(reason)
         regions = placed(wanted(ranks, max_tokens_per_rank, token_bytes, hidden_size, dtype))
         shared = Shared.mapped(group, regions[-1].end, device, board)
         mapped = Mapped(
@@ -79,7 +91,7 @@ class Gathered:
         )
         torch.cuda.synchronize(device)
         board.exchange("open to all", None)
-        return cls(mapped, shared)
+        return cls(mapped, board, shared)
 
     @property
     def hidden_size(self) -> int:
@@ -159,10 +171,18 @@ class Gathered:
         """What the GPU gave up waiting for, in a sentence: read without waiting for it."""
         return host.said_by(int(self._mapped.fault), self._mapped.timeout_s)
 
+    def reset(self) -> None:
+        """Starts anew after a fault, with a gather; all ranks call it together. Graphs go on.
+
+        Raises:
+            GroupError: a rank did not arrive within `open_s`.
+        """
+        self._board.reset()
+        zeroed(self._board, self._mapped.bases.device, self._mapped.of_steps)
+
     def close(self) -> None:
         """Lets go of the memory; what was launched has ended."""
-        if self._mapped.bases.is_cuda:
-            torch.cuda.synchronize(self._mapped.bases.device)
+        settle(self._mapped.bases.device)
         self._kept = None
 
 

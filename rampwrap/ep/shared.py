@@ -1,6 +1,6 @@
 """`Shared`: memory of one rank that all ranks of a host map and write into."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -64,6 +64,22 @@ class Shared:
             rank, (self.memory.numel(),), torch.uint8, self.bases[rank] - start
         )
         return whole
+
+
+def settle(device: torch.device) -> None:
+    """Waits until nothing runs on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def zeroed(board: Board, device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
+    """Zeroes tensors on every rank, when nothing runs on any; nothing begins before all are zero. All ranks call it together."""
+    settle(device)
+    board.exchange("settled", None)
+    for its in tensors:
+        its.zero_()
+    settle(device)
+    board.exchange("zeroed", None)
 
 
 def _all_or_none(board: Board, phase: str, reason: str | None, more: int = 0) -> list[tuple[int, str | None]]:

@@ -14,7 +14,7 @@ from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
-from rampwrap.ep.shared import Shared
+from rampwrap.ep.shared import Shared, settle, zeroed
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.host import Mapped
 from rampwrap.kernels.triton.align.host import alignment_ints, blocks_in
@@ -118,20 +118,10 @@ class Symmetric:
         return host.said_by(int(self._mapped.fault), self._mapped.timeout_s)
 
     def reset(self, board: Board) -> None:
-        """Back to the first epoch on every rank: all wait until nothing runs, then zero, then go on."""
-        views = self._mapped.views
-        self._settle()
-        board.exchange("settled", None)
-        for its in (views["header"], views["cells"], self._mapped.fault):
-            its.zero_()
-        self._settle()
-        board.exchange("zeroed", None)
-
-    def _settle(self) -> None:
-        if self._mapped.bases.is_cuda:
-            torch.cuda.synchronize(self._mapped.bases.device)
+        """Back to the first epoch on every rank."""
+        zeroed(board, self._mapped.bases.device, self._mapped.of_steps)
 
     def close(self) -> None:
         """Lets go of the memory; what was launched has ended."""
-        self._settle()
+        settle(self._mapped.bases.device)
         self._kept = None

@@ -1,7 +1,7 @@
 """`Terms`: what ranks must agree in before they share memory, and what keeps them from it."""
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -19,46 +19,50 @@ class Terms:
 
     Attributes:
         agreed: what must be the same on all ranks, by name, as text.
-        num_experts: of the layer.
-        experts: those of the rank, by local id.
         host: name of its machine.
         gpu: index of its GPU, None on a CPU.
         gpu_id: by which its GPU is known on the machine.
+        num_experts: of the layer.
+        experts: those of the rank, by local id.
         busy: why the rank can open no group, in a sentence.
     """
 
     agreed: dict[str, str]
-    num_experts: int
-    experts: list[int]
     host: str
     gpu: int | None
     gpu_id: str | None
-    busy: str | None
+    num_experts: int = 0
+    experts: list[int] = attrs.field(factory=list)
+    busy: str | None = None
 
     @classmethod
     def of(cls, layout: Layout, placement: Placement, device: torch.device, backend: str, busy: str | None) -> "Terms":
+        """Of an `ExpertParallel`."""
         shape = layout.shape
+        agreed = {
+            "num_experts": shape.num_experts,
+            "top_k": shape.top_k,
+            "hidden_size": shape.hidden_size,
+            "dtype": shape.dtype,
+            "activation": " ".join(shape.form) or "silu",
+            "max_tokens_per_rank": layout.max_tokens_per_rank,
+            "payload": layout.payload,
+            "partials": layout.partials,
+            "backend": backend,
+        }
+        here = cls.here(agreed, device)
+        return attrs.evolve(here, num_experts=shape.num_experts, experts=placement.experts.tolist(), busy=busy)
+
+    @classmethod
+    def here(cls, agreed: Mapping[str, object], device: torch.device) -> "Terms":
+        """Of this process, without experts."""
         gpu = (device.index or 0) if device.type == "cuda" else None
+        given = {"version of the protocol": PROTOCOL, **agreed, "device": device.type}
         return cls(
-            agreed={
-                "version of the protocol": str(PROTOCOL),
-                "num_experts": str(shape.num_experts),
-                "top_k": str(shape.top_k),
-                "hidden_size": str(shape.hidden_size),
-                "dtype": shape.dtype,
-                "activation": " ".join(shape.form) or "silu",
-                "max_tokens_per_rank": str(layout.max_tokens_per_rank),
-                "payload": layout.payload,
-                "partials": layout.partials,
-                "backend": backend,
-                "device": device.type,
-            },
-            num_experts=shape.num_experts,
-            experts=placement.experts.tolist(),
+            agreed={name: str(its) for name, its in given.items()},
             host=platform.node(),
             gpu=gpu,
             gpu_id=None if gpu is None else str(torch.cuda.get_device_properties(gpu).uuid),
-            busy=busy,
         )
 
     @property

@@ -161,6 +161,23 @@ def refused(group: dist.ProcessGroup, arguments: dict[str, Any], calls: list[Any
     return said
 
 
+def opens_gathered(group: dist.ProcessGroup, each: list[dict[str, int]]) -> str:
+    """Why `Gathered` does not open, with each rank's own arguments and version of the protocol."""
+    from rampwrap.ep import terms
+    from rampwrap.ep.gathered import Gathered
+
+    its = {"token_bytes": 8, "hidden_size": 8, **each[dist.get_rank(group)]}
+    version = terms.PROTOCOL
+    terms.PROTOCOL = its.pop("version", version)
+    try:
+        Gathered.open(group, torch.device("cpu"), **its, dtype=torch.float32, timeout_s=1.0, open_s=20.0)
+    except RampwrapError as error:
+        return str(error)
+    finally:
+        terms.PROTOCOL = version
+    return ""
+
+
 def script(group: dist.ProcessGroup, path: str, function: str, arguments: list[Any]) -> Any:
     """A function of a script that takes a group."""
     return runpy.run_path(path)[function](group, *arguments)

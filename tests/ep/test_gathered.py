@@ -8,12 +8,22 @@ import torch
 
 pytest.importorskip("triton")
 from rampwrap.ep.gathered import Gathered, wanted
-from rampwrap.ep.layout import placed, views_of
+from rampwrap.ep.layout import PROTOCOL, placed, views_of
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED.value, reason="without the interpreter these kernels need several GPUs")
 HIDDEN, MOST = 96, 6
+
+
+class Quiet:
+    """A board on which nobody is missed."""
+
+    def exchange(self, phase: str, line: Any) -> list[Any]:
+        return [line]
+
+    def reset(self) -> None:
+        pass
 
 
 def made(num_ranks: int, dtype: torch.dtype = torch.bfloat16, token_bytes: int = 512) -> list[Gathered]:
@@ -28,7 +38,8 @@ def made(num_ranks: int, dtype: torch.dtype = torch.bfloat16, token_bytes: int =
             views[name].zero_()
         offsets = {its.name: its.offset for its in regions}
         fault = torch.zeros(1, dtype=torch.int64)
-        ranks.append(Gathered(host.Mapped(rank, num_ranks, bases, views, offsets, fault, None, None, 1.0)))
+        mapped = host.Mapped(rank, num_ranks, bases, views, offsets, fault, None, None, 1.0)
+        ranks.append(Gathered(mapped, Quiet()))  # type: ignore[arg-type]
     return ranks
 
 
@@ -95,7 +106,27 @@ def test_what_goes_another_way() -> None:
     assert not its.takes(row.float(), [2]) and not its.takes(row, [3]) and not its.takes(row[:, 1:], [2])
 
 
-def test_a_rank_that_does_not_come() -> None:
-    first, _ = made(2)
-    first.gather([torch.zeros(2, HIDDEN, dtype=torch.bfloat16)], [2, 1])
-    assert str(first.fault()).startswith("rank 1 did not arrive at dispatch of step 1 within 1 s")
+def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named; and after a reset on every rank all begins anew."""
+    ranks = made(2)
+    brought = [drawn(count, torch.Generator().manual_seed(1), "bf16") for count in (2, 1)]
+    ranks[0].gather(brought[0], [2, 1])
+    assert str(ranks[0].fault()).startswith("rank 1 did not arrive at dispatch of step 1 within 1 s")
+    for rank in ranks:
+        rank.reset()
+    for found in gathered(ranks, brought, [2, 1], monkeypatch):
+        assert torch.equal(found[0], torch.cat([its[0] for its in brought]))
+    assert [rank.fault() for rank in ranks] == [None] * 2
+
+
+@pytest.mark.parametrize(
+    ("each", "said"),
+    [
+        ([{"token_bytes": 8}, {"token_bytes": 12}], "ranks disagree in token_bytes: rank 0 has 8, rank 1 has 12; give"),
+        ([{"version": 1}, {}], f"ranks disagree in version of the protocol: rank 0 has 1, rank 1 has {PROTOCOL}; give"),
+        ([{}, {}], "rank 0 runs on a CPU"),
+    ],
+)
+def test_ranks_that_cannot_open(ranks: Any, each: list[dict[str, int]], said: str) -> None:
+    for answer in ranks.run(2, "opens_gathered", each):
+        assert said in answer

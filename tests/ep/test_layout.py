@@ -111,7 +111,7 @@ def test_where_rows_are_masked() -> None:
 
 
 def terms(host: str = "a", gpu: int | None = 0, gpu_id: str | None = None) -> Terms:
-    return Terms({}, 2, [0], host, gpu, gpu_id or f"{host}{gpu}", None)
+    return Terms({}, host, gpu, gpu_id or f"{host}{gpu}")
 
 
 @pytest.mark.parametrize(

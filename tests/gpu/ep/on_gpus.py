@@ -253,6 +253,7 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
         out = ours.scatter(drew[1][rank], counts)
         compare(found, out, drew, counts, f"round {number} of {counts} tokens: {ours.fault()}")
 
+    ours.reset()
     counts = [8] * ranks
     mine = drawn(counts, 1)
     given = [*mine[0][rank], mine[1][rank]]
