@@ -2,14 +2,15 @@
 
 By default vLLM sends the rows of every rank to all ranks, runs each rank's experts on them, and adds the outputs up
 (``--all2all-backend allgather_reducescatter``). `install` puts a subclass in the place of the class that does so, with the same
-inputs and outputs: steps of up to 512 tokens a rank take `Gathered`, one launch and two, all others vLLM's own way. With two
-ranks of vLLM 0.26 on H100s one of three sizes of steps came out slower (0.975x), so it is asked for with RAMPWRAP_VLLM_GATHER=1. It
-stands aside where
+inputs and outputs: in CUDA graphs, steps of up to 512 tokens a rank take `Gathered`, one launch and two, all others vLLM's own way.
+It is asked for with RAMPWRAP_VLLM_GATHER=1, until two and four ranks have been no slower at any size. It stands aside where
 
+- a step is launched by the host, for which those of so few tokens wait: our Python takes it 55 us a layer before Triton's three launches,
 - ranks are on several hosts, more than eight, or come and go (elastic),
 - the GPU is not of sm_90 or later, or no memory can be shared,
 - micro-batches (DBO) interleave steps, or VLLM_BATCH_INVARIANT is set,
-- the rows of a step go to some of the ranks only (tensor parallelism without sequence parallelism), or are of odd sizes.
+- the rows of a step go to some of the ranks only (tensor parallelism without sequence parallelism), or are of odd sizes,
+- ranks have different numbers of tokens, which they never have in graphs.
 
 All of that is the same on every rank, so all take the same way. The sums are added by rank in float32, the same bits from run to run.
 """
@@ -179,6 +180,7 @@ class Exchange:
         self._manager, self._off = manager, reason is not None
         self._rows: Any = None
         self._counts: tuple[int, ...] | None = None
+        self._compiled: set[tuple[Any, ...]] = set()
         if reason is not None:
             _warn(reason, "rampwrap leaves vLLM's all-gather as it is: %s.", reason, level=logging.INFO)
 
@@ -207,7 +209,7 @@ class Exchange:
         if group.world_size != manager.world_size:
             return None
         counts = tuple(int(its) for its in manager._get_sizes(len(fields[0]), group))
-        if fields[0].dtype not in WIDE:
+        if fields[0].dtype not in WIDE or any(len(its) != count for its in fields for count in counts):
             return None
         if self._rows is None and not capturing():
             self._open(fields)
@@ -216,6 +218,11 @@ class Exchange:
             return None
         if (fault := self._rows.fault()) is not None:
             raise RampwrapError(fault)
+        # A step that the host launches is ours only once, so that what a graph of its kind will hold is compiled.
+        kind = (counts[0], *((its.dtype, its.shape[1:]) for its in fields))
+        if (kind in self._compiled) != capturing():
+            return None
+        self._compiled.add(kind)
         self._counts = counts
         gathered: list[torch.Tensor] = self._rows.gather(fields, counts)
         return gathered

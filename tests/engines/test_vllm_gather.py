@@ -109,42 +109,83 @@ def test_where_it_stands_aside(monkeypatch, change, says):
     assert reason is None if says is None else says in reason
 
 
-def test_a_gather_without_its_scatter(caplog):
-    """The next one goes vLLM's way, and all after it: it would find the flags of the one before, and not wait for anybody."""
-    gathered = []
+class Rows:
+    """Takes everything, and keeps the counts of what it gathered."""
 
-    class Rows:
-        hidden_size = 8
+    hidden_size = 8
 
-        def refusal(self, fields, counts):
-            return None
+    def __init__(self):
+        self.gathered = []
 
-        def fault(self):
-            return None
+    def refusal(self, fields, counts):
+        return None
 
-        def takes(self, y, counts):
-            return True
+    def fault(self):
+        return None
 
-        def gather(self, fields, counts):
-            gathered.append(counts)
-            return list(fields)
+    def takes(self, y, counts):
+        return True
 
-        def scatter(self, y, counts, out):
-            return y
+    def gather(self, fields, counts):
+        self.gathered.append(counts)
+        return list(fields)
 
+    def scatter(self, y, counts, out):
+        return y
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """An exchange of two ranks, what its rows gathered, and a step: tensors, counts of both ranks, and whether a graph is captured."""
+    its = types.SimpleNamespace(counts=(2, 2), capturing=False)
     group = types.SimpleNamespace(world_size=2)
     manager = types.SimpleNamespace(
-        world_size=2, _get_comm_group=lambda parallel: group, _get_sizes=lambda count, its: [count, 3]
+        world_size=2, _get_comm_group=lambda parallel: group, _get_sizes=lambda count, _: list(its.counts)
     )
-    exchange, fields = plugin.Exchange(manager, None), [torch.zeros(2, 8, dtype=torch.bfloat16)]
-    exchange._rows = Rows()
+    monkeypatch.setattr(plugin, "capturing", lambda: its.capturing)
+    exchange, rows = plugin.Exchange(manager, None), Rows()
+    exchange._rows = rows
+
+    def gather(capturing, counts=(2, 2), *more, kind=torch.bfloat16):
+        its.counts, its.capturing = counts, capturing
+        return exchange.gather([torch.zeros(counts[0], 8, dtype=kind), *more], False)
+
+    return exchange, rows.gathered, gather
+
+
+def test_steps_in_graphs_are_ours(made):
+    """Those that the host launches are vLLM's, but for the first of each kind, which compiles what the graph will hold."""
+    exchange, gathered, gather = made
+
+    def ours(*step, **more):
+        if gather(*step, **more) is None:
+            return False
+        assert exchange.scatter(torch.zeros(4, 8)) is not None
+        return True
+
+    assert not ours(True)  # nothing of its kind is compiled
+    assert ours(False) and not ours(False)
+    assert ours(True) and ours(True)
+    for step, more in [((3, 3),), {}], [((2, 2), torch.zeros(2, 1)), {}], [(), {"kind": torch.float16}]:
+        assert not ours(True, *step, **more)
+        assert ours(False, *step, **more) and ours(True, *step, **more)
+    assert gathered == [(2, 2)] * 3 + [(3, 3)] * 2 + [(2, 2)] * 4
+    # Other numbers of rows: of ranks, or of a tensor, as a scale of all tokens has it.
+    for step in ((2, 3),), ((2, 2), torch.zeros(1, 1)):
+        assert not ours(False, *step) and not ours(True, *step)
+
+
+def test_a_gather_without_its_scatter(made, caplog):
+    """The next one goes vLLM's way, and all after it: it would find the flags of the one before, and not wait for anybody."""
+    exchange, gathered, gather = made
+    y = torch.zeros(4, 8)
+    for capturing in (False, True):
+        assert gather(capturing) is not None and exchange.under_way
+        assert exchange.scatter(y) is y and not exchange.under_way
+    assert gather(True) is not None
     for _ in range(2):
-        assert exchange.gather(fields, False) is not None and exchange.under_way
-        assert exchange.scatter(fields[0]) is fields[0] and not exchange.under_way
-    assert exchange.gather(fields, False) is not None
-    for _ in range(2):
-        assert exchange.gather(fields, False) is None and exchange.scatter(fields[0]) is None
-    assert gathered == [(2, 3)] * 3
+        assert gather(True) is None and exchange.scatter(y) is None
+    assert gathered == [(2, 2)] * 3
     assert "rows were gathered whose sums never came" in caplog.text
 
 

@@ -110,17 +110,21 @@ def main():
         fields = gathered.drawn(count, generator, kind)
         fields, extra = fields[:3], fields[3:] or None
         y = torch.randn(count, gathered.HIDDEN, generator=generator).bfloat16()
-        asked = group.asked
-        found = step(manager, fields, extra, y, number % 2)
-        assert group.asked - asked == (2 if count > gathered.MOST else 0), (kind, count)
-        assert equal(found, step(plain, fields, extra, y, number % 2)), (kind, count)
         logits = torch.randn(count, 9, generator=generator)
-        found = manager.dispatch_router_logits(fields[0], logits, False, extra), manager.combine(y)
-        assert equal(found, (plain.dispatch_router_logits(fields[0], logits, False, extra), plain.combine(y)))
+        # As engines warm up, then launch from the host, then capture.
+        for is_ours, captures in ((True, False), (False, False), (True, True)):
+            plugin.capturing = lambda captures=captures: captures
+            asked = group.asked
+            found = step(manager, fields, extra, y, number % 2)
+            assert equal(found, step(plain, fields, extra, y, number % 2)), (kind, count, captures)
+            found = manager.dispatch_router_logits(fields[0], logits, False, extra), manager.combine(y)
+            assert equal(found, (plain.dispatch_router_logits(fields[0], logits, False, extra), plain.combine(y)))
+            assert group.asked - asked == (4 if is_ours and count <= gathered.MOST else 8), (kind, count, captures)
     assert len(opened) == 1 and opened[0]["hidden_size"] == gathered.HIDDEN
 
+    plugin.capturing = lambda: False
     # Another model's rows are vLLM's; sums of another kind are, and so is all that follows.
-    fields = gathered.drawn(2, generator, "bf16")
+    fields = gathered.drawn(2, generator, "bf16")  # so many came not yet: the first step is ours
     for columns, off in ((64, False), (gathered.HIDDEN, True)):
         narrow = [fields[0][:, :columns].contiguous(), *fields[1:]]
         y = torch.randn(2, columns, generator=generator)
