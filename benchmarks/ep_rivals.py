@@ -1,6 +1,6 @@
 """Dispatch and combine of others beside ours, steps of low latency, on the GPUs of one host.
 
-    python benchmarks/ep_rivals.py --ranks 2 --flashinfer LIBRARY.so --deepep LIBRARY.so --out FILE.json
+    python benchmarks/ep_rivals.py --ranks 2 --flashinfer LIBRARY.so --deepep LIBRARY.so --nccl-ep FOLDER --out FILE.json
 
 ours        given rows, in FP8 with their scales as they are; ids and weights travel with them
 NCCL        all-gather of the same fields, reduce-scatter of the sums: what engines do by default
@@ -9,15 +9,18 @@ FlashInfer  its one-sided all-to-all, same fields; sums are read where the exper
 DeepEP      V1's intranode kernels, made for prefill, same fields (`ep_deepep.py`)
 vdev_2d     torch's all_to_all_vdev_2d over NVSHMEM, there and back: a row for each slot, sorted by expert, bf16 alone. Sorting
             before it and adding up after it are not counted, and neither are ids and weights. It takes at most 16 experts a rank
+NCCL EP     its kernels of low latency, same fields, rows by rank, written in place where that works (`ep_nccl_ep.py`)
 
 All route alike, over 16 experts a rank. All are captured in CUDA graphs of as many steps; a time is the median over replays, on
 the slowest rank. Those of one process take turns. Memory of a process is CUDA's or NVSHMEM's, so that vdev_2d runs in processes
 of its own afterwards, beside NCCL, which shows how far the two compare. Results are exact: rows are small whole numbers, a rank's
 experts multiply them by its number, and the sums are compared before and after timing. NVLink multicast is off everywhere.
+NCCL EP has processes of its own too, over the NCCL that it needs: ours and NCCL are timed there again and take turns with it.
 Whoever cannot run is left out with the reason. With --device cpu ours and NCCL's part run over gloo, to show that they run.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -35,8 +38,9 @@ import torch.distributed as dist
 from common import stamp
 from ep_deepep import Intranode
 from ep_flashinfer import OneSided
+from ep_nccl_ep import LowLatency, environment
 from ep_ranks import STEPS, Timed, in_time, in_turn, joined, slowest, start
-from ep_sides import EXPERTS, Batch, DeepEp, FlashInfer, Nccl, Ours, Side, Vdev
+from ep_sides import EXPERTS, Batch, DeepEp, FlashInfer, Nccl, NcclEp, Ours, Side, Vdev
 
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.kernel.shape import MoEShape
@@ -48,7 +52,9 @@ MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1
 ALONE = {"NVSHMEM_REMOTE_TRANSPORT": "none", "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo"}
 "NVSHMEM without a network."
 
-LIBRARIES = {"flashinfer": "FlashInfer", "deepep": "DeepEP"}
+LIBRARIES = {"flashinfer": "FlashInfer", "deepep": "DeepEP", "nccl_ep": "NCCL EP"}
+SIDES = ("near", "far", "newer")
+"Sets of processes: of most, of vdev_2d over NVSHMEM, of NCCL EP over a newer NCCL."
 
 Row = dict[str, Any]
 
@@ -64,10 +70,16 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--flashinfer", type=pathlib.Path, metavar="LIBRARY")
     parser.add_argument("--deepep", type=pathlib.Path, metavar="LIBRARY")
+    parser.add_argument("--nccl-ep", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="the sets of processes that run")
     parser.add_argument("--replays", type=int, default=30)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
-        "--seconds", type=float, nargs=2, default=[600, 600], help="of ours and of vdev_2d, after which no row is begun"
+        "--seconds",
+        type=float,
+        nargs=2,
+        default=[600, 600],
+        help="of others and of vdev_2d, after which no row is begun",
     )
     parser.add_argument("--out", type=pathlib.Path, metavar="JSON")
     return parser
@@ -100,8 +112,14 @@ def timed(group: dist.ProcessGroup, sides: dict[str, Side], its: argparse.Namesp
     return found
 
 
-def near(group: dist.ProcessGroup, its: argparse.Namespace, device: torch.device, until: float) -> Iterator[Row]:
-    """Ours, NCCL and FlashInfer: a row for each hidden size, payload and number of tokens; the same on every rank."""
+def near(
+    group: dist.ProcessGroup,
+    its: argparse.Namespace,
+    device: torch.device,
+    until: float,
+    more: Callable[[Batch], dict[str, Side]] = lambda batch: {},
+) -> Iterator[Row]:
+    """Ours, NCCL, what was given and `more`: a row for each hidden size, payload and number of tokens; same on all ranks."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     most, experts = max(its.tokens), ranks * EXPERTS
     widest = 2 * max(its.hidden_size)
@@ -123,8 +141,17 @@ def near(group: dist.ProcessGroup, its: argparse.Namespace, device: torch.device
                         sides["flashinfer"] = FlashInfer(one_sided, batch)
                     if its.deepep:
                         sides["deepep"] = DeepEp(intranode, batch)
+                    sides |= more(batch)
                     row = {"hidden_size": hidden_size, "payload": payload, "tokens": tokens}
                     yield row | timed(group, sides, its)
+
+
+def newer(group: dist.ProcessGroup, its: argparse.Namespace, device: torch.device, until: float) -> Iterator[Row]:
+    """Ours, NCCL and NCCL EP, as `near`."""
+    sizes = {"num_experts": dist.get_world_size(group) * EXPERTS, "top_k": its.top_k}
+    sizes |= {"most_tokens": max(its.tokens), "row_bytes": 2 * max(its.hidden_size)}
+    low_latency = LowLatency(its.nccl_ep, group, device, in_place=its.in_place, **sizes)
+    return near(group, its, device, until, lambda batch: {"nccl_ep": NcclEp(low_latency, batch)})
 
 
 def far(group: dist.ProcessGroup, its: argparse.Namespace, device: torch.device, until: float) -> Iterator[Row]:
@@ -148,14 +175,15 @@ def serve(rank: int, its: argparse.Namespace) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         symmetric_memory.set_backend("NVSHMEM")
-    for row in {"near": near, "far": far}[its.side](group, its, device, begun + its.limit_s - LATE_S):
+    rows = {"near": near, "far": far, "newer": newer}[its.side]
+    for row in rows(group, its, device, begun + its.limit_s - LATE_S):
         if not rank:  # after each row: what was measured stays, whatever comes
             with its.rows.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
     slowest(group, {})
     its.done.touch()
-    if its.side == "far":
-        os._exit(0)  # NVSHMEM is not asked to end
+    if its.side != "near":
+        os._exit(0)  # NVSHMEM and NCCL EP's communicator are not asked to end
     dist.destroy_process_group()
 
 
@@ -169,47 +197,69 @@ class Attempt:
     graphs: bool = True
     libraries: tuple[str, ...] = ()
     again: bool = False
+    in_place: bool = True
 
 
 def attempts(its: argparse.Namespace) -> Iterator[Attempt]:
     """What is tried, in this order, or the reason why not."""
-    given = tuple(name for name in LIBRARIES if getattr(its, name) is not None)
+    given = tuple(name for name in ("flashinfer", "deepep") if getattr(its, name) is not None)
     tries = [given, *((name,) for name in given if len(given) > 1), *([()] if given else [])]
     for number, some in enumerate(tries):
         yield Attempt(
             "near", ", ".join(["ours", "NCCL", *(LIBRARIES[its] for its in some)]), None, True, some, number > 0
         )
-    if its.device == "cpu":
-        yield Attempt("far", "vdev_2d", "it needs GPUs")
-        return
+    reason = "it needs GPUs" if its.device == "cpu" else None
+    yield from _of_far(reason)
+    if its.nccl_ep is not None:
+        yield Attempt("newer", "NCCL EP, rows in place", reason, libraries=("nccl_ep",))
+        yield Attempt("newer", "NCCL EP, rows copied", reason, libraries=("nccl_ep",), again=True, in_place=False)
+
+
+def _of_far(reason: str | None) -> Iterator[Attempt]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    if not symmetric_memory.is_nvshmem_available():
-        yield Attempt("far", "vdev_2d", "this torch finds no NVSHMEM")
+    if reason is None and not symmetric_memory.is_nvshmem_available():
+        reason = "this torch finds no NVSHMEM"
+    if reason is not None:
+        yield Attempt("far", "vdev_2d", reason)
         return
     yield Attempt("far", "vdev_2d in graphs")
     yield Attempt("far", "vdev_2d without graphs", graphs=False, again=True)
 
 
+@contextlib.contextmanager
+def begun_with(variables: dict[str, str]) -> Iterator[None]:
+    """What processes begun meanwhile find in their environment."""
+    before = dict(os.environ)
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
 def run(its: argparse.Namespace, said: Callable[[str], None]) -> Row:
     """Everything that can run; rows by the name of the set, and why what is missing is missing."""
-    found: Row = {**stamp(), "ranks": its.ranks, "near": [], "far": [], "left_out": {}}
-    left_out, failed = found["left_out"], dict.fromkeys(("near", "far"), False)
-    left_out |= {LIBRARIES[name]: f"no --{name} LIBRARY was given" for name in LIBRARIES if getattr(its, name) is None}
+    found: Row = {**stamp(), "ranks": its.ranks, **{side: [] for side in its.sides}, "left_out": {}}
+    left_out, failed = found["left_out"], dict.fromkeys(SIDES, False)
     libraries = {name: getattr(its, name) for name in LIBRARIES}
+    for name in (name for name in LIBRARIES if libraries[name] is None):
+        left_out[LIBRARIES[name]] = f"no --{name.replace('_', '-')} was given"
     with tempfile.TemporaryDirectory() as folder:
         for number, attempt in enumerate([*attempts(its)]):
-            if attempt.again and not failed[attempt.side]:
+            if attempt.side not in its.sides or (attempt.again and not failed[attempt.side]):
                 continue
             for name, library in libraries.items():
                 setattr(its, name, library if name in attempt.libraries else None)
-            its.side, its.graphs, reason = attempt.side, attempt.graphs, attempt.reason
+            its.side, its.graphs, its.in_place, reason = attempt.side, attempt.graphs, attempt.in_place, attempt.reason
             its.rows, its.done = (pathlib.Path(folder, f"{number}.{name}") for name in ("rows", "done"))
             its.limit_s = its.seconds[attempt.side == "far"] + LATE_S
             its.rows.touch()
             if reason is None:
                 try:
-                    start(serve, its)
+                    with begun_with(environment(its.nccl_ep) if its.nccl_ep else {}):
+                        start(serve, its)
                 except Exception as error:  # a process that raised, exited or was ended
                     last = [line for line in str(error).splitlines() if line.strip()]
                     reason = None if its.done.exists() else (last[-1] if last else type(error).__name__)[:300]
@@ -229,7 +279,7 @@ def run(its: argparse.Namespace, said: Callable[[str], None]) -> Row:
 
 def table(side: str, found: Row) -> str:
     """What a set of processes measured."""
-    ours = {_key(row): row["ours_us"] for row in found["near"]}
+    ours = {_key(row): row["ours_us"] for row in [*found.get("near", []), *found[side]] if "ours_us" in row}
     its = found[side][0]
     names = ", ".join(name.removesuffix("_us") for name in its if name.endswith("_us"))
     header = HEADER.format(f"us and spread of {names}", " in other processes" if side == "far" else "")
@@ -257,7 +307,7 @@ def main() -> int:
         if getattr(its, name) is not None:
             setattr(its, name, getattr(its, name).resolve(strict=True))
     found = run(its, functools.partial(print, flush=True))
-    return 0 if found["near"] else 1
+    return 0 if found[its.sides[0]] else 1
 
 
 if __name__ == "__main__":

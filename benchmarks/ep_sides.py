@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ep_deepep import Intranode
 from ep_flashinfer import OneSided
+from ep_nccl_ep import LowLatency
 from ep_ranks import Gathered
 
 from rampwrap.ep.group import ExpertParallel
@@ -226,3 +227,29 @@ class Vdev:
         assert torch.equal(self._back[: self._rows], self._sent[: self._rows]), (
             "vdev_2d: rows did not come back as sent"
         )
+
+
+class NcclEp:
+    """Its kernels of low latency, rows by rank."""
+
+    def __init__(self, low_latency: LowLatency, batch: Batch) -> None:
+        rows, *scales, ids, weights = batch.fields
+        self._its, self._step, self._batch = low_latency, low_latency.of(ids, [rows, *scales, weights]), batch
+        self._out = torch.empty_like(batch.expected)
+        self._y = torch.zeros(self._step.rows.shape, dtype=torch.bfloat16, device=rows.device)
+
+    def call(self) -> None:
+        self._step.dispatch()
+        self._step.combine(self._y, self._out)
+
+    def check(self) -> None:
+        its, step, batch = self._its, self._step, self._batch
+        step.dispatch()
+        there = torch.arange(its.most_tokens, device=self._out.device) < its.counts[:, None]
+        # Behind the last row of a source stands anything.
+        ids = torch.where(there[:, :, None], its.ids, -1)
+        assert bool(((ids >= 0).any(2) == there).all()), "NCCL EP: rows of experts elsewhere came"
+        weights = torch.where(ids >= 0, its.weights, -0.5)
+        self._y.copy_(batch.y([step.rows, *step.scales, ids, weights], "NCCL EP"))
+        step.combine(self._y, self._out.fill_(torch.nan))
+        batch.check(self._out, "NCCL EP")

@@ -15,10 +15,12 @@ RESULTS = FOLDER / "results"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 PARTS = {
     "common",
+    "ep_bulk_layers",
     "ep_deepep",
     "ep_flashinfer",
     "ep_layer",
     "ep_mapped",
+    "ep_nccl_ep",
     "ep_ranks",
     "ep_shard",
     "ep_sides",
