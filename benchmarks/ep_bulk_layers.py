@@ -180,8 +180,8 @@ class Layer:
         self.gather()
         self.rival.scatter(self.y, self.room)
 
-    def nothing(self, *, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
-        """In place of a kernel."""
+    def nothing(self, *, hidden_scale: Any = None, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        """In place of a kernel; it takes scales, so that no rows are copied for it."""
         return self.y if out is None else out
 
     def pieces(self) -> None:
