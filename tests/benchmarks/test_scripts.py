@@ -24,6 +24,7 @@ PARTS = {
     "ep_ranks",
     "ep_shard",
     "ep_sides",
+    "ep_vllm_worker",
     "race_check",
     "race_field",
     "race_layer",
