@@ -95,7 +95,7 @@ def manager_of(kind: type) -> type:
 
         def __init__(self, cpu_group: Any, tcp_store_group: Any = None) -> None:
             super().__init__(cpu_group, tcp_store_group)
-            self._exchange = Exchange(self, refusal(self, tcp_store_group))
+            self._exchange = Exchange(self, refusal(self, tcp_store_group), model_dtype())
 
         def dispatch(
             self,
@@ -174,13 +174,15 @@ class Exchange:
     Args:
         manager: vLLM's.
         reason: why none do, in words.
+        dtype: of the outputs of the model's layers.
     """
 
-    def __init__(self, manager: Any, reason: str | None) -> None:
-        self._manager, self._off = manager, reason is not None
+    def __init__(self, manager: Any, reason: str | None, dtype: torch.dtype) -> None:
+        self._manager, self._off, self._dtype = manager, reason is not None, dtype
         self._rows: Any = None
         self._counts: tuple[int, ...] | None = None
         self._compiled: set[tuple[Any, ...]] = set()
+        self._memory = 0
         if reason is not None:
             _warn(reason, "rampwrap leaves vLLM's all-gather as it is: %s.", reason, level=logging.INFO)
 
@@ -225,6 +227,7 @@ class Exchange:
         self._compiled.add(kind)
         self._counts = counts
         gathered: list[torch.Tensor] = self._rows.gather(fields, counts)
+        self._memory = gathered[0].untyped_storage().data_ptr()
         return gathered
 
     def scatter(self, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -238,6 +241,9 @@ class Exchange:
             kind = f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
             _warn("kind", "rampwrap leaves vLLM's all-gather as it is from now on: sums are %s.", kind)
             return None
+        if y.untyped_storage().data_ptr() == self._memory:
+            # Experts that work in place left sums where a rank that has all of its own may put rows of another step.
+            y = y.clone()
         scattered: torch.Tensor = self._rows.scatter(y, counts, out)
         return scattered
 
@@ -246,7 +252,7 @@ class Exchange:
         from rampwrap.ep.gathered import Gathered, row_bytes
 
         hidden, manager = fields[0], self._manager
-        wide = WIDE[hidden.dtype] or model_dtype()
+        wide = WIDE[hidden.dtype] or self._dtype
         others = sum(map(row_bytes, fields[1:]))
         try:
             self._rows = Gathered.open(
@@ -280,7 +286,7 @@ def capturing() -> bool:
 
 
 def model_dtype() -> torch.dtype:
-    """Of the outputs of the model's layers."""
+    """Of the outputs of the model's layers; asked for while communicators are made, when vLLM has a current config."""
     config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
     found = getattr(getattr(config, "model_config", None), "dtype", None)
     return found if isinstance(found, torch.dtype) else torch.bfloat16

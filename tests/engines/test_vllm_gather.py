@@ -143,7 +143,7 @@ def made(monkeypatch):
         world_size=2, _get_comm_group=lambda parallel: group, _get_sizes=lambda count, _: list(its.counts)
     )
     monkeypatch.setattr(plugin, "capturing", lambda: its.capturing)
-    exchange, rows = plugin.Exchange(manager, None), Rows()
+    exchange, rows = plugin.Exchange(manager, None, torch.bfloat16), Rows()
     exchange._rows = rows
 
     def gather(capturing, counts=(2, 2), *more, kind=torch.bfloat16):
@@ -173,6 +173,16 @@ def test_steps_in_graphs_are_ours(made):
     # Other numbers of rows: of ranks, or of a tensor, as a scale of all tokens has it.
     for step in ((2, 3),), ((2, 2), torch.zeros(1, 1)):
         assert not ours(False, *step) and not ours(True, *step)
+
+
+def test_sums_in_the_place_of_rows(made):
+    """Experts may work in place: a rank that has all its sums writes there."""
+    exchange, _, gather = made
+    for capturing in (False, True):
+        (rows,) = gather(capturing)
+        rows.fill_(3)
+        sums = exchange.scatter(rows)
+        assert torch.equal(sums, rows) and sums.data_ptr() != rows.data_ptr()
 
 
 def test_a_gather_without_its_scatter(made, caplog):
