@@ -165,6 +165,9 @@ def refusal(manager: Any, tcp_store_group: Any) -> str | None:
     config = importlib.import_module("vllm.config").get_current_vllm_config_or_none()
     if getattr(getattr(config, "parallel_config", None), "use_ubatching", False):
         return "micro-batches (DBO) interleave their steps"
+    mode = getattr(getattr(config, "compilation_config", None), "cudagraph_mode", None)
+    if getattr(mode, "name", None) == "NONE":
+        return "it captures no CUDA graphs"
     return None
 
 
@@ -181,6 +184,7 @@ class Exchange:
         self._manager, self._off, self._dtype = manager, reason is not None, dtype
         self._rows: Any = None
         self._counts: tuple[int, ...] | None = None
+        self._launched: set[tuple[Any, ...]] = set()
         self._compiled: set[tuple[Any, ...]] = set()
         self._memory = 0
         if reason is not None:
@@ -210,23 +214,32 @@ class Exchange:
         group = manager._get_comm_group(is_sequence_parallel)
         if group.world_size != manager.world_size:
             return None
-        counts = tuple(int(its) for its in manager._get_sizes(len(fields[0]), group))
-        if fields[0].dtype not in WIDE or any(len(its) != count for its in fields for count in counts):
+        hidden = fields[0]
+        counts = tuple(manager._get_sizes(len(hidden), group))
+        if counts.count(counts[0]) != len(counts):
             return None
-        if self._rows is None and not capturing():
-            self._open(fields)
+        captures = capturing()
+        if not captures:
+            # Ours only once, so that what a graph of its kind will hold is compiled. All others end here, 2 us after they came.
+            step = (counts[0], hidden.dtype, hidden.shape[1], len(fields))
+            if step in self._launched:
+                return None
+            self._launched.add(step)
+            if self._rows is None and hidden.dtype in WIDE:
+                self._open(fields)
         rows = self._rows
-        if rows is None or rows.hidden_size != fields[0].shape[1] or rows.refusal(fields, counts) is not None:
+        if rows is None or rows.hidden_size != hidden.shape[1] or hidden.dtype not in WIDE:
             return None
-        if (fault := self._rows.fault()) is not None:
-            raise RampwrapError(fault)
-        # A step that the host launches is ours only once, so that what a graph of its kind will hold is compiled.
+        if any(len(its) != counts[0] for its in fields) or rows.refusal(fields, counts) is not None:
+            return None
         kind = (counts[0], *((its.dtype, its.shape[1:]) for its in fields))
-        if (kind in self._compiled) != capturing():
+        if captures and kind not in self._compiled:
             return None
+        if (fault := rows.fault()) is not None:
+            raise RampwrapError(fault)
         self._compiled.add(kind)
         self._counts = counts
-        gathered: list[torch.Tensor] = self._rows.gather(fields, counts)
+        gathered: list[torch.Tensor] = rows.gather(fields, counts)
         self._memory = gathered[0].untyped_storage().data_ptr()
         return gathered
 

@@ -93,6 +93,7 @@ def test_it_is_asked_for(tmp_path, monkeypatch, caplog):
         ({"capability": (8, 0)}, "older than sm_90"),
         ({"invariant": True}, "VLLM_BATCH_INVARIANT"),
         ({"ubatching": True}, "DBO"),
+        ({"graphs": "NONE"}, "no CUDA graphs"),
     ],
 )
 def test_where_it_stands_aside(monkeypatch, change, says):
@@ -101,7 +102,8 @@ def test_where_it_stands_aside(monkeypatch, change, says):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: its["capability"])
     monkeypatch.setitem(sys.modules, "vllm.envs", types.SimpleNamespace(VLLM_BATCH_INVARIANT=its["invariant"]))
     parallel = types.SimpleNamespace(use_ubatching=its.get("ubatching", False))
-    config = types.SimpleNamespace(parallel_config=parallel)
+    graphs = types.SimpleNamespace(cudagraph_mode=types.SimpleNamespace(name=its.get("graphs", "FULL_AND_PIECEWISE")))
+    config = types.SimpleNamespace(parallel_config=parallel, compilation_config=graphs)
     found = types.SimpleNamespace(get_current_vllm_config_or_none=lambda: config)
     monkeypatch.setitem(sys.modules, "vllm.config", found)
     manager = types.SimpleNamespace(internode=its["internode"], world_size=its["world_size"])
