@@ -24,8 +24,13 @@ from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.common.reference import random_weights
 
 Row = dict[str, Any]
-SHAPES = {"qwen3-30b": (32, 8, 2048, 768), "deepseek-v3 shard": (32, 8, 7168, 2048)}
-"Experts of a rank (of four; on two of them twice as many), top-k, H, I. DeepSeek-V3 has 256 experts: 64 on each of four."
+SHAPES = {
+    "qwen3-30b": (32, 8, 2048, 768),
+    "deepseek-v3 shard": (32, 8, 7168, 2048),
+    "deepseek-v3 few": (8, 8, 7168, 2048),
+}
+"""Experts of a rank (of four; on two of them twice as many), top-k, H, I. DeepSeek-V3 has 256 experts, 64 on each of four: with 32 and
+with 8 a token computes and travels as much, and each expert gets two and eight times as many."""
 STEPS = 5
 SLEEP = 70_000_000
 "Cycles, about 40 ms: longer than the host takes to launch so many steps by source; a twentieth of it for graphs."
