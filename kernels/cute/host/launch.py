@@ -14,7 +14,6 @@ from rampwrap.kernel.grid import max_blocks
 from rampwrap.kernels.common.operands import Operands
 from rampwrap.kernels.cute.configs import CuteConfig
 from rampwrap.kernels.cute.host.prepare import narrow_rows, prepare, sum_rows
-from rampwrap.kernels.triton.align.by_expert import BY_NUMBER, HALVES_LAST, WIDEST_FIRST
 from rampwrap.kernels.triton.align.host import TokenBlocks, allocate_blocks
 from rampwrap.kernels.triton.moe.workspace import Workspace, allocate
 
@@ -75,7 +74,6 @@ def run_layer(
     sums = _float_rows(workspace.y, num_tokens) if one else None
     memory = blocks or workspace.token_blocks(num_tokens, top_k, experts, config.block_m)
     memory = memory or allocate_blocks(num_tokens, top_k, experts, config.block_m, topk_ids.device)
-    all_experts = experts if expert_map is None else expert_map.numel()
     prepare(
         hidden_states,
         quantised,
@@ -86,13 +84,14 @@ def run_layer(
         expert_map=expert_map,
         memory=memory,
         aligned=blocks is not None,
-        order=block_order(config.form, num_slots, all_experts, config.block_m),
+        widest_first=config.form == "ragged",  # whose tiles cost what their blocks hold
     )
     tokens: tuple[Any, ...] = quantised or (hidden_states,)
     if operands.hidden_scale is not None:
         tokens = hidden_states, operands.hidden_scale
     routing = (memory.sorted_token_ids, memory.expert_ids, memory.num_tokens_post_padded)
     weights = operands.topk_weights.float().view(-1)
+    all_experts = experts if expert_map is None else expert_map.numel()
     numbers = (top_k, group_m, num_blocks, max_ctas, l2_fetch(num_slots, all_experts, config.block_m))
     first = (operands.w13, operands.w13_scale) if fp8 else (operands.w13,)
     second = (operands.w2, operands.w2_scale) if fp8 else (operands.w2,)
@@ -120,16 +119,6 @@ def l2_fetch(num_slots: int, num_experts: int, block_m: int) -> int:
     weights are bound by L2: 128 is 2-7 % faster there.
     """
     return 256 if num_slots <= num_experts * block_m else 128
-
-
-def block_order(form: str, num_slots: int, num_experts: int, block_m: int) -> int:
-    """Of the blocks. Tiles of the ragged form cost what their blocks hold, those of the prefill form less where a block is half full.
-
-    Blocks of an expert that stand apart read its weights twice, which counts where an expert has few.
-    """
-    if form == "ragged":
-        return WIDEST_FIRST
-    return HALVES_LAST if form == "prefill" and num_slots >= num_experts * block_m else BY_NUMBER
 
 
 def _float_rows(rows: torch.Tensor, num_tokens: int) -> torch.Tensor:

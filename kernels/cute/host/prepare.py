@@ -16,7 +16,7 @@ import triton.language as tl
 
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align.by_expert import BY_NUMBER, ids_and_histogram, place_expert
+from rampwrap.kernels.triton.align.by_expert import ids_and_histogram, place_expert
 from rampwrap.kernels.triton.align.chunks import count_and_fill
 from rampwrap.kernels.triton.align.host import (
     PIECE,
@@ -76,7 +76,7 @@ def prepare_kernel(
     GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
-    ORDER: tl.constexpr,
+    WIDEST_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The first num_local_experts CTAs align, the others take GROUPS groups of 128 columns: quantise x, zero the output."""
@@ -101,7 +101,7 @@ def prepare_kernel(
             num_local_experts,
             CHUNK,
             BINS,
-            ORDER,
+            WIDEST_FIRST,
         )
     else:
         prepare_groups(program - num_local_experts, x_ptr, q_ptr, scale_ptr, zero_ptr, num_groups, GROUPS)
@@ -183,7 +183,7 @@ def prepare(
     expert_map: torch.Tensor | None,
     memory: TokenBlocks,
     aligned: bool = False,
-    order: int = BY_NUMBER,
+    widest_first: bool = False,
 ) -> None:
     """Aligns the batch into `memory`, quantises the tokens, zeroes the output: whatever of these is asked for.
 
@@ -197,7 +197,7 @@ def prepare(
         expert_map: int32 [num_experts], or None.
         memory: blocks for this batch and block_m, filled.
         aligned: `memory` already holds the alignment.
-        order: of the blocks, one of `by_expert`.
+        widest_first: experts stand by their counts, not their numbers (`place_chunks`).
     """
     num_tokens, hidden = hidden_states.shape
     num_slots = topk_ids.numel()
@@ -231,7 +231,7 @@ def prepare(
             num_groups,
             GROUPS=GROUPS,
             BINS=bins,
-            ORDER=order,
+            WIDEST_FIRST=widest_first,
             **one_launch(num_slots),
             **pdl.arguments(),
         )
@@ -258,7 +258,7 @@ def prepare(
         BINS=bins,
         **overlap(num_chunks),
     )
-    place_chunks(memory, num_local_experts, order=order)
+    place_chunks(memory, num_local_experts, widest_first=widest_first)
 
 
 def sum_rows(

@@ -13,11 +13,6 @@ import triton.language as tl
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
 
-BY_NUMBER, WIDEST_FIRST, HALVES_LAST = range(3)
-"""Orders of blocks: experts by their numbers; by their counts, the largest first; by their numbers, but last blocks that are at most half
-full behind all others, where a kernel does those in less time: the last wave of tiles is shorter then."""
-_WIDEST_FIRST = tl.constexpr(WIDEST_FIRST)
-
 
 @triton.jit
 def _add3(a0, a1, a2, b0, b1, b2):
@@ -98,17 +93,17 @@ def place_expert(
     num_local_experts,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
-    ORDER: tl.constexpr = 0,
+    WIDEST_FIRST: tl.constexpr = False,
 ):
     """Writes the blocks of one expert, and this CTA's share of the sentinels after the last block.
 
     `ids` are those of all slots and `counts` their histogram (`ids_and_histogram`). Without `expert_counts_ptr` somebody
-    else writes the histogram and the number of rows. Of the orders only WIDEST_FIRST is another than BY_NUMBER here.
+    else writes the histogram and the number of rows. With WIDEST_FIRST experts stand by their counts, not their numbers.
     """
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
     ahead = bins < expert
-    if ORDER == _WIDEST_FIRST:
+    if WIDEST_FIRST:
         own = tl.sum(tl.where(bins == expert, counts, 0), 0)
         ahead = (counts > own) | ((counts == own) & ahead)
     num_blocks, first_block, own_blocks = sum3(blocks, tl.where(ahead, blocks, 0), tl.where(bins == expert, blocks, 0))

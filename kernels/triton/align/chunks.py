@@ -11,10 +11,8 @@ with each other in registers: 256 compares a thread, no atomics, no sort.
 
 import triton
 import triton.language as tl
-from rampwrap.kernels.triton.align.by_expert import HALVES_LAST, WIDEST_FIRST, count_ids, fill, local_expert_ids
+from rampwrap.kernels.triton.align.by_expert import count_ids, fill, local_expert_ids
 from rampwrap.kernels.triton.pdl import wait_for_launch_before
-
-_WIDEST_FIRST, _HALVES_LAST = tl.constexpr(WIDEST_FIRST), tl.constexpr(HALVES_LAST)
 
 
 @triton.jit
@@ -117,19 +115,15 @@ def place_chunk(
     BINS: tl.constexpr,
     IDS: tl.constexpr,
     TILE: tl.constexpr,
-    ORDER: tl.constexpr = 0,
+    WIDEST_FIRST: tl.constexpr = False,
 ):
     """Places the slots of one chunk and writes its share of the blocks' experts.
 
-    Without `expert_counts_ptr` somebody else writes the histogram and the number of rows.
+    Without `expert_counts_ptr` somebody else writes the histogram and the number of rows. WIDEST_FIRST as of `place_expert`.
     """
     bins = tl.arange(0, BINS)
     blocks = (counts + block_m - 1) // block_m
-    if ORDER == _HALVES_LAST:
-        rest = counts % block_m
-        halves = ((rest > 0) & (2 * rest <= block_m)).to(tl.int32)
-        blocks -= halves
-    if ORDER == _WIDEST_FIRST:
+    if WIDEST_FIRST:
         ahead = (counts[:, None] > counts[None, :]) | (
             (counts[:, None] == counts[None, :]) & (bins[:, None] <= bins[None, :])
         )
@@ -138,10 +132,6 @@ def place_chunk(
         ends = tl.cumsum(blocks, 0)
     num_blocks = tl.max(ends, 0)
     rows = (ends - blocks) * block_m + before
-    if ORDER == _HALVES_LAST:
-        wholes = num_blocks
-        half_ends = wholes + tl.cumsum(halves, 0)
-        num_blocks = tl.max(half_ends, 0)
 
     local_ids_ptr = scratch_ptr + num_chunks * BINS
     first = chunk * pieces * PIECE
@@ -155,11 +145,7 @@ def place_chunk(
             same = (tl.load(local_ids_ptr + other)[:, None] == ids[None, :]) & (other[:, None] < slots[None, :])
             rank += tl.sum(same.to(tl.int32), 0)
         valid = ids < num_local_experts
-        known = tl.where(valid, ids, 0)
-        row = tl.gather(rows, known, 0) + rank
-        if ORDER == _HALVES_LAST:
-            end = tl.gather(ends, known, 0)
-            row += tl.where(row < end * block_m, 0, (tl.gather(half_ends, known, 0) - 1 - end) * block_m)
+        row = tl.gather(rows, tl.where(valid, ids, 0), 0) + rank
         tl.store(sorted_token_ids_ptr + row, slots, mask=valid)
         if pieces > 1:
             rows += count_ids(ids, num_local_experts, BINS)
@@ -167,9 +153,7 @@ def place_chunk(
     for start in range(chunk * IDS, num_blocks, num_chunks * IDS):
         block = start + tl.arange(0, IDS)
         past = ends[None, :] <= block[:, None]
-        if ORDER == _HALVES_LAST:
-            past = tl.where((block < wholes)[:, None], past, half_ends[None, :] <= block[:, None])
-        if ORDER == _WIDEST_FIRST:
+        if WIDEST_FIRST:
             own = ~past & ((ends - blocks)[None, :] <= block[:, None])
             expert = tl.sum(tl.where(own, bins[None, :], 0), 1)
         else:  # the number of experts whose blocks end at or before it
@@ -198,7 +182,7 @@ def place_kernel(
     ROWS: tl.constexpr,
     IDS: tl.constexpr,
     TILE: tl.constexpr,
-    ORDER: tl.constexpr,
+    WIDEST_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The second launch of an alignment without selection."""
@@ -222,5 +206,5 @@ def place_kernel(
         BINS,
         IDS,
         TILE,
-        ORDER,
+        WIDEST_FIRST,
     )

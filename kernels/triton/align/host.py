@@ -23,7 +23,7 @@ import torch
 import triton
 from rampwrap.errors import InputError
 from rampwrap.kernels.triton import pdl
-from rampwrap.kernels.triton.align.by_expert import BY_NUMBER, WIDEST_FIRST, align_by_expert_kernel
+from rampwrap.kernels.triton.align.by_expert import align_by_expert_kernel
 from rampwrap.kernels.triton.align.chunks import count_and_fill_kernel, place_kernel
 
 PATHS = ("expert", "chunks")
@@ -184,15 +184,13 @@ def align_tokens(
     return blocks
 
 
-def place_chunks(blocks: TokenBlocks, num_local_experts: int, *, order: int = BY_NUMBER) -> None:
+def place_chunks(blocks: TokenBlocks, num_local_experts: int, *, widest_first: bool = False) -> None:
     """The second launch of path ``chunks``, behind one that has counted and filled as `chunks.count_and_fill` does.
 
-    Experts stand by their counts only where a CTA's registers hold all pairs of them.
+    With `widest_first` experts stand by their counts, the largest first, where a CTA's registers hold all pairs of them.
     """
     num_chunks, pieces = chunks_of(blocks.num_slots)
     bins = histogram_bins(num_local_experts)
-    if order == WIDEST_FIRST and bins > MOST_SORTED:
-        order = BY_NUMBER
     place_kernel[(num_chunks,)](
         blocks.scratch,
         blocks.sorted_token_ids,
@@ -205,7 +203,7 @@ def place_chunks(blocks: TokenBlocks, num_local_experts: int, *, order: int = BY
         num_local_experts,
         blocks.block_m,
         BINS=bins,
-        ORDER=order,
+        WIDEST_FIRST=widest_first and bins <= MOST_SORTED,
         **_placing(bins),
         **overlap(num_chunks),
     )

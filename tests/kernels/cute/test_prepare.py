@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from rampwrap.kernels.cute.host import prepare as preparing
 from rampwrap.kernels.cute.host.prepare import narrow_rows, prepare, sum_rows
-from rampwrap.kernels.triton.align.by_expert import BY_NUMBER, HALVES_LAST, WIDEST_FIRST
 from rampwrap.kernels.triton.align.host import align_tokens, alignment_ints, allocate_blocks, blocks_in, fits_one_launch
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.quantise import quantise_rows
@@ -90,14 +89,8 @@ def batches(draw):
 
 @needs_kernels
 @settings(max_examples=25, deadline=None)
-@given(
-    batches(),
-    st.sampled_from([8, 56, 144]),
-    st.sampled_from([128, 7168]),
-    st.booleans(),
-    st.sampled_from([BY_NUMBER, WIDEST_FIRST, HALVES_LAST]),
-)
-def test_any_batch_in_the_memory_of_a_larger_one(batch, block_m, hidden, one_launch, asked):
+@given(batches(), st.sampled_from([8, 56, 144]), st.sampled_from([128, 7168]), st.booleans(), st.booleans())
+def test_any_batch_in_the_memory_of_a_larger_one(batch, block_m, hidden, one_launch, widest_first):
     """Blocks as by hand, rows as `quantise_rows`, zeros; nothing is written beyond any of them."""
     ids, expert_map, local, room = batch
     (num_tokens, top_k), num_slots = ids.shape, ids.numel()
@@ -123,7 +116,7 @@ def test_any_batch_in_the_memory_of_a_larger_one(batch, block_m, hidden, one_lau
             local,
             expert_map=expert_map,
             memory=blocks,
-            order=asked,
+            widest_first=widest_first,
         )
     # By hand.
     known = (ids.long() >= 0) & (ids.long() < (local if expert_map is None else len(expert_map)))
@@ -131,19 +124,13 @@ def test_any_batch_in_the_memory_of_a_larger_one(batch, block_m, hidden, one_lau
     its = torch.where(known, its if expert_map is None else expert_map[its].long(), -1).view(-1)
     rows, experts = [], []
     order = range(local)
-    in_one = one_launch and fits_one_launch(num_slots, local)
-    if asked == WIDEST_FIRST and (local <= 128 or in_one):
+    if widest_first and (local <= 128 or (one_launch and fits_one_launch(num_slots, local))):
         order = sorted(order, key=lambda expert: -int((its == expert).sum()))
-    for behind in (False, True):
-        for expert in order:
-            slots = (its == expert).nonzero().view(-1).tolist()
-            whole = len(slots) // block_m * block_m
-            if asked != HALVES_LAST or in_one or 2 * (len(slots) - whole) > block_m:
-                whole = len(slots)
-            slots = slots[whole:] if behind else slots[:whole]
-            count = -(-len(slots) // block_m)
-            rows += slots + [num_slots] * (count * block_m - len(slots))
-            experts += [expert] * count
+    for expert in order:
+        slots = (its == expert).nonzero().view(-1).tolist()
+        count = -(-len(slots) // block_m)
+        rows += slots + [num_slots] * (count * block_m - len(slots))
+        experts += [expert] * count
     assert int(blocks.num_tokens_post_padded) == len(rows)
     assert blocks.sorted_token_ids.tolist() == rows + [num_slots] * (blocks.sorted_token_ids.numel() - len(rows))
     assert blocks.expert_ids[: len(experts)].tolist() == experts
@@ -211,7 +198,7 @@ def build(kernel, pointers, constants, **options):
 ids = dict.fromkeys(("topk_ids_ptr", "sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr", "expert_counts_ptr"), "i32")
 for quantises, zeroes, chunk in itertools.product((0, 1), (0, 1), (256, 4096)):
     pointers = ids | {"x_ptr": "bf16"} | ({"q_ptr": "fp8e4nv", "scale_ptr": "fp32"} if quantises else {}) | ({"zero_ptr": "fp32"} if zeroes else {})
-    constants = {"GROUPS": prepare.GROUPS, "CHUNK": chunk, "BINS": 512, "ORDER": int(bool(quantises))}
+    constants = {"GROUPS": prepare.GROUPS, "CHUNK": chunk, "BINS": 512, "WIDEST_FIRST": bool(quantises)}
     build(prepare.prepare_kernel, pointers, constants, num_warps=8 if chunk > 1024 else 4)
     if chunk == 256:
         build(prepare.count_and_prepare_kernel, pointers | {"scratch_ptr": "i32"}, constants | {"PIECE": 256})
