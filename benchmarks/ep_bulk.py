@@ -9,8 +9,8 @@ that what is timed is the GPU; the host's time for a step stands beside it. Of f
 distance of the ranks. All ways take turns in one run; a time is the median on the slowest rank, a spread the distance of the quartiles
 as a share of it.
 
-The kernel is the same on all sides, with its default config for the rows of each launch: the CuTe kernels where they are compiled, else
-our Triton kernel. In FP8 rows are quantised before they travel, on all sides, and kernels read them as they are. With the layer stand
+The kernel is the same on all sides, with its default config for the rows of each launch, or with --race the fastest of a few: the CuTe
+kernels where they are compiled, else our Triton kernel. In FP8 rows are quantised before they travel, on all sides, and kernels read them as they are. With the layer stand
 its parts: the kernel alone on all rows and piece by piece, and what moves without a kernel between. Before anything is timed each way is
 compared with float64 on some tokens, and afterwards with NCCL's on all; one that is too far off is named and not timed. Shapes: `SHAPES`,
 with 32 local experts on 4 ranks. With --device cpu it runs over gloo, to show that it runs at all.
@@ -46,6 +46,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layers", nargs="*", choices=[*SHAPES], default=["qwen3-30b", "deepseek-v3 shard"])
     parser.add_argument("--dtype", nargs="+", default=["fp8", "bf16"])
     parser.add_argument("--kernel", help="of layers; default: what serves")
+    parser.add_argument(
+        "--race", action="store_true", help="of each number of rows the fastest of a few configs, on all sides"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of layers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from ep_layer import MOST_ERROR
 from ep_ranks import Gathered, in_time, slowest
-from ep_shard import served
+from ep_shard import candidates, served, unique
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.kernel.catalog import make_kernel
+from rampwrap.kernel.protocol import format_config
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.common.reference import random_weights
@@ -39,6 +40,9 @@ SLEEP = 70_000_000
 WAYS = {"launch": False, "source": True}
 "Of a layer, and whether it goes by source."
 MODES = ("graph", "eager")
+FIELDS = ("hidden_states", "hidden_scale", "topk_ids", "topk_weights")
+MOST_RACED, WIDE, RACED = 24, 88, 6
+"Candidates of `Served.race`, the least block_m of those that are timed, and how often each runs."
 CHECKED = 64
 "Tokens of each rank that are compared with float64."
 
@@ -124,22 +128,60 @@ def layers(group: dist.ProcessGroup, its: argparse.Namespace, device: torch.devi
             if not in_time(group, until):
                 return
             row = {"ranks": ranks, "layer": name, "dtype": dtype, "kernel": kernel_name, "tokens": tokens}
-            for found in layer(group, *made(name, dtype), tokens, its.rounds, its.modes):
+            for found in layer(group, *made(name, dtype), tokens, its.rounds, its.modes, its.race):
                 yield row | found
 
 
 class Served:
-    """Called as a dispatcher is: a kernel with its default config for the tokens that come.
+    """Called as a dispatcher is: a kernel with the config for the tokens that come, its default unless another is set.
 
     Args:
         kernel: with ``launch`` and ``default_config``, as our kernels have them.
     """
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.config = kernel, functools.cache(kernel.default_config)
+        self.kernel = kernel
+        self.configs: dict[int, Any] = {}
 
     def __call__(self, **operands: Any) -> torch.Tensor:
-        found: torch.Tensor = self.kernel.launch(self.config(len(operands["topk_ids"])), **operands)
+        rows = len(operands["topk_ids"])
+        if rows not in self.configs:
+            self.configs[rows] = self.kernel.default_config(rows)
+        found: torch.Tensor = self.kernel.launch(self.configs[rows], **operands)
+        return found
+
+    def race(self, group: dist.ProcessGroup, operands: Row, sizes: Sequence[int], on_gpu: bool) -> Row:
+        """Sets for each number of rows the fastest config of `candidates` with wide tiles; rank 0 times them and all take its word.
+
+        Returns:
+            Microseconds of each config, by the number of rows.
+        """
+        found: Row = {}
+        shape = self.kernel.shape
+        for rows in sizes:
+            some = unique([self.kernel.default_config(rows), *candidates(self.kernel, shape, MOST_RACED)])
+            some = [config for place, config in enumerate(some) if not place or config["block_m"] >= WIDE]
+            its = {name: x[:rows] if name in FIELDS else x for name, x in operands.items()}
+            us = []
+            for config in some:
+                call = functools.partial(self.kernel.launch, config, **its)
+                call()
+                again = captured(call) if on_gpu else call
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+                begun = time.perf_counter()
+                for number in range(1 + RACED):
+                    if number == 1 and on_gpu:
+                        marks[0].record()
+                    again()
+                if on_gpu:
+                    marks[1].record()
+                    torch.cuda.synchronize()
+                spent = marks[0].elapsed_time(marks[1]) * 1e3 if on_gpu else (time.perf_counter() - begun) * 1e6
+                us.append(spent / RACED)
+            said: list[Any] = [some[us.index(min(us))]]
+            dist.broadcast_object_list(said, src=0, group=group)
+            self.configs[rows] = said[0]
+            found[str(rows)] = {format_config(config): its for config, its in zip(some, us, strict=True)}
         return found
 
 
@@ -230,9 +272,14 @@ def layer(
     tokens: int,
     rounds: int,
     modes: Sequence[str] = ("eager",),
+    race: bool = False,
 ) -> Iterator[Row]:
     """Times of the ways of `Layer` that are right, for each mode, and how far off they are."""
-    its = Layer(group, ep, kernel, weights, tokens)
+    its, raced = Layer(group, ep, kernel, weights, tokens), {}
+    if race:
+        its.gather()
+        sizes = [pieces * tokens for pieces in range(1, ep.num_ranks + 1)]
+        raced = its.run.race(group, its.gathered | its.given, sizes, ep.device.type == "cuda")
     ways, most = its.ways, MOST_ERROR[ep.shape.dtype]
     for way in ways.values():  # compiles; what takes parts reads what the rival gathered
         way()
@@ -251,7 +298,12 @@ def layer(
         ep.check()
         after = {} if "nccl" in wrong else its.apart(its.outs["nccl"], tokens)
         worst = {name: max(off, after.get(name, 0.0)) for name, off in errors.items()}
-        yield {"mode": mode} | found | {"errors": worst, "wrong": [name for name in worst if not worst[name] < most]}
+        configs = {str(rows): format_config(config) for rows, config in sorted(its.run.configs.items())}
+        yield (
+            {"mode": mode, "configs": configs, "raced": raced}
+            | found
+            | {"errors": worst, "wrong": [name for name in worst if not worst[name] < most]}
+        )
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -203,11 +203,11 @@ def rivals(group: dist.ProcessGroup, path: str, arguments: list[str]) -> Any:
 class Standin:
     """What a kernel must have for a benchmark of layers."""
 
-    def default_config(self, num_tokens: int) -> int:
-        return num_tokens
+    def default_config(self, num_tokens: int) -> dict[str, int]:
+        return {"rows": num_tokens}
 
-    def launch(self, config: int, /, **its: torch.Tensor) -> torch.Tensor:
-        assert config == len(its["hidden_states"])
+    def launch(self, config: dict[str, int], /, **its: torch.Tensor) -> torch.Tensor:
+        assert config == {"rows": len(its["hidden_states"])}
         return self.reference(None, its).bfloat16()
 
     def reference(self, _: Any, its: dict[str, torch.Tensor]) -> torch.Tensor:
