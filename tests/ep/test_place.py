@@ -147,7 +147,7 @@ def test_arrivals_are_experts_that_a_rank_did_not_hold() -> None:
 def test_balanced_ranks_are_full_and_hold_no_expert_twice(loads: list[int], ranks: int, each: int) -> None:
     experts = replicated(np.array(loads, dtype=float), ranks * each if ranks > 1 else 0)
     copies = np.bincount(experts, minlength=12)
-    assert copies.min() == 1 and copies.sum() == experts.size
+    assert copies.min() >= 1 and copies.sum() == experts.size
     row = balanced(experts, (np.array(loads) / copies)[experts], ranks)
     assert sorted(row) == sorted(experts)
     if copies.max() == 1:
