@@ -56,10 +56,11 @@ class Rule:
     "The same; below the least of all, `RAGGED_OF_SOME_FROM` on a rank with some of the experts, the other forms serve."
 
 
-RAGGED_OF_SOME_FROM = 1.0
-"""Mean from which the ragged form serves where a rank has some of the experts: the mean says least there of what an expert gets. On
-32 and 8 of 256 experts the other forms' default took 1.02-1.37 of its best config's time from a mean of 2 up to where prefill begins,
-0.99-1.02 at 1 and 0.96-1.01 at 0.5; tokens are those that name an expert of the rank."""
+RAGGED_OF_SOME_FROM = 2.5
+"""Mean from which the ragged form serves where a rank has some of the experts, and tokens are those of all ranks. With 32 of 128 experts of
+Qwen3-30B at a mean of 2, and 8 of DeepSeek-V3's 256 at 1, one launch was faster in each of 20 steps in FP8, uniform and skewed, by 7 and 8 %
+(`benchmarks/results/h100-ep-choice-fp8.json`), in bf16 by 2 % at 2; from 4 on the ragged form is 1-7 % ahead of the best static config. A race
+in which tokens were those alone that name an expert of the rank, which get 1.5 to 4 times as many each, said 1."""
 PREFILL = Tile(256, 8, 4, 128, most=128)
 # Of the best config for each token count: time over the best of each workload, geometric mean over routings, OLMoE / Qwen3-30B:
 # one launch or two   FP8: 1.02 or 1.04 / 1.03 or 1.01 at a mean of 2, 1.04 or 1.03 / 1.03 or 1.01 at 3

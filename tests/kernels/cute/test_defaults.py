@@ -133,10 +133,15 @@ def test_what_serves_by_the_tokens_of_an_expert():
 
 
 @pytest.mark.parametrize("dtype", RULES)
-def test_a_rank_with_some_of_the_experts_takes_the_ragged_form_from_a_mean_of_one(dtype):
+def test_a_rank_with_some_of_the_experts_takes_the_ragged_form_from_a_mean_of_its_own(dtype):
     shape = MoEShape(256, 8, 7168, 2048, dtype, num_local_experts=32)
     configs = listed(shape)
-    assert [chosen(shape, tokens, configs)["form"] for tokens in (31, 32, 128)] == ["one", "ragged", "ragged"]
+    assert [chosen(shape, tokens, configs)["form"] for tokens in (32, 64, 80, 128)] == [
+        "one",
+        "one",
+        "ragged",
+        "ragged",
+    ]
     whole = attrs.evolve(shape, num_local_experts=256)
     assert chosen(whole, 47, listed(whole))["form"] == "one"
 
