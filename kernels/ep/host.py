@@ -227,18 +227,20 @@ def gather(
     )
 
 
-def apart(expert_output: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`expert_output`, contiguous; a copy where it shares memory with `out`, which `add` writes while `push` may still read."""
-    ranges = []
-    for its in (expert_output, out):
-        last = sum((size - 1) * stride for size, stride in zip(its.shape, its.stride(), strict=True))
-        ranges.append((its.data_ptr(), its.data_ptr() + (last + 1) * its.element_size() if its.numel() else 0))
-    (first, end), (other, its_end) = ranges
-    return (
-        expert_output.clone(memory_format=torch.contiguous_format)
-        if first < its_end and other < end
-        else expert_output.contiguous()
-    )
+def apart(expert_output: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
+    """`expert_output`, contiguous; a copy where it shares memory with tensors that are written while `push` may still read.
+
+    These are the output of `add`, and received rows: a rank that has its sums sends the next, which may lie where those of another lay.
+    """
+    first, end = _range(expert_output)
+    shared = any(first < its_end and its_first < end for its_first, its_end in map(_range, written))
+    return expert_output.clone(memory_format=torch.contiguous_format) if shared else expert_output.contiguous()
+
+
+def _range(its: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of that behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(its.shape, its.stride(), strict=True))
+    return its.data_ptr(), its.data_ptr() + (last + 1) * its.element_size() if its.numel() else 0
 
 
 def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:

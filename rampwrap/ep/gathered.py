@@ -156,7 +156,8 @@ class Gathered:
         """The sums over all ranks of this rank's tokens [T, H], added by rank in float32.
 
         Args:
-            y: [N, H], rows of all ranks, as `takes` has it.
+            y: [N, H], rows of all ranks, as `takes` has it. It may lie over gathered rows, where no rank goes on to other counts before
+                all have sent theirs; engines agree on counts between the two.
             tokens_per_rank: as of the gather before.
             out: [T, H], contiguous, written and returned.
         """

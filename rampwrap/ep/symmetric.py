@@ -108,7 +108,8 @@ class Symmetric:
         if out is None:
             size = (self._ids.shape[0], self._layout.shape.hidden_size)
             out = torch.empty(size, dtype=self._layout.hidden_dtype, device=self._ids.device)
-        host.push(self._mapped, host.apart(expert_output, out), received.tokens_per_rank)
+        pushed = host.apart(expert_output, out, received.rows)
+        host.push(self._mapped, pushed, received.tokens_per_rank)
         host.add(self._mapped, out, self._ids, received.tokens_per_rank)
         self._ids = None
         return out

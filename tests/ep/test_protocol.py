@@ -35,6 +35,8 @@ class Rules:
     "Which reads another word; or by the dispatch itself."
     push_reads: str = "its own copy"
     "Of ids, by source; or those that the layer reads, which the next step may overwrite elsewhere."
+    outputs: str = "apart"
+    "From the rows that the layer was given; or over them."
     sum_waits_for: str = "the CTAs of its number"
     "Of every rank; or the first ones."
     buffers: int = 1
@@ -193,6 +195,8 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
             copy = ("copy", source, number) if own else ("ids", buffer, lies[source][number])
             reads = [("read", copy, step)]
             if rank in routing[step][source][number]:
+                if rules.outputs != "apart":
+                    reads.append(("read", ("row", buffer, lies[source][number]), step))
                 reads.append(("store", source, ("part", buffer, rank, number), step))
         register = f"push {source} {number}"
         first = not bumps_early and not number and source == rank
@@ -473,6 +477,22 @@ def test_sums_are_told_when_no_row_is_read_any_more() -> None:
     assert not any(found("after the layer"))
     reasons = [its for its in found("each") if its is not None]
     assert len(reasons) >= 5 and all("of round 1 in round 0" in its for its in reasons), reasons[:3]
+
+
+GROWING: Routing = [[[{2}], [{2}] * 4, []], [[{2}] * 4, [], []]]
+"Tokens of three ranks; then more of the first, whose rows lie where those of the second lay."
+
+
+def test_outputs_do_not_lie_over_the_rows() -> None:
+    """A rank that has its sums sends the next rows, and where counts change these lie where others are still pushed from."""
+
+    def found(outputs: str, runs: int) -> list[str | None]:
+        rules = Rules(outputs=outputs, by_source_from=1 << 20)
+        return [at_random(Model(programs(GROWING, 3, rules), rules), random.Random(run)) for run in range(runs)]
+
+    assert not any(found("apart", 20))
+    reasons = [its for its in found("over the rows", 90) if its is not None]
+    assert len(reasons) >= 3 and all("of round 1 in round 0" in its for its in reasons), reasons[:3]
 
 
 SMALLEST: Routing = [[[{1}], []], [[{1}], []], [[{0}], []]]
