@@ -15,7 +15,7 @@ import triton.language as tl
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
-from rampwrap.kernels.ep.bulk import end_kernel, tell_kernel, wait_kernel
+from rampwrap.kernels.ep.bulk import end_kernel, tell_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE, MOST_RANKS
@@ -329,13 +329,6 @@ def tell(mapped: Mapped, phase: int, num_tokens: int, peer: int | None = None) -
         RANKS=mapped.num_ranks if peer is None else 1,
         num_warps=1,
     )
-
-
-def wait(mapped: Mapped, source: int, phase: int, num_tokens: int) -> None:
-    """One launch, which ends when the cell of a rank is there: what comes after it sees what that announces."""
-    limit_ns, header = int(mapped.timeout_s * 1e9), mapped.views["header"]
-    cells, _ = mapped.cells(phase)
-    wait_kernel[(1,)](cells, header, mapped.fault, source, limit_ns, num_tokens, PHASE=phase, num_warps=1)
 
 
 def _row_at_once(columns: int) -> dict[str, int]:

@@ -1,32 +1,38 @@
 """`Bulk`: steps of many tokens source by source, so that rows travel while the layer runs.
 
-A rank's rows lie together at every receiver, so copy engines, which take no SM, send them to one peer after the other, the next
-rank's first: at any time each rank sends to another one. A flag follows each peer's rows. The layer runs on this rank's own
-tokens meanwhile, then on those of each source once its flag is there; the sums of a source go home while the layer runs on the next.
-They are told to all ranks at once, when no row is read any more: a rank that heard sooner could go on to a step whose rows lie
+One launch stores ids, weights and scales of this rank's tokens at all ranks. Copy engines, which take no SM, then send its rows to one
+peer after the other, the next rank first: at any time each rank sends to another one. A flag follows each peer's rows. Rows lie at a receiver in
+the order in which they come, so that those of several sources are one batch. The layer runs on this rank's own tokens meanwhile, then on
+those of the others, a few sources at a time (`mover.groups`), once their flags are there; the sums of a group go home while the layer
+runs on the next, those of the last as the layer writes them, into the memory of their source.
+Sums are told to all ranks at once, when no row is read any more: a rank that heard sooner could go on to a step whose rows lie
 where those of a third are still being read. The flags are those of `Symmetric`, so steps of both kinds may follow each other.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 
 from rampwrap.ep.layout import Layout
-from rampwrap.ep.mover import Piece, in_order_of_arrival
+from rampwrap.ep.mover import Piece, first_row, groups
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
-from rampwrap.ep.received import Received, prefix
-from rampwrap.ep.sent import Sent, narrow
+from rampwrap.ep.received import Received
+from rampwrap.ep.sent import Sent
 from rampwrap.kernels.common.operands import FP8
-from rampwrap.kernels.ep import host
+from rampwrap.kernels.ep import host, routing
 from rampwrap.kernels.ep.flags import COMBINE, DISPATCH
 from rampwrap.kernels.ep.host import Mapped
 from rampwrap.kernels.triton.quantise import quantise_rows
 
 FIELDS = ("topk_ids", "topk_weights", "scales", "rows")
 "Of a token, as they travel; scales only in FP8."
+MOST_PLANS = 64
+"Of counts of tokens; each takes some microseconds to make, and a kilobyte of the host."
 
 
 class Side:
@@ -49,6 +55,40 @@ class Side:
             torch.cuda.current_stream().wait_stream(self._stream)
 
 
+@attrs.frozen(eq=False)
+class Group:
+    """Sources whose tokens the layer takes in one launch.
+
+    Attributes:
+        sources: as they come.
+        counts: their tokens.
+        here: what lies here of them, by name.
+        home: where the sums of each source are wanted, in its memory.
+    """
+
+    sources: tuple[int, ...]
+    counts: tuple[int, ...]
+    here: Mapping[str, torch.Tensor]
+    home: tuple[torch.Tensor, ...]
+
+
+@attrs.frozen(eq=False)
+class Plan:
+    """What steps of the same counts share.
+
+    Attributes:
+        counts: tokens of each rank.
+        groups: in the order of the layer's launches.
+        firsts: the row of each rank's memory at which those of this rank begin.
+        there: where its rows go, by peer, as they are sent.
+    """
+
+    counts: tuple[int, ...]
+    groups: tuple[Group, ...]
+    firsts: tuple[int, ...]
+    there: Mapping[int, torch.Tensor]
+
+
 class Bulk:
     """Moves rows of one layout among the GPUs of one host.
 
@@ -60,94 +100,102 @@ class Bulk:
     """
 
     def __init__(self, mapped: Mapped, owners: Owners, layout: Layout, peers: Sequence[torch.Tensor]) -> None:
-        self._mapped, self._owners, self._layout, self._peers = mapped, owners, layout, list(peers)
+        self._mapped, self._owners, self._layout = mapped, owners, layout
+        self._regions = [layout.views(its) for its in peers]
         self._side = Side(mapped.bases.device)
         self._kept: list[Any] = []  # what the side stream still reads
+        self._plans: dict[tuple[int, ...], Plan] = {}
 
     def pieces(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path) -> Iterator[Piece]:
-        """The tokens of each source as they arrive, this rank's own first, while the others travel."""
-        rank, ranks = self._owners.rank, self._owners.num_ranks
-        self._counts, self._ids = tokens_per_rank, sent.topk_ids.contiguous()
-        rows = self._own(sent, tokens_per_rank)
+        """The tokens of this rank, then those of each group of sources as they arrive."""
+        self._plan = plan = self._planned(tokens_per_rank)
+        self._ids = sent.topk_ids.contiguous()
+        rows = self._own(sent, plan)
         self._kept = [rows]
         with self._side.after_current():
-            self._send(rows, tokens_per_rank)
-        for source in in_order_of_arrival(rank, ranks):
-            count = tokens_per_rank[source]
-            if source == rank:
-                room = self._mapped.views["partials"][rank, :count]
+            self._send(rows, plan)
+        for number, group in enumerate(plan.groups):
+            here = group.here
+            if number:
+                routing.wait(self._mapped, group.sources, DISPATCH, tokens_per_rank)
+            if len(group.sources) == 1:
+                (room,) = group.home
             else:
-                host.wait(self._mapped, source, DISPATCH, count)
-                size, dtype = (count, self._layout.shape.hidden_size), self._layout.partial_dtype
-                room = torch.empty(size, dtype=dtype, device=rows.device)
+                room = torch.empty_like(here["rows"], dtype=self._layout.partial_dtype)
                 self._kept.append(room)
-            here = self._views(source, tokens_per_rank)
-            its = rows if source == rank else here["rows"]
-            received = Received(
-                its, here.get("scales"), here["topk_ids"], here["topk_weights"], (count,), self._owners, path
+            its = here["rows"] if number else rows
+            found = Received(
+                its, here.get("scales"), here["topk_ids"], here["topk_weights"], group.counts, self._owners, path
             )
-            yield Piece(source, received, room)
+            yield Piece(group.sources, found, room)
 
     def send_home(self, piece: Piece, expert_output: torch.Tensor) -> None:
-        """The sums of a source, on their way as soon as they are there."""
+        """The sums of a group, on their way as soon as they are there; those of one source are written where they are wanted."""
         partial = piece.settle(expert_output)
-        if piece.source != self._owners.rank:
+        if len(piece.sources) > 1:
+            (home,) = (its.home for its in self._plan.groups if its.sources == piece.sources)
             with self._side.after_current():
-                self._copy(partial, piece.source, self._at("partials", self._owners.rank))
+                for its, (first, after) in zip(home, itertools.pairwise(piece.received.first), strict=True):
+                    its.copy_(partial[first:after])
 
     def summed(self, out: torch.Tensor | None) -> torch.Tensor:
         """The end of a step: all ranks hear of their sums, and this one adds its own."""
         self._side.join()
         self._kept.clear()
-        host.tell(self._mapped, COMBINE, self._counts[self._owners.rank])
+        counts = self._plan.counts
+        host.tell(self._mapped, COMBINE, counts[self._owners.rank])
         if out is None:
             size = (len(self._ids), self._layout.shape.hidden_size)
             out = torch.empty(size, dtype=self._layout.hidden_dtype, device=self._ids.device)
-        host.add(self._mapped, out, self._ids, self._counts, by_source=True)
+        host.add(self._mapped, out, self._ids, counts, by_source=True)
         return out
 
-    def _views(self, source: int, tokens_per_rank: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """What lies here of the tokens of a source, by name."""
-        first, after = prefix(tokens_per_rank)[source : source + 2]
-        views = self._mapped.views
-        return {name: views[name][first:after] for name in FIELDS if name in views}
+    def _planned(self, counts: tuple[int, ...]) -> Plan:
+        plan = self._plans.get(counts)
+        if plan is None:
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[counts] = self._made(counts)
+        return plan
 
-    def _own(self, sent: Sent, tokens_per_rank: tuple[int, ...]) -> torch.Tensor:
-        """Ids, weights and scales of this rank in its own memory, from where they go to the others; its rows, as they travel."""
-        here = self._views(self._owners.rank, tokens_per_rank)
-        here["topk_ids"].copy_(narrow(self._ids))
-        here["topk_weights"].copy_(sent.topk_weights)
-        hidden = sent.hidden_states.contiguous()
-        if sent.scales is not None:
-            here["scales"].copy_(sent.scales)
-        elif self._layout.payload_dtype == FP8:
-            if len(hidden):
-                quantise_rows(hidden, here["rows"], here["scales"])
-            return here["rows"]
-        return hidden
-
-    def _send(self, rows: torch.Tensor, tokens_per_rank: tuple[int, ...]) -> None:
-        """What `_own` prepared, to one peer after the other, each with its flag."""
+    def _made(self, counts: tuple[int, ...]) -> Plan:
         rank, ranks = self._owners.rank, self._owners.num_ranks
-        first, fields = prefix(tokens_per_rank)[rank], self._views(rank, tokens_per_rank) | {"rows": rows}
+        firsts = tuple(first_row(rank, peer, counts) for peer in range(ranks))
+        there = {}
         for step in range(1, ranks):
             peer = (rank + step) % ranks
-            for name, its in fields.items():
-                self._copy(its, peer, self._at(name, first))
-            host.tell(self._mapped, DISPATCH, tokens_per_rank[rank], peer)
+            there[peer] = self._regions[peer]["rows"][firsts[peer] : firsts[peer] + counts[rank]]
+        found = []
+        for sources in groups(rank, ranks):
+            its = tuple(counts[source] for source in sources)
+            first = first_row(sources[0], rank, counts)
+            here = {name: x[first : first + sum(its)] for name, x in self._regions[rank].items() if name in FIELDS}
+            home = tuple(
+                self._regions[source]["partials"][rank, :count] for source, count in zip(sources, its, strict=True)
+            )
+            found.append(Group(sources, its, here, home))
+        return Plan(counts, tuple(found), firsts, there)
 
-    def _copy(self, data: torch.Tensor, peer: int, at: int) -> None:
-        """Contiguous data to a byte of a rank's memory, by a copy engine."""
-        if data.numel():
-            run = data.view(-1).view(torch.uint8)
-            self._peers[peer][at : at + len(run)].copy_(run)
+    def _own(self, sent: Sent, plan: Plan) -> torch.Tensor:
+        """Ids, weights and scales of this rank, to all ranks; its rows, as they travel."""
+        rows, scales = sent.hidden_states.contiguous(), sent.scales
+        here = plan.groups[0].here
+        if scales is None and self._layout.payload_dtype == FP8:
+            scales = here["scales"]
+            if len(rows):
+                quantise_rows(rows, here["rows"], scales)
+            rows = here["rows"]
+        routing.send(self._mapped, self._ids, sent.topk_weights, scales, plan.firsts)
+        return rows
 
-    def _at(self, name: str, place: int) -> int:
-        """The byte at which a row of a region begins, or the sums of a rank."""
-        its = self._mapped.views[name]
-        return self._mapped.offsets[name] + place * its.stride(0) * its.element_size()
+    def _send(self, rows: torch.Tensor, plan: Plan) -> None:
+        """The rows of this rank, to one peer after the other, each with its flag."""
+        for peer, there in plan.there.items():
+            there.copy_(rows)
+            host.tell(self._mapped, DISPATCH, len(rows), peer)
 
     def close(self) -> None:
         """Lets go of the memory; what was launched has ended."""
-        self._peers.clear()
+        self._plans.clear()
+        self._regions.clear()
         self._kept.clear()

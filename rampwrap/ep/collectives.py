@@ -96,7 +96,7 @@ class Collectives:
         sums = received.rows.new_empty(received.rows.shape, dtype=self._layout.partial_dtype)
         self._whole = received, sums
         for source in in_order_of_arrival(self._owners.rank, self._owners.num_ranks):
-            yield Piece(source, received.of(source), sums[slice(*received.first[source : source + 2])])
+            yield Piece((source,), received.of(source), sums[slice(*received.first[source : source + 2])])
 
     def send_home(self, piece: Piece, expert_output: torch.Tensor) -> None:
         """Keeps the sums of a source."""

@@ -259,11 +259,12 @@ class ExpertParallel:
     ) -> torch.Tensor:
         """The whole layer: dispatch, a kernel on the received rows in place, combine. Returns [T, H].
 
-        With `by_source`, steps of many tokens go so (`path_of`): `run` is called for the tokens of this rank, then for those of each
-        other one, while rows and sums of the others travel.
+        With `by_source`, steps of many tokens go so (`path_of`): `run` is called for the tokens of this rank, then for those of the
+        other ones, some ranks at a time, while rows and sums of others travel. What it is given as `out` may be memory of another
+        GPU: it must write each place once, and read none.
 
         Args:
-            run: called with the rows of all ranks, or of one, as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
+            run: called with the rows of all ranks, or of some, as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
                 with `weights`: a `Dispatcher`, a `GraphDispatcher`, or a kernel's `launch` with its config bound. It sees
                 the local histogram, and chooses by it. Rows in e4m3 it gets as they are, with ``hidden_scale``, if it takes
                 that; else in the layer's type, from a copy.
@@ -287,7 +288,7 @@ class ExpertParallel:
             if received.num_tokens:
                 rows = received.through(run, dtype, weights, piece.room)
             refusal = refusal or received.refusal(rows)
-            if self._meets and piece.source == self.rank:  # the first: what is wrong with it is so with all
+            if self._meets and piece.sources == (self.rank,):  # the first: what is wrong with it is so with all
                 assert self._board is not None
                 self._agree(self._board, "combine", 0, refusal)
             if refusal is not None:

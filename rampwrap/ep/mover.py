@@ -1,6 +1,6 @@
 """`Mover` and `BySource`: what moves the rows of a step, all at once or source by source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -30,15 +30,16 @@ class Mover(Protocol):
 
 @attrs.frozen(eq=False)
 class Piece:
-    """The tokens of one source.
+    """The tokens of one source, or of several that came one after the other.
 
     Attributes:
-        source: the rank that they are of.
-        received: they alone; its `tokens_per_rank` is their number.
-        room: [T, H] of the type of sums, where what this rank adds to them is wanted.
+        sources: the ranks that they are of, as they lie.
+        received: they alone; its `tokens_per_rank` are their numbers.
+        room: [T, H] of the type of sums, where what this rank adds to them is wanted; it may be memory of another GPU, so each place
+            is to be written once, and none read.
     """
 
-    source: int
+    sources: tuple[int, ...]
     received: Received
     room: torch.Tensor
 
@@ -65,3 +66,24 @@ class BySource(Protocol):
 def in_order_of_arrival(rank: int, num_ranks: int) -> list[int]:
     """The sources as their rows come here: this rank's own first; each rank sends to the next one first, then to the one after it."""
     return [(rank - step) % num_ranks for step in range(num_ranks)]
+
+
+def groups(rank: int, num_ranks: int) -> list[tuple[int, ...]]:
+    """The sources of each launch of the layer: this rank, then half of those that are left, rounded up, and so on.
+
+    Few launches read the weights seldom and fill their tiles. The first needs no row of others, while it runs those of the second come;
+    the last is of one source, since nothing hides the way home of its sums.
+    """
+    left, found = in_order_of_arrival(rank, num_ranks), []
+    count = 1
+    while left:
+        found.append(tuple(left[:count]))
+        left = left[count:]
+        count = (len(left) + 1) // 2
+    return found
+
+
+def first_row(source: int, receiver: int, tokens_per_rank: Sequence[int]) -> int:
+    """Where the rows of a source begin at a receiver in a step by source: behind those that arrive there before them."""
+    order = in_order_of_arrival(receiver, len(tokens_per_rank))
+    return sum(tokens_per_rank[other] for other in order[: order.index(source)])

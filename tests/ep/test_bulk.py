@@ -12,14 +12,14 @@ import torch
 pytest.importorskip("triton")
 from rampwrap.ep.bulk import Bulk
 from rampwrap.ep.layout import Layout
-from rampwrap.ep.mover import in_order_of_arrival
+from rampwrap.ep.mover import first_row, groups, in_order_of_arrival
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received, sum_in_order
 from rampwrap.ep.sent import Sent
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
-from rampwrap.kernels.ep import host
+from rampwrap.kernels.ep import host, routing
 from rampwrap.kernels.ep.flags import COMBINE, DISPATCH
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 from rampwrap.kernels.triton.quantise import quantise_rows
@@ -55,16 +55,41 @@ def known(ids: torch.Tensor) -> torch.Tensor:
     return torch.where((ids >= 0) & (ids < SHAPE.num_experts), ids, -1).int()
 
 
-def of_all(bulk: Bulk, counts: list[int]) -> Received:
-    """What lies at a rank, of all sources."""
-    views, rows = bulk._mapped.views, sum(counts)
-    scales = views["scales"][:rows] if "scales" in views else None
-    its = views["rows"][:rows], scales, views["topk_ids"][:rows], views["topk_weights"][:rows]
-    return Received(*its, tuple(counts), bulk._owners, PATH)
+def of_all(bulk: Bulk, counts: list[int], by_source: bool = False) -> Received:
+    """What lies at a rank, of all sources by rank."""
+    views, places = bulk._mapped.views, torch.arange(sum(counts))
+    if by_source:
+        firsts = [first_row(source, bulk._owners.rank, counts) for source in range(len(counts))]
+        places = torch.cat([torch.arange(count) + first for first, count in zip(firsts, counts, strict=True)])
+    scales = views["scales"][places] if "scales" in views else None
+    its = views["rows"].view(torch.uint8)[places].view(views["rows"].dtype), scales
+    return Received(*its, views["topk_ids"][places], views["topk_weights"][places], tuple(counts), bulk._owners, PATH)
+
+
+def send(bulk: Bulk, own: Sent, counts: tuple[int, ...]) -> None:
+    """The part of a rank that waits for nobody."""
+    plan = bulk._planned(counts)
+    bulk._ids = own.topk_ids
+    bulk._send(bulk._own(own, plan), plan)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
+def test_few_launches_take_all_sources(num_ranks: int) -> None:
+    """Each once, a rank's own alone and first, one alone at the end; what lies together came together."""
+    counts = [7 * rank % 5 for rank in range(num_ranks)]
+    for rank in range(num_ranks):
+        found = groups(rank, num_ranks)
+        order = [source for its in found for source in its]
+        assert order == in_order_of_arrival(rank, num_ranks) and found[0] == (rank,) and len(found[-1]) == 1
+        sizes = [len(its) for its in found[1:]]
+        assert sizes == sorted(sizes, reverse=True) and len(found) <= 5
+        firsts = [first_row(source, rank, counts) for source in order]
+        assert firsts == [sum(counts[other] for other in order[:place]) for place in range(num_ranks)]
+    assert groups(1, 4) == [(1,), (0, 3), (2,)]
 
 
 @pytest.mark.parametrize(
-    ("counts", "payload", "partials"), [([5], "bf16", "bf16"), ([2, 4, 0], "bf16", "fp32"), ([2, 0], "fp8", "bf16")]
+    ("counts", "payload", "partials"), [([5], "bf16", "bf16"), ([2, 4, 0, 1], "bf16", "fp32"), ([2, 0], "fp8", "bf16")]
 )
 def test_steps_of_both_kinds(counts: list[int], payload: str, partials: str) -> None:
     """By source and by one launch, one after the other: the same rows and the same bits."""
@@ -81,12 +106,11 @@ def test_steps_of_both_kinds(counts: list[int], payload: str, partials: str) -> 
         outs, maps = [], [its._mapped for its in bulks]
         if by_source:
             for its, own in zip(bulks, sent, strict=True):
-                its._ids = own.topk_ids
-                its._send(its._own(own, their_counts), their_counts)
+                send(its, own, their_counts)
             for its, own in zip(bulks, sent, strict=True):
                 sources = []
                 for piece in its.pieces(own, their_counts, PATH):
-                    sources.append(piece.source)
+                    sources += piece.sources
                     its.send_home(piece, experts(piece.received))
                 assert sources == in_order_of_arrival(its._owners.rank, len(counts))
             for each in maps:
@@ -100,7 +124,7 @@ def test_steps_of_both_kinds(counts: list[int], payload: str, partials: str) -> 
             for each, own in zip(maps, sent, strict=True):
                 outs.append(torch.empty(own.num_tokens, SHAPE.hidden_size, dtype=torch.bfloat16))
                 host.add(each, outs[-1], own.topk_ids, counts)
-        seen = [of_all(its, counts) for its in bulks]
+        seen = [of_all(its, counts, by_source) for its in bulks]
 
         ids = torch.cat([its["topk_ids"] for its in brought])
         rows = torch.cat([its["x"] for its in brought])
@@ -130,13 +154,10 @@ def test_a_source_that_does_not_come() -> None:
     """It is named, and it alone."""
     bulks, counts = made(Layout(SHAPE, 3, 4)), (1, 2, 1)
     brought = KERNELS["drawn"](list(counts), 5)[2]
-    bulks[2]._ids = brought["topk_ids"]
-    bulks[2]._send(
-        bulks[2]._own(Sent(brought["x"], brought["topk_ids"], brought["topk_weights"], None), counts), counts
-    )
-    host.wait(bulks[0]._mapped, 2, DISPATCH, 1)
+    send(bulks[2], Sent(brought["x"], brought["topk_ids"], brought["topk_weights"], None), counts)
+    routing.wait(bulks[0]._mapped, [2], DISPATCH, counts)
     assert bulks[0]._mapped.fault == 0
-    host.wait(bulks[0]._mapped, 1, DISPATCH, 2)
+    routing.wait(bulks[0]._mapped, [2, 1], DISPATCH, counts)
     said = host.said_by(int(bulks[0]._mapped.fault), 1.0)
     assert str(said).startswith("rank 1 did not arrive at dispatch of step 1 within 1 s")
 
@@ -146,8 +167,7 @@ def test_no_rank_goes_on_while_rows_of_another_are_read() -> None:
     bulks, counts = made(Layout(SHAPE, 3, 4)), (1, 2, 1)
     sent = [Sent(its["x"], its["topk_ids"], its["topk_weights"], None) for its in KERNELS["drawn"](list(counts), 5)]
     for its, own in zip(bulks, sent, strict=True):
-        its._ids = own.topk_ids
-        its._send(its._own(own, counts), counts)
+        send(its, own, counts)
     for its, own in zip(bulks[:2], sent, strict=False):
         for piece in its.pieces(own, counts, PATH):
             its.send_home(piece, experts(piece.received))
@@ -155,7 +175,7 @@ def test_no_rank_goes_on_while_rows_of_another_are_read() -> None:
     slow = bulks[2].pieces(sent[2], counts, PATH)
     for piece in (next(slow), next(slow)):
         bulks[2].send_home(piece, experts(piece.received))
-    assert piece.source == 1
+    assert piece.sources == (1,)
     bulks[1].summed(None)
     said = host.said_by(int(bulks[1]._mapped.fault), 1.0)
     assert str(said).startswith("rank 2 did not arrive at combine of step 1"), said

@@ -293,7 +293,7 @@ from rampwrap.kernels.triton import interpreter
 import triton.language as tl
 
 LONG = {"bases_ptr", "cells_ptr", "header_ptr", "fault_ptr"}
-REAL = {"topk_weights_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
+REAL = {"topk_weights_ptr": "fp32", "scales_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
 
 def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
     signature, constexprs, attrs = {}, {}, {}
@@ -334,7 +334,8 @@ rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024
 build("tell", bulk.tell_kernel, dict(RANKS=1, CELLS_AT=512), num_warps=1)
 build("tell all", bulk.tell_kernel, dict(RANKS=ranks, CELLS_AT=512), num_warps=1)
 build("end", bulk.end_kernel, {}, num_warps=1)
-build("wait", bulk.wait_kernel, dict(PHASE=1), num_warps=1)
+build("wait", bulk.wait_kernel, dict(PHASE=1, RANKS=ranks, LANES=ranks), num_warps=1)
+build("routing", bulk.routing_kernel, dict(RANKS=ranks, TOP_K=8, SCALES=56, IDS_AT=256, WEIGHTS_AT=512, SCALES_AT=1024, BLOCK=1024), num_warps=4)
 build("gather", gather.gather_kernel, shared | rows | dict(SENDS=True, WAITS=True), ("field_4_ptr",), num_warps=8, maxnreg=64)
 """
 
@@ -355,8 +356,8 @@ def compiled(folder: pathlib.Path) -> dict[str, dict]:
     return {its["name"]: its for its in found}
 
 
-FLAGS = ("tell", "tell all", "wait", "end")
-"Kernels that move nothing else."
+FLAGS = ("tell", "tell all", "wait", "end", "routing")
+"Kernels that move no rows."
 
 
 def places(ptx: list[str], pattern: str) -> list[int]:
@@ -383,8 +384,8 @@ def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.P
     for name, its in kernels.items():
         ptx, told, waits = (
             its["ptx"],
-            not name.startswith(("sum", "wait", "end")),
-            not name.startswith(("push", "tell", "end")),
+            not name.startswith(("sum", "wait", "end", "routing")),
+            not name.startswith(("push", "tell", "end", "routing")),
         )
         assert its["spills"] == 0, name
         begins, memory = places(ptx, r"griddepcontrol\.wait"), places(ptx, r"\b(?:ld|st|atom)\.\w*\.*global")

@@ -1,0 +1,69 @@
+"""What the host launches of steps by source alone: routing to all ranks, and waits for several sources."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+
+from rampwrap.kernels.ep.bulk import routing_kernel, wait_kernel
+from rampwrap.kernels.ep.flags import MOST_RANKS
+from rampwrap.kernels.ep.host import Mapped
+
+BLOCK = 1024
+"Values of a CTA and field."
+
+
+def send(
+    mapped: Mapped,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    scales: torch.Tensor | None,
+    firsts: Sequence[int],
+) -> None:
+    """One launch: ids, weights and scales of this rank's tokens, to all ranks; none where it has no tokens.
+
+    Args:
+        mapped: the memory.
+        topk_ids: int32 or int64 [T, top_k], contiguous.
+        topk_weights: floating point [T, top_k].
+        scales: float32 [T, H / 128] of e4m3 rows.
+        firsts: the row of each rank's memory at which this rank's begin.
+    """
+    num_tokens, top_k = topk_ids.shape
+    if not num_tokens:
+        return
+    width = 0 if scales is None else scales.shape[1]
+    every = [*firsts, *[0] * (MOST_RANKS - len(firsts))]
+    routing_kernel[(triton.cdiv(num_tokens * max(top_k, width), BLOCK),)](
+        mapped.bases,
+        topk_ids,
+        topk_weights.contiguous(),
+        None if scales is None else scales.contiguous(),
+        num_tokens,
+        *every,
+        RANKS=mapped.num_ranks,
+        TOP_K=top_k,
+        SCALES=width,
+        IDS_AT=mapped.offsets["topk_ids"],
+        WEIGHTS_AT=mapped.offsets["topk_weights"],
+        SCALES_AT=mapped.offsets.get("scales", 0),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
+def wait(mapped: Mapped, sources: Sequence[int], phase: int, tokens_per_rank: Sequence[int]) -> None:
+    """One launch, which ends when the cells of these ranks are there: what comes after it sees what they announce."""
+    cells, _ = mapped.cells(phase)
+    wait_kernel[(1,)](
+        cells,
+        mapped.views["header"],
+        mapped.fault,
+        sum(1 << source for source in sources),
+        int(mapped.timeout_s * 1e9),
+        **mapped.counts(tokens_per_rank),
+        PHASE=phase,
+        RANKS=mapped.num_ranks,
+        LANES=triton.next_power_of_2(mapped.num_ranks),
+        num_warps=1,
+    )
