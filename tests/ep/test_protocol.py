@@ -15,6 +15,8 @@ from typing import Any
 import attrs
 import pytest
 
+from rampwrap.ep.mover import groups, in_order_of_arrival
+
 Op = tuple[Any, ...]
 State = tuple[Any, ...]
 
@@ -24,7 +26,7 @@ class Rules:
     """The protocol, and what breaks it."""
 
     release: str = "own"
-    "What a flag arrives after: the stores of its own CTA, and of launches before; or none."
+    "What a flag arrives after: the stores of its own CTA, of launches before, and of streams before an event that it waited for; or not of those; or none."
     combine_waits_for: str = "every rank"
     "Or the ranks that own experts of this rank's tokens."
     dispatch_waits_for: str = "every rank"
@@ -94,33 +96,46 @@ def places(routing: list[list[set[int]]]) -> list[range]:
     return [range(*its) for its in itertools.pairwise(sums)]
 
 
+def as_they_come(routing: list[list[set[int]]], receiver: int) -> dict[int, range]:
+    """Where the rows of each source lie at a rank in a step by source: its own, then those of the rank before it, and so on."""
+    found, first = {}, 0
+    for source in in_order_of_arrival(receiver, len(routing)):
+        found[source] = range(first, first := first + len(routing[source]))
+    return found
+
+
 def by_source(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rules) -> list[Launch]:
-    """One launch whose CTAs stand for two streams, one that sends and one that runs the layer; its tail sums, after both."""
-    buffer, lies = step % rules.buffers, places(routing[step])
+    """One launch whose CTAs stand for two streams, one that sends and one that runs the layer; its tail sums, after both.
+
+    The layer's stream sends ids; where it has one source at a time, it stores sums in the memory of that source."""
+    buffer, lies = step % rules.buffers, [as_they_come(routing[step], receiver) for receiver in range(num_ranks)]
     mine = routing[step][rank]
-    own: list[Any] = [("ids", buffer, at) for at in lies[rank]]
-    layer: list[Op] = [("epoch", "layer"), *(("put", its, step) for its in own), ("event", (step, "sent"))]
+    own: list[Any] = [(name, buffer, at) for at in lies[rank][rank] for name in ("ids", "row")]
+    layer: list[Op] = [("epoch", "layer"), *(("put", its, step) for its in own)]
     side: list[Op] = [("after", (step, "sent")), ("epoch", "side")]
     for at in range(1, num_ranks):
         to = (rank + at) % num_ranks
         flag = ("flag", to, ("dispatch", rank, 0), "side")
-        rows = [("store", to, (name, buffer, place), step) for place in lies[rank] for name in ("ids", "row")]
-        rows = [*(("read", its, step) for its in own), *rows]
+        layer += [("store", to, ("ids", buffer, place), step) for place in lies[to][rank]]
+        rows: list[Op] = [("read", ("row", buffer, at), step) for at in lies[rank][rank]]
+        rows += [("store", to, ("row", buffer, place), step) for place in lies[to][rank]]
         side += [*rows, flag] if rules.flags_follow else [flag, *rows]
+    layer.append(("event", (step, "sent")))
     told: list[Op] = []
-    for at in range(num_ranks):
-        source = (rank - at) % num_ranks
-        theirs = routing[step][source]
-        if at and rules.layer_waits:
-            layer.append(("wait", ("dispatch", source, 0), "layer"))
-        layer += [("read", ("ids", buffer, place), step) for place in lies[source]]
-        if at:
-            wanted = [place for place, its in zip(lies[source], theirs, strict=True) if rank in its]
-            layer += [("read", ("row", buffer, place), step) for place in wanted]
-        layer.append(("event", (step, source)))
-        side += [("after", (step, source))] if rules.sums_wait else []
-        side += [("store", source, ("part", buffer, rank, token), step) for token in range(len(theirs))]
-        (told if rules.sums_told == "after the layer" else side).append(("flag", source, ("combine", rank, 0), "side"))
+    for number, sources in enumerate(groups(rank, num_ranks)):
+        if number and rules.layer_waits:
+            layer += [("wait", ("dispatch", source, 0), "layer") for source in sources]
+        sums: list[Op] = []
+        for source in sources:
+            theirs = list(zip(lies[rank][source], routing[step][source], strict=True))
+            layer += [("read", ("ids", buffer, place), step) for place, _ in theirs]
+            layer += [("read", ("row", buffer, place), step) for place, its in theirs if rank in its]
+            sums += [("store", source, ("part", buffer, rank, token), step) for token in range(len(theirs))]
+        layer += [*(sums if len(sources) == 1 else []), ("event", (step, number))]
+        side += [("after", (step, number))] if rules.sums_wait else []
+        side += sums if len(sources) > 1 else []
+        flags: list[Op] = [("flag", source, ("combine", rank, 0), "side") for source in sources]
+        (told if rules.sums_told == "after the layer" else side).extend(flags)
     side += told
     owners = set().union(*mine) if mine else set()
     awaited = range(num_ranks) if rules.combine_waits_for == "every rank" else sorted(owners)
@@ -318,6 +333,7 @@ class Model:
             if kind == "flag":
                 value = self._flag(dict(registers)[op[3]])
                 after = self._covered(flying, who, launch, which)
+                after |= self._covered_by_events(flying, who, launch, which, places[which])
             flying = (*flying, (name, op[1], op[2], value, after))
         places = (*places[:which], places[which] + 1, *places[which + 1 :])
         if all(place == len(program) for place, program in zip(places, (*its.ctas, its.tail), strict=True)):
@@ -330,6 +346,19 @@ class Model:
             return frozenset()
         return frozenset(
             name for name, *_ in flying if name[0] == rank and (name[1] < launch or (name[1], name[2]) == (launch, cta))
+        )
+
+    def _covered_by_events(self, flying: Any, rank: int, launch: int, cta: int, place: int) -> frozenset[Any]:
+        """Stores of other streams, before events that this one waited for."""
+        ctas = self.launches[rank][launch].ctas
+        if self.rules.release != "own" or cta == len(ctas):
+            return frozenset()
+        awaited = {its[1] for its in ctas[cta][:place] if its[0] == "after"}
+        return frozenset(
+            name
+            for name, *_ in flying
+            if name[:2] == (rank, launch)
+            and any(its[0] == "event" and its[1] in awaited for its in ctas[name[2]][name[3] :])
         )
 
     @staticmethod
@@ -365,8 +394,8 @@ def in_every_order(model: Model) -> tuple[str | None, int]:
         choices = list(model.steps(state))
         if not choices and not model.done(state):
             return "all wait for each other", len(seen)
-        # Sending a store changes nothing that others see, and it may arrive late: one order is as good as any.
-        sends = [its for its in choices if its[0] >= 0 and _op(model, state, its)[0] in ("store", "flag")]
+        # Sending a store changes nothing that others see, and it may arrive late: one order is as good as any. So with events.
+        sends = [its for its in choices if its[0] >= 0 and _op(model, state, its)[0] in ("store", "flag", "event")]
         for choice in sends[:1] or choices:
             after = model.step(state, choice)
             if isinstance(after, str):
@@ -432,6 +461,7 @@ MUTANTS = {
     "the epoch is read early": (Rules(epoch_read="early"), "reads|wait"),
     "the epoch is bumped by the dispatch": (Rules(epoch_bumped="by the dispatch"), "wait"),
     "by source, flags without release": (Rules(release="none", by_source_from=1), "reads"),
+    "by source, flags do not cover the other stream": (Rules(release="of its stream", by_source_from=1), "reads"),
     "by source, flags ahead of rows": (Rules(flags_follow=False, by_source_from=2), "reads|wait"),
     "by source, the layer does not wait": (Rules(layer_waits=False, by_source_from=2), "reads|wait"),
     "by source, sums do not wait for the layer": (Rules(sums_wait=False, by_source_from=1), "reads|wait"),
