@@ -18,6 +18,7 @@ from ep_shard import candidates, served, unique
 
 from rampwrap.adapters.triton_fused_moe import TritonFusedMoE
 from rampwrap.ep.group import ExpertParallel
+from rampwrap.ep.mover import groups
 from rampwrap.kernel.catalog import make_kernel
 from rampwrap.kernel.protocol import format_config
 from rampwrap.kernel.shape import MoEShape
@@ -232,9 +233,11 @@ class Layer:
         return self.y if out is None else out
 
     def pieces(self) -> None:
-        for at in range(0, len(self.y), self.tokens):
-            its = {name: tensor[at : at + self.tokens] for name, tensor in self.gathered.items()}
-            self.run(**its, **self.given)
+        at = 0
+        for sources in groups(self.ep.rank, self.ep.num_ranks):
+            after = at + len(sources) * self.tokens
+            self.run(**{name: tensor[at:after] for name, tensor in self.gathered.items()}, **self.given)
+            at = after
 
     @property
     def ways(self) -> dict[str, Callable[[], Any]]:
