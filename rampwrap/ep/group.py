@@ -49,7 +49,7 @@ class ExpertParallel:
             memory that the GPUs of one host share.
         masked: whether rows go only to ranks that own one of their experts; None decides by what it saves (`path_of`).
             By source every row goes to every rank.
-        by_source: whether `layer` runs once for each source where there are many tokens, and copy engines move rows meanwhile.
+        by_source: whether `layer` runs on a few sources at a time where there are many tokens, and copy engines move rows meanwhile.
             It takes less of the GPU's time there, and more of the host's.
         by_source_tokens: tokens of a rank from which on it does so.
         timeout_s: seconds that a rank is waited for.

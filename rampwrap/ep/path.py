@@ -7,7 +7,7 @@ import attrs
 from rampwrap.ep.layout import Layout
 
 BY_SOURCE_TOKENS = 8192
-"""Tokens of a rank from which on a layer may run source by source. On four H100 it took 0.84-0.99 times as long there as by one launch
+"""Tokens of a rank from which on a layer may run source by source. On four H100, with a launch for each source, it took 0.84-0.99 times as long there as by one launch
 on the GPU (Qwen3-30B in FP8 from 16384 on), but outside CUDA graphs the host needs 3-5 ms to launch it, for 1.0-1.4, so that it is
 asked for and no default."""
 # Measured on 4 H100 with 64 CTAs of ordinary stores, out of each GPU.
@@ -22,7 +22,7 @@ class Path:
 
     Attributes:
         masked: only to ranks that own one of a row's experts; else every row to every rank.
-        by_source: a whole layer runs once for each source, while copy engines move the rows of others; else one launch moves all.
+        by_source: a whole layer runs on a few sources at a time, while copy engines move the rows of others; else one launch moves all.
     """
 
     masked: bool
