@@ -15,7 +15,7 @@ import triton.language as tl
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
-from rampwrap.kernels.ep.bulk import end_kernel, tell_kernel
+from rampwrap.kernels.ep.bulk import end_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE, MOST_RANKS
@@ -286,7 +286,7 @@ def add(
         out: [T, H], contiguous, written.
         topk_ids: those that this rank sent; None where every rank has a sum for every token.
         tokens_per_rank: of every rank.
-        by_source: the sums were told by `tell`; otherwise by `push`, just before.
+        by_source: the sums were told by `routing.tell`; otherwise by `push`, just before.
     """
     its = mapped
     cells, _ = its.cells(COMBINE)
@@ -315,20 +315,6 @@ def add(
     )
     if by_source:
         end_kernel[(1,)](its.views["header"], num_warps=1)
-
-
-def tell(mapped: Mapped, phase: int, num_tokens: int, peer: int | None = None) -> None:
-    """One launch: the first cell of this rank and a phase at one peer, or at all ranks, after all that the stream did before."""
-    tell_kernel[(1,)](
-        mapped.bases,
-        mapped.views["header"],
-        mapped.rank,
-        peer or 0,
-        num_tokens,
-        CELLS_AT=mapped.cells(phase)[1],
-        RANKS=mapped.num_ranks if peer is None else 1,
-        num_warps=1,
-    )
 
 
 def _row_at_once(columns: int) -> dict[str, int]:

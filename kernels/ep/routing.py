@@ -1,16 +1,47 @@
-"""What the host launches of steps by source alone: routing to all ranks, and waits for several sources."""
+"""What the host launches of steps by source alone: routing to all ranks, flags, and waits for several sources."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import attrs
 import torch
 import triton
 
-from rampwrap.kernels.ep.bulk import routing_kernel, wait_kernel
+from rampwrap.kernels.ep.bulk import routing_kernel, tell_kernel, wait_kernel
 from rampwrap.kernels.ep.flags import MOST_RANKS
 from rampwrap.kernels.ep.host import Mapped
 
 BLOCK = 1024
 "Values of a CTA and field."
+
+
+@attrs.define(eq=False)
+class Repeated:
+    """A launch of one CTA and one warp whose arguments stay as they are: Triton looks at them once, which takes longer than the launch."""
+
+    kernel: Any
+    arguments: Mapping[str, Any]
+    _compiled: Any = attrs.field(default=None, init=False)
+
+    def __call__(self) -> None:
+        if self._compiled is None:
+            self._compiled = self.kernel[(1, 1, 1)](**self.arguments, num_warps=1)  # the interpreter gives None
+        else:
+            self._compiled[(1, 1, 1)](*(self.arguments[name] for name in self.kernel.arg_names))
+
+
+def tell(mapped: Mapped, phase: int, num_tokens: int, peer: int | None = None) -> Repeated:
+    """A launch: the first cell of this rank and a phase at one peer, or at all ranks, after all that the stream did before."""
+    arguments = {
+        "bases_ptr": mapped.bases,
+        "header_ptr": mapped.views["header"],
+        "rank": mapped.rank,
+        "peer": peer or 0,
+        "num_tokens": num_tokens,
+        "CELLS_AT": mapped.cells(phase)[1],
+        "RANKS": mapped.num_ranks if peer is None else 1,
+    }
+    return Repeated(tell_kernel, arguments)
 
 
 def send(
@@ -52,18 +83,17 @@ def send(
     )
 
 
-def wait(mapped: Mapped, sources: Sequence[int], phase: int, tokens_per_rank: Sequence[int]) -> None:
-    """One launch, which ends when the cells of these ranks are there: what comes after it sees what they announce."""
-    cells, _ = mapped.cells(phase)
-    wait_kernel[(1,)](
-        cells,
-        mapped.views["header"],
-        mapped.fault,
-        sum(1 << source for source in sources),
-        int(mapped.timeout_s * 1e9),
+def wait(mapped: Mapped, sources: Sequence[int], phase: int, tokens_per_rank: Sequence[int]) -> Repeated:
+    """A launch, which ends when the cells of these ranks are there: what comes after it sees what they announce."""
+    arguments = {
+        "cells_ptr": mapped.cells(phase)[0],
+        "header_ptr": mapped.views["header"],
+        "fault_ptr": mapped.fault,
+        "wanted": sum(1 << source for source in sources),
+        "limit_ns": int(mapped.timeout_s * 1e9),
         **mapped.counts(tokens_per_rank),
-        PHASE=phase,
-        RANKS=mapped.num_ranks,
-        LANES=triton.next_power_of_2(mapped.num_ranks),
-        num_warps=1,
-    )
+        "PHASE": phase,
+        "RANKS": mapped.num_ranks,
+        "LANES": triton.next_power_of_2(mapped.num_ranks),
+    }
+    return Repeated(wait_kernel, arguments)

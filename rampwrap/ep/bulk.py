@@ -27,6 +27,7 @@ from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.ep import host, routing
 from rampwrap.kernels.ep.flags import COMBINE, DISPATCH
 from rampwrap.kernels.ep.host import Mapped
+from rampwrap.kernels.ep.routing import Repeated
 from rampwrap.kernels.triton.quantise import quantise_rows
 
 FIELDS = ("topk_ids", "topk_weights", "scales", "rows")
@@ -64,12 +65,14 @@ class Group:
         counts: their tokens.
         here: what lies here of them, by name.
         home: where the sums of each source are wanted, in its memory.
+        wait: for them.
     """
 
     sources: tuple[int, ...]
     counts: tuple[int, ...]
     here: Mapping[str, torch.Tensor]
     home: tuple[torch.Tensor, ...]
+    wait: Repeated
 
 
 @attrs.frozen(eq=False)
@@ -80,13 +83,15 @@ class Plan:
         counts: tokens of each rank.
         groups: in the order of the layer's launches.
         firsts: the row of each rank's memory at which those of this rank begin.
-        there: where its rows go, by peer, as they are sent.
+        there: where its rows go, peer by peer as they are sent, and the launch that tells it.
+        tell: all ranks that they have their sums.
     """
 
     counts: tuple[int, ...]
     groups: tuple[Group, ...]
     firsts: tuple[int, ...]
-    there: Mapping[int, torch.Tensor]
+    there: tuple[tuple[torch.Tensor, Repeated], ...]
+    tell: Repeated
 
 
 class Bulk:
@@ -117,7 +122,7 @@ class Bulk:
         for number, group in enumerate(plan.groups):
             here = group.here
             if number:
-                routing.wait(self._mapped, group.sources, DISPATCH, tokens_per_rank)
+                group.wait()
             if len(group.sources) == 1:
                 (room,) = group.home
             else:
@@ -143,7 +148,7 @@ class Bulk:
         self._side.join()
         self._kept.clear()
         counts = self._plan.counts
-        host.tell(self._mapped, COMBINE, counts[self._owners.rank])
+        self._plan.tell()
         if out is None:
             size = (len(self._ids), self._layout.shape.hidden_size)
             out = torch.empty(size, dtype=self._layout.hidden_dtype, device=self._ids.device)
@@ -161,10 +166,11 @@ class Bulk:
     def _made(self, counts: tuple[int, ...]) -> Plan:
         rank, ranks = self._owners.rank, self._owners.num_ranks
         firsts = tuple(first_row(rank, peer, counts) for peer in range(ranks))
-        there = {}
+        there = []
         for step in range(1, ranks):
             peer = (rank + step) % ranks
-            there[peer] = self._regions[peer]["rows"][firsts[peer] : firsts[peer] + counts[rank]]
+            rows = self._regions[peer]["rows"][firsts[peer] : firsts[peer] + counts[rank]]
+            there.append((rows, routing.tell(self._mapped, DISPATCH, counts[rank], peer)))
         found = []
         for sources in groups(rank, ranks):
             its = tuple(counts[source] for source in sources)
@@ -173,8 +179,8 @@ class Bulk:
             home = tuple(
                 self._regions[source]["partials"][rank, :count] for source, count in zip(sources, its, strict=True)
             )
-            found.append(Group(sources, its, here, home))
-        return Plan(counts, tuple(found), firsts, there)
+            found.append(Group(sources, its, here, home, routing.wait(self._mapped, sources, DISPATCH, counts)))
+        return Plan(counts, tuple(found), firsts, tuple(there), routing.tell(self._mapped, COMBINE, counts[rank]))
 
     def _own(self, sent: Sent, plan: Plan) -> torch.Tensor:
         """Ids, weights and scales of this rank, to all ranks; its rows, as they travel."""
@@ -190,9 +196,9 @@ class Bulk:
 
     def _send(self, rows: torch.Tensor, plan: Plan) -> None:
         """The rows of this rank, to one peer after the other, each with its flag."""
-        for peer, there in plan.there.items():
+        for there, tell in plan.there:
             there.copy_(rows)
-            host.tell(self._mapped, DISPATCH, len(rows), peer)
+            tell()
 
     def close(self) -> None:
         """Lets go of the memory; what was launched has ended."""

@@ -5,6 +5,7 @@ Nothing waits there, so all ranks send before any of them waits; sending again c
 
 import pathlib
 import runpy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_steps_of_both_kinds(counts: list[int], payload: str, partials: str) -> 
                     its.send_home(piece, experts(piece.received))
                 assert sources == in_order_of_arrival(its._owners.rank, len(counts))
             for each in maps:
-                host.tell(each, COMBINE, counts[each.rank])
+                routing.tell(each, COMBINE, counts[each.rank])()
             outs = [its.summed(None) for its in bulks]
         else:
             KERNELS["sent"](maps, brought, counts, masked=False)
@@ -150,14 +151,35 @@ def test_steps_of_both_kinds(counts: list[int], payload: str, partials: str) -> 
             first += count
 
 
+def test_what_stays_the_same_is_looked_at_once() -> None:
+    """Arguments by name to Triton, then by place to what it compiled, constants among them."""
+    seen: list[object] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *its: seen.append((grid, its))
+
+    class Kernel:
+        arg_names = ("rank", "peer", "RANKS")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            return lambda **its: seen.append((grid, its)) or Compiled()
+
+    its = routing.Repeated(Kernel(), {"RANKS": 4, "rank": 1, "peer": 0})
+    for _ in range(3):
+        its()
+    again = ((1, 1, 1), (1, 0, 4))
+    assert seen == [((1, 1, 1), {"RANKS": 4, "rank": 1, "peer": 0, "num_warps": 1}), again, again]
+
+
 def test_a_source_that_does_not_come() -> None:
     """It is named, and it alone."""
     bulks, counts = made(Layout(SHAPE, 3, 4)), (1, 2, 1)
     brought = KERNELS["drawn"](list(counts), 5)[2]
     send(bulks[2], Sent(brought["x"], brought["topk_ids"], brought["topk_weights"], None), counts)
-    routing.wait(bulks[0]._mapped, [2], DISPATCH, counts)
+    routing.wait(bulks[0]._mapped, [2], DISPATCH, counts)()
     assert bulks[0]._mapped.fault == 0
-    routing.wait(bulks[0]._mapped, [2, 1], DISPATCH, counts)
+    routing.wait(bulks[0]._mapped, [2, 1], DISPATCH, counts)()
     said = host.said_by(int(bulks[0]._mapped.fault), 1.0)
     assert str(said).startswith("rank 1 did not arrive at dispatch of step 1 within 1 s")
 
@@ -171,7 +193,7 @@ def test_no_rank_goes_on_while_rows_of_another_are_read() -> None:
     for its, own in zip(bulks[:2], sent, strict=False):
         for piece in its.pieces(own, counts, PATH):
             its.send_home(piece, experts(piece.received))
-        host.tell(its._mapped, COMBINE, counts[its._owners.rank])
+        routing.tell(its._mapped, COMBINE, counts[its._owners.rank])()
     slow = bulks[2].pieces(sent[2], counts, PATH)
     for piece in (next(slow), next(slow)):
         bulks[2].send_home(piece, experts(piece.received))

@@ -26,7 +26,7 @@ from rampwrap.ep.symmetric import RECEIVED
 from rampwrap.kernel.placement import Placement
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
-from rampwrap.kernels.ep import host
+from rampwrap.kernels.ep import host, routing
 from rampwrap.kernels.ep.flags import COMBINE, EPOCH
 from rampwrap.kernels.triton.interpreter import INTERPRETED
 
@@ -206,7 +206,7 @@ def test_a_rank_that_does_not_come() -> None:
     before = [its.views["cells"].clone() for its in ranks]
     for rank in (0, 2):
         host.dispatch(ranks[rank], **brought[rank], tokens_per_rank=counts, masked=False)
-        host.tell(ranks[rank], COMBINE, counts[rank])
+        routing.tell(ranks[rank], COMBINE, counts[rank])()
     assert all(torch.equal(its.views["cells"], was) for its, was in zip(ranks, before, strict=True))
     assert "ranks 0, 2 did not arrive at combine of step 17 within 1 s; see what became of them" in str(
         host.said_by(17 << 32 | 1 << 16 | 2 << 8 | 5, 1.0)
