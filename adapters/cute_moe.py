@@ -56,6 +56,7 @@ class CuteFusedMoE(LayerKernel):
     # Changes with every change that moves timings: profiles of another version are refused.
     version = "2"
     capturable = True
+    stores_once = True
 
     def __init__(
         self,

@@ -51,6 +51,8 @@ class LayerKernel:
     version: str
     without: ClassVar[tuple[str, ...]] = ()
     "Operands that the kernel does not take."
+    stores_once: ClassVar[bool] = False
+    "Whether each place of `out` is stored once and none is read: it may then be memory of another GPU."
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

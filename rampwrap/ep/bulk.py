@@ -4,7 +4,7 @@ One launch stores ids, weights and scales of this rank's tokens at all ranks. Co
 peer after the other, the next rank first: at any time each rank sends to another one. A flag follows each peer's rows. Rows lie at a receiver in
 the order in which they come, so that those of several sources are one batch. The layer runs on this rank's own tokens meanwhile, then on
 those of the others, a few sources at a time (`mover.groups`), once their flags are there; the sums of a group go home while the layer
-runs on the next, those of the last as the layer writes them, into the memory of their source.
+runs on the next, those of a single source as the layer writes them, into its memory, if the kernel `stores_once`.
 Sums are told to all ranks at once, when no row is read any more: a rank that heard sooner could go on to a step whose rows lie
 where those of a third are still being read. The flags are those of `Symmetric`, so steps of both kinds may follow each other.
 """
@@ -132,7 +132,7 @@ class Bulk:
             found = Received(
                 its, here.get("scales"), here["topk_ids"], here["topk_weights"], group.counts, self._owners, path
             )
-            yield Piece(group.sources, found, room)
+            yield Piece(group.sources, found, room, away=number > 0 and len(group.sources) == 1)
 
     def send_home(self, piece: Piece, expert_output: torch.Tensor) -> None:
         """The sums of a group, on their way as soon as they are there; those of one source are written where they are wanted."""

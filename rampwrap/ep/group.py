@@ -260,8 +260,8 @@ class ExpertParallel:
         """The whole layer: dispatch, a kernel on the received rows in place, combine. Returns [T, H].
 
         With `by_source`, steps of many tokens go so (`path_of`): `run` is called for the tokens of this rank, then for those of the
-        other ones, some ranks at a time, while rows and sums of others travel. What it is given as `out` may be memory of another
-        GPU: it must write each place once, and read none.
+        other ones, some ranks at a time, while rows and sums of others travel. A kernel that says `stores_once` may get memory of another
+        GPU as `out`.
 
         Args:
             run: called with the rows of all ranks, or of some, as `hidden_states`, `topk_ids`, `topk_weights` and `expert_map`, and
@@ -286,7 +286,7 @@ class ExpertParallel:
         for piece in mover.pieces(sent, counts, path):
             received, rows = piece.received, piece.room
             if received.num_tokens:
-                rows = received.through(run, dtype, weights, piece.room)
+                rows = received.through(run, dtype, weights, piece.room, piece.away)
             refusal = refusal or received.refusal(rows)
             if self._meets and piece.sources == (self.rank,):  # the first: what is wrong with it is so with all
                 assert self._board is not None

@@ -35,13 +35,14 @@ class Piece:
     Attributes:
         sources: the ranks that they are of, as they lie.
         received: they alone; its `tokens_per_rank` are their numbers.
-        room: [T, H] of the type of sums, where what this rank adds to them is wanted; it may be memory of another GPU, so each place
-            is to be written once, and none read.
+        room: [T, H] of the type of sums, where what this rank adds to them is wanted.
+        away: it is memory of another GPU.
     """
 
     sources: tuple[int, ...]
     received: Received
     room: torch.Tensor
+    away: bool = False
 
     def settle(self, expert_output: torch.Tensor) -> torch.Tensor:
         """`room`, with what this rank adds to the rows: a kernel may have written it there, or anywhere."""

@@ -98,6 +98,7 @@ class Received:
         dtype: torch.dtype,
         weights: Mapping[str, Any],
         room: torch.Tensor | None = None,
+        away: bool = False,
     ) -> torch.Tensor:
         """What a kernel gives for these rows.
 
@@ -107,13 +108,14 @@ class Received:
             dtype: of hidden states.
             weights: of the local experts, and what else the kernel takes.
             room: to write into, where the kernel takes ``out`` and gives its type.
+            away: `room` is memory of another GPU: for a kernel that `stores_once`.
         """
         given = dict(weights)
         if self.scales is not None and takes(run, "hidden_scale"):
             given |= {"hidden_states": self.rows, "hidden_scale": self.scales}
         else:
             given["hidden_states"] = self.hidden_states(dtype)
-        if room is not None and room.dtype == dtype and takes(run, "out"):
+        if room is not None and room.dtype == dtype and takes(run, "out") and (not away or stores_once(run)):
             given["out"] = room
         return run(topk_ids=self.topk_ids, topk_weights=self.topk_weights, expert_map=self.expert_map, **given)
 
@@ -150,6 +152,11 @@ def takes(run: Callable[..., torch.Tensor], name: str) -> bool:
     """Whether a dispatcher's kernel, or whatever else is called, has a parameter of some name."""
     kernel = getattr(run, "kernel", None)
     return name in inspect.signature(run if kernel is None else kernel.launch).parameters
+
+
+def stores_once(run: Callable[..., torch.Tensor]) -> bool:
+    """Whether a dispatcher's kernel, or whatever else is called, says that it stores each place of ``out`` once and reads none."""
+    return bool(getattr(getattr(run, "kernel", run), "stores_once", False))
 
 
 def prefix(tokens_per_rank: tuple[int, ...]) -> tuple[int, ...]:

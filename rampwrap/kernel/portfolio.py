@@ -185,6 +185,11 @@ class Portfolio:
         return next((f"{name}: {why}" for name, why in reasons.items() if why), None)
 
     @property
+    def stores_once(self) -> bool:
+        """Whether all members store each place of ``out`` once."""
+        return all(getattr(kernel, "stores_once", False) for kernel in self.members.values())
+
+    @property
     def capturable(self) -> bool | str:
         """True, or which member cannot be captured in a CUDA graph, and why."""
         reasons = {name: getattr(kernel, "capturable", True) for name, kernel in self.members.items()}

@@ -116,6 +116,9 @@ def summed(*, out: torch.Tensor | None = None, **its: torch.Tensor) -> torch.Ten
     return total if out is None else out.copy_(total)
 
 
+summed.stores_once = True  # type: ignore[attr-defined]
+
+
 def steps(group: dist.ProcessGroup, folder: str, rounds: int) -> int:
     """Steps of any counts by shared memory beside those by collectives, bit for bit; how many ran."""
     rank, ranks, done = dist.get_rank(group), dist.get_world_size(group), 0

@@ -172,6 +172,29 @@ def test_what_stays_the_same_is_looked_at_once() -> None:
     assert seen == [((1, 1, 1), {"RANKS": 4, "rank": 1, "peer": 0, "num_warps": 1}), again, again]
 
 
+def test_who_adds_into_its_output_gets_no_memory_of_another_gpu() -> None:
+    bulk, counts = made(Layout(SHAPE, 2, 4))[0], (1, 2)
+    its = KERNELS["drawn"](list(counts), 5)[0]
+    seen: list[bool] = []
+
+    class Run:
+        stores_once = False
+
+        def __call__(self, *, out: torch.Tensor | None = None, **its: torch.Tensor) -> torch.Tensor:
+            seen.append(out is not None)
+            return torch.zeros_like(its["hidden_states"])
+
+    class Once(Run):
+        stores_once = True
+
+    for run in (Run(), Once()):
+        own, other = bulk.pieces(Sent(its["x"], its["topk_ids"], its["topk_weights"], None), counts, PATH)
+        for piece in (own, other):
+            piece.settle(piece.received.through(run, torch.bfloat16, {}, piece.room, piece.away))
+    assert seen == [True, False, True, True]
+    assert not other.room.any() and other.room.data_ptr() == bulk._regions[1]["partials"][0].data_ptr()
+
+
 def test_a_source_that_does_not_come() -> None:
     """It is named, and it alone."""
     bulks, counts = made(Layout(SHAPE, 3, 4)), (1, 2, 1)

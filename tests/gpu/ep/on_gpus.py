@@ -286,6 +286,8 @@ BY_SOURCE: dict[str, Any] = {"by_source": True, "by_source_tokens": 64, "timeout
 class Lagging:
     """`summed`, on some ranks and for some sources after a while, so that the others are far ahead."""
 
+    stores_once = True
+
     def __init__(self, rank: int, device: str) -> None:
         self._own, self._on_gpu = random.Random(rank), device != "cpu"
 
