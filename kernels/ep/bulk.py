@@ -76,8 +76,7 @@ def routing_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slots, groups = at < num_tokens * TOP_K, at < num_tokens * SCALES
     ids = tl.load(topk_ids_ptr + at, mask=slots, other=-1)
-    ids = tl.where((ids >= 0) & (ids < 0x7FFFFFFF), ids, -1).to(tl.int32)
-    weights = tl.load(topk_weights_ptr + at, mask=slots, other=0.0).to(tl.float32)
+    weights = tl.load(topk_weights_ptr + at, mask=slots, other=0.0)
     scales = tl.zeros((BLOCK,), tl.float32)
     if SCALES:
         scales = tl.load(scales_ptr + at, mask=groups, other=0.0)

@@ -55,9 +55,9 @@ def send(
 
     Args:
         mapped: the memory.
-        topk_ids: int32 or int64 [T, top_k], contiguous.
-        topk_weights: floating point [T, top_k].
-        scales: float32 [T, H / 128] of e4m3 rows.
+        topk_ids: int32 [T, top_k], contiguous.
+        topk_weights: float32 [T, top_k], contiguous.
+        scales: float32 [T, H / 128] of e4m3 rows, contiguous.
         firsts: the row of each rank's memory at which this rank's begin.
     """
     num_tokens, top_k = topk_ids.shape
@@ -68,8 +68,8 @@ def send(
     routing_kernel[(triton.cdiv(num_tokens * max(top_k, width), BLOCK),)](
         mapped.bases,
         topk_ids,
-        topk_weights.contiguous(),
-        None if scales is None else scales.contiguous(),
+        topk_weights,
+        scales,
         num_tokens,
         *every,
         RANKS=mapped.num_ranks,

@@ -1,6 +1,6 @@
 """`Bulk`: steps of many tokens source by source, so that rows travel while the layer runs.
 
-One launch stores ids, weights and scales of this rank's tokens at all ranks. Copy engines, which take no SM, then send its rows to one
+A launch stores ids, weights and scales of this rank's tokens at all ranks. Copy engines, which take no SM, then send its rows to one
 peer after the other, the next rank first: at any time each rank sends to another one. A flag follows each peer's rows. Rows lie at a receiver in
 the order in which they come, so that those of several sources are one batch. The layer runs on this rank's own tokens meanwhile, then on
 those of the others, a few sources at a time (`mover.groups`), once their flags are there; the sums of a group go home while the layer
@@ -22,7 +22,7 @@ from rampwrap.ep.mover import Piece, first_row, groups
 from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received
-from rampwrap.ep.sent import Sent
+from rampwrap.ep.sent import Sent, narrow
 from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.ep import host, routing
 from rampwrap.kernels.ep.flags import COMBINE, DISPATCH
@@ -114,13 +114,12 @@ class Bulk:
     def pieces(self, sent: Sent, tokens_per_rank: tuple[int, ...], path: Path) -> Iterator[Piece]:
         """The tokens of this rank, then those of each group of sources as they arrive."""
         self._plan = plan = self._planned(tokens_per_rank)
-        self._ids = sent.topk_ids.contiguous()
-        rows = self._own(sent, plan)
-        self._kept = [rows]
+        own = self._own(sent, plan)
+        self._ids, self._kept = own["topk_ids"], [*own.values()]
         with self._side.after_current():
-            self._send(rows, plan)
+            self._send(own, plan)
         for number, group in enumerate(plan.groups):
-            here = group.here
+            here = group.here if number else own
             if number:
                 group.wait()
             if len(group.sources) == 1:
@@ -128,10 +127,8 @@ class Bulk:
             else:
                 room = torch.empty_like(here["rows"], dtype=self._layout.partial_dtype)
                 self._kept.append(room)
-            its = here["rows"] if number else rows
-            found = Received(
-                its, here.get("scales"), here["topk_ids"], here["topk_weights"], group.counts, self._owners, path
-            )
+            its = here["rows"], here.get("scales"), here["topk_ids"], here["topk_weights"]
+            found = Received(*its, group.counts, self._owners, path)
             yield Piece(group.sources, found, room, away=number > 0 and len(group.sources) == 1)
 
     def send_home(self, piece: Piece, expert_output: torch.Tensor) -> None:
@@ -182,22 +179,24 @@ class Bulk:
             found.append(Group(sources, its, here, home, routing.wait(self._mapped, sources, DISPATCH, counts)))
         return Plan(counts, tuple(found), firsts, tuple(there), routing.tell(self._mapped, COMBINE, counts[rank]))
 
-    def _own(self, sent: Sent, plan: Plan) -> torch.Tensor:
-        """Ids, weights and scales of this rank, to all ranks; its rows, as they travel."""
-        rows, scales = sent.hidden_states.contiguous(), sent.scales
-        here = plan.groups[0].here
-        if scales is None and self._layout.payload_dtype == FP8:
-            scales = here["scales"]
+    def _own(self, sent: Sent, plan: Plan) -> dict[str, torch.Tensor]:
+        """What this rank sends, as it travels: quantised rows lie in its own memory, all else where the caller has it."""
+        weights = sent.topk_weights.float().contiguous()
+        own = {"topk_ids": narrow(sent.topk_ids), "topk_weights": weights, "rows": sent.hidden_states.contiguous()}
+        if sent.scales is not None:
+            own["scales"] = sent.scales.contiguous()
+        elif self._layout.payload_dtype == FP8:
+            rows, here = own["rows"], plan.groups[0].here
+            own |= {name: here[name] for name in ("rows", "scales")}
             if len(rows):
-                quantise_rows(rows, here["rows"], scales)
-            rows = here["rows"]
-        routing.send(self._mapped, self._ids, sent.topk_weights, scales, plan.firsts)
-        return rows
+                quantise_rows(rows, own["rows"], own["scales"])
+        return own
 
-    def _send(self, rows: torch.Tensor, plan: Plan) -> None:
-        """The rows of this rank, to one peer after the other, each with its flag."""
+    def _send(self, own: Mapping[str, torch.Tensor], plan: Plan) -> None:
+        """Ids, weights and scales of this rank to all ranks, then its rows to one peer after the other, each with its flag."""
+        routing.send(self._mapped, own["topk_ids"], own["topk_weights"], own.get("scales"), plan.firsts)
         for there, tell in plan.there:
-            there.copy_(rows)
+            there.copy_(own["rows"])
             tell()
 
     def close(self) -> None:

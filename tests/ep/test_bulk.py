@@ -70,7 +70,6 @@ def of_all(bulk: Bulk, counts: list[int], by_source: bool = False) -> Received:
 def send(bulk: Bulk, own: Sent, counts: tuple[int, ...]) -> None:
     """The part of a rank that waits for nobody."""
     plan = bulk._planned(counts)
-    bulk._ids = own.topk_ids
     bulk._send(bulk._own(own, plan), plan)
 
 

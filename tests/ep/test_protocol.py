@@ -107,16 +107,16 @@ def as_they_come(routing: list[list[set[int]]], receiver: int) -> dict[int, rang
 def by_source(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rules) -> list[Launch]:
     """One launch whose CTAs stand for two streams, one that sends and one that runs the layer; its tail sums, after both.
 
-    The layer's stream sends ids; where it has one source at a time, it stores sums in the memory of that source."""
+    Where the layer has one source at a time, it stores sums in the memory of that source."""
     buffer, lies = step % rules.buffers, [as_they_come(routing[step], receiver) for receiver in range(num_ranks)]
     mine = routing[step][rank]
     own: list[Any] = [(name, buffer, at) for at in lies[rank][rank] for name in ("ids", "row")]
     layer: list[Op] = [("epoch", "layer"), *(("put", its, step) for its in own)]
     side: list[Op] = [("after", (step, "sent")), ("epoch", "side")]
-    for at in range(1, num_ranks):
-        to = (rank + at) % num_ranks
+    peers = [(rank + at) % num_ranks for at in range(1, num_ranks)]
+    side += [("store", to, ("ids", buffer, place), step) for to in peers for place in lies[to][rank]]
+    for to in peers:
         flag = ("flag", to, ("dispatch", rank, 0), "side")
-        layer += [("store", to, ("ids", buffer, place), step) for place in lies[to][rank]]
         rows: list[Op] = [("read", ("row", buffer, at), step) for at in lies[rank][rank]]
         rows += [("store", to, ("row", buffer, place), step) for place in lies[to][rank]]
         side += [*rows, flag] if rules.flags_follow else [flag, *rows]
