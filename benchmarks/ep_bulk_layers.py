@@ -228,9 +228,11 @@ class Layer:
         self.gather()
         self.rival.scatter(self.y, self.room)
 
-    def nothing(self, *, hidden_scale: Any = None, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
-        """In place of a kernel; it takes scales, so that no rows are copied for it."""
-        return self.y if out is None else out
+    def nothing(
+        self, *, topk_ids: torch.Tensor, hidden_scale: Any = None, out: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor:
+        """In place of a kernel; it takes scales, so that no rows are copied for it. Sums of a single source are copied: nobody stores them."""
+        return self.y[: len(topk_ids)] if out is None else out
 
     def pieces(self) -> None:
         at = 0
