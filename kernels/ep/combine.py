@@ -2,7 +2,7 @@
 
 A CTA of the first sums and pushes tokens of one source, and tells that source. CTAs of the second wait for those of the first that
 pushed their tokens, of all ranks, and for no others, so that tokens are added while others travel. They begin while the first launch
-runs, for cells tell all that they need of it, and end after it.
+runs, for cells tell all that they need of it, and end after it. Of few tokens the second launch is another: `marked`.
 """
 
 # Bodies under @triton.jit have no Python types, and their constants are upper case.
@@ -20,12 +20,14 @@ from rampwrap.kernels.ep.flags import (
     epoch_in_progress,
     first_row,
     has_all,
+    has_sum,
     next_epoch,
     owner_of,
     peer_at,
     spread,
     tell,
 )
+from rampwrap.kernels.ep.marked import unmarked
 from rampwrap.kernels.triton.interpreter import downcast
 from rampwrap.kernels.triton.pdl import begin_next_launch, end_after_launch_before, wait_for_launch_before
 
@@ -62,12 +64,15 @@ def push_kernel(
     MAX_TOKENS: tl.constexpr,
     CELLS_AT: tl.constexpr,
     MOST: tl.constexpr,
-    PARTIALS_AT: tl.constexpr,
+    SUMS_AT: tl.constexpr,
+    ROOM: tl.constexpr,
+    MARKED: tl.constexpr,
     BLOCK: tl.constexpr,
     EVERY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sources along axis 1, each of whose tokens up to MOST CTAs along axis 0 share.
+    """Sources along axis 1, each of whose tokens up to MOST CTAs along axis 0 share. There is room for ROOM sums of each rank; MARKED ones
+    are their own flags (`take_kernel`).
 
     The routing is a copy of that received, by source, token and slot: the owner, and the bits of the weight. Rows of the next step may lie elsewhere, so a source that has
     its sums may write its ids over those of another that are still to be read here. EVERY pushes all rows, by a caller who knows no
@@ -95,7 +100,7 @@ def push_kernel(
         to = peer_at(
             bases_ptr,
             source,
-            PARTIALS_AT + (tl.cast(rank, tl.int64) * MAX_TOKENS + token) * (COLUMNS * PARTIAL_BYTES),
+            SUMS_AT + (tl.cast(rank, tl.int64) * ROOM + token) * (COLUMNS * PARTIAL_BYTES),
             PARTIAL,
         )
         for start in tl.static_range(0, COLUMNS, BLOCK):
@@ -111,10 +116,12 @@ def push_kernel(
             else:
                 y = tl.load(y_ptr + row * COLUMNS + column, mask=column < COLUMNS, other=0.0)
                 total = y if y.dtype == PARTIAL else downcast(y.to(tl.float32), PARTIAL)
+            if MARKED:
+                total = unmarked(total)
             tl.store(to + column, total, mask=column < COLUMNS * wanted)
     if sound & (tl.program_id(0) < ctas_of(num_tokens, MOST)):
         _first, own = first_row(counts, rank, RANKS)
-        tell(bases_ptr + source, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, own, 1)
+        tell(bases_ptr + source, CELLS_AT + (tl.program_id(0) * RANKS + rank) * 8, epoch, own, 1, not MARKED)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         end_step(header_ptr, epoch)
 
@@ -136,14 +143,6 @@ def owners_of(
         slots = tl.where(token < num_tokens, TOP_K, 0)
         _ids, owners = owner_of(topk_ids_ptr, table_ptr, token * TOP_K, num_experts, slots, SLOTS)
     return owners
-
-
-@triton.jit
-def has_sum(owners, peer, EVERY: tl.constexpr):
-    """1 where a rank has a sum for a token, else 0."""
-    if EVERY:
-        return tl.full((), 1, tl.int32)
-    return tl.max((owners == peer).to(tl.int32), 0)
 
 
 @triton.jit(

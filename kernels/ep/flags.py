@@ -41,6 +41,8 @@ add.u64 at, at, $2;
 @mine st.release.sys.global.b64 [at], $3;
 mov.u32 $0, 0;
 }""")
+# The same, behind nothing.
+_NOTE = tl.constexpr(_TELL.value.replace("release", "relaxed"))
 # The first warp polls, its lanes together; threads of others get what is due. A fault is read ahead of each acquire, which nothing overtakes.
 _POLL = tl.constexpr("""{
 .reg .pred mine, late; .reg .u32 lane; .reg .u64 begun, now, fault, due, there;
@@ -94,6 +96,14 @@ def peer_at(bases_ptr, peer, at, TYPE: tl.constexpr):
 
 
 @triton.jit
+def now_ns():
+    """The GPU's clock; in the interpreter time does not pass."""
+    if INTERPRETED:
+        return tl.full((), 0, tl.int64)
+    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
 def next_epoch(header_ptr):
     """That of the step to come; where its rows go source by source, of the step in progress. After the last comes 1: 0 is in cells that nobody wrote."""
     epoch = tl.load(header_ptr + _EPOCH)
@@ -127,8 +137,11 @@ def has_all(header_ptr):
 
 
 @triton.jit
-def tell(bases_ptr, cell_at, epoch, num_tokens, RANKS: tl.constexpr):
-    """Writes a cell, `cell_at` bytes into the memory of RANKS ranks; whatever the CTA stored or saw is visible before."""
+def tell(bases_ptr, cell_at, epoch, num_tokens, RANKS: tl.constexpr, COVERS: tl.constexpr = True):
+    """Writes a cell, `cell_at` bytes into the memory of RANKS ranks; whatever the CTA stored or saw is visible before.
+
+    Without COVERS its stores may arrive later. What it loaded is in registers, for what it stored before this depends on that.
+    """
     value = (tl.cast(epoch, tl.int64) << 32) | num_tokens
     tl.debug_barrier()
     if INTERPRETED:
@@ -136,8 +149,9 @@ def tell(bases_ptr, cell_at, epoch, num_tokens, RANKS: tl.constexpr):
             tl.store((tl.load(bases_ptr + rank) + cell_at).to(tl.pointer_type(tl.int64)), value)
     else:
         ranks, at = tl.full((), RANKS, tl.int32), tl.cast(cell_at, tl.int64)
+        code: tl.constexpr = _TELL if COVERS else _NOTE
         tl.inline_asm_elementwise(
-            _TELL, "=r,l,l,l,r", [bases_ptr, at, value, ranks], dtype=tl.int32, is_pure=False, pack=1
+            code, "=r,l,l,l,r", [bases_ptr, at, value, ranks], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
@@ -188,7 +202,12 @@ def await_cells(
     wrong = tl.sum(tl.where(other, bits, 0), 0)
     kind = tl.where(missing != 0, _LATE, _COUNTS).to(tl.int64)
     fault = (epoch << 32) | (kind << 16) | (PHASE << 8) | missing | tl.where(missing != 0, 0, wrong)
-    fault = tl.where((missing | wrong) != 0, fault, 0)
+    record(header_ptr, fault_ptr, tl.where((missing | wrong) != 0, fault, 0))
+
+
+@triton.jit
+def record(header_ptr, fault_ptr, fault):
+    """Leaves a fault that is not 0 where later waits and the host see it; the first one stays."""
     if INTERPRETED:
         if (fault != 0) & (tl.load(header_ptr + _FAULT) == 0):
             tl.store(header_ptr + _FAULT, fault)
@@ -274,3 +293,11 @@ def owner_of(topk_ids_ptr, table_ptr, at, num_experts, top_k, SLOTS: tl.constexp
     ids = tl.load(topk_ids_ptr + at + slot, mask=slot < top_k, other=-1, cache_modifier=".cg")
     valid = (ids >= 0) & (ids < num_experts)
     return ids, tl.load(table_ptr + ids, mask=valid, other=-1)
+
+
+@triton.jit
+def has_sum(owners, peer, EVERY: tl.constexpr):
+    """1 where a rank has a sum for a token, by the owners of its slots; or always; else 0."""
+    if EVERY:
+        return tl.full((), 1, tl.int32)
+    return tl.max((owners == peer).to(tl.int32), 0)

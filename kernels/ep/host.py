@@ -4,6 +4,7 @@ Nothing here allocates, synchronises or reads the GPU, so both can be captured i
 follow each other in any order, the same on all ranks. Counts of tokens are baked into a graph, the routing is not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,13 @@ from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
 from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE, MOST_RANKS
 from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
+from rampwrap.kernels.ep.marked import take_kernel
 from rampwrap.kernels.triton import pdl
 
 MOST_CTAS = 528
 "Of a launch that waits and does little else: four on an SM of Hopper."
+EAGER_CTAS = 132
+"Of a launch that looks for sums while they travel: more of them would take what L2 can give from those that arrive."
 _TL = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -56,10 +60,15 @@ class Mapped:
         if not 1 <= value <= MOST_RANKS:
             raise InputError(f"{value} ranks share memory; up to {MOST_RANKS} of one host do, use collectives.")
 
-    @property
-    def of_steps(self) -> tuple[torch.Tensor, ...]:
-        """What is zero before the first step, and again after a fault."""
-        return self.views["header"], self.views["cells"], self.fault
+    def begin(self) -> None:
+        """This rank's memory as it must be before the first step, and again after a fault: no step is told, and no sum of few tokens is there."""
+        for its in (self.views["header"], self.views["cells"], self.fault):
+            its.zero_()
+        self.views["marked"].fill_(-0.0)
+
+    def marks(self, tokens_per_rank: Sequence[int]) -> bool:
+        """Whether the sums of a step are their own flags: so few that they have room there. All ranks say the same."""
+        return max(tokens_per_rank) <= self.views["marked"].shape[1]
 
     @property
     def top_k(self) -> int:
@@ -97,8 +106,14 @@ class Mapped:
         }
 
     @property
-    def _lanes(self) -> int:
-        return int(triton.next_power_of_2(self.num_ranks))
+    def _waiting(self) -> dict[str, Any]:
+        """Arguments of every kernel that waits for all ranks."""
+        return {
+            "header_ptr": self.views["header"],
+            "fault_ptr": self.fault,
+            "limit_ns": int(self.timeout_s * 1e9),
+            "LANES": int(triton.next_power_of_2(self.num_ranks)),
+        }
 
     def _shared(self, tokens_per_rank: Sequence[int]) -> dict[str, Any]:
         """Arguments of every kernel that knows experts."""
@@ -158,11 +173,7 @@ def dispatch(
         topk_weights,
         its.rank_of_expert,
         cells,
-        views["header"],
-        its.fault,
         num_experts=its.num_experts,
-        limit_ns=int(its.timeout_s * 1e9),
-        LANES=its._lanes,
         ROW_BYTES=row_bytes,
         QUANTISES=quantises,
         MASKED=masked,
@@ -179,6 +190,7 @@ def dispatch(
         BLOCK=min(4096, triton.next_power_of_2(words)),
         GROUPS=min(64, triton.next_power_of_2(-(-hidden // GROUP))),
         num_warps=8,
+        **its._waiting,
         **its._shared(tokens_per_rank),
     )
 
@@ -212,17 +224,14 @@ def gather(
     gather_kernel[(its.ctas(max(tokens_per_rank)), 1)](
         bases_ptr=its.bases,
         cells_ptr=cells,
-        header_ptr=its.views["header"],
-        fault_ptr=its.fault,
-        limit_ns=int(its.timeout_s * 1e9),
         **given,
-        LANES=its._lanes,
         CELLS_AT=cells_at,
         MOST=its.most_ctas,
         SENDS=sends,
         WAITS=waits,
         num_warps=8,
         maxnreg=64,  # without it ptxas saves registers, and spills some; four CTAs fit on an SM so
+        **its._waiting,
         **its._between(tokens_per_rank),
     )
 
@@ -251,20 +260,23 @@ def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[
         expert_output: floating point [N, H], summed, or [N, top_k, H], one row a slot; contiguous, and `apart` from what `add` writes.
         tokens_per_rank: of every rank.
     """
-    its, partials = mapped, mapped.views["partials"]
-    _, cells_at = its.cells(COMBINE)
+    its, marks = mapped, mapped.marks(tokens_per_rank)
+    name = "marked" if marks else "partials"
+    sums, (_, cells_at) = its.views[name], its.cells(COMBINE)
     push_kernel[(its.ctas(max(tokens_per_rank)), its.num_ranks)](
         its.bases,
         expert_output,
         its.views.get("routing"),
         its.views["header"],
         BY_SLOT=expert_output.dim() == 3,
-        PARTIAL=_TL[partials.dtype],
-        PARTIAL_BYTES=partials.dtype.itemsize,
+        PARTIAL=_TL[sums.dtype],
+        PARTIAL_BYTES=sums.dtype.itemsize,
         MAX_TOKENS=its.max_tokens,
         CELLS_AT=cells_at,
         MOST=its.most_ctas,
-        PARTIALS_AT=its.offsets["partials"],
+        SUMS_AT=its.offsets[name],
+        ROOM=sums.shape[1],
+        MARKED=marks,
         **_row_at_once(its.hidden_size),
         EVERY=its.expert_map is None,
         **its._shared(tokens_per_rank),
@@ -289,6 +301,9 @@ def add(
         by_source: the sums were told by `routing.tell`; otherwise by `push`, just before.
     """
     its = mapped
+    if not by_source and its.marks(tokens_per_rank):
+        take(its, out, tokens_per_rank)
+        return
     cells, _ = its.cells(COMBINE)
     ctas, block = its.ctas(tokens_per_rank[its.rank]), min(2048, triton.next_power_of_2(its.hidden_size))
     # Few columns each, so that a thread has those of all ranks under way at once.
@@ -299,11 +314,7 @@ def add(
         topk_ids,
         its.rank_of_expert,
         cells,
-        its.views["header"],
-        its.fault,
         num_experts=its.num_experts,
-        limit_ns=int(its.timeout_s * 1e9),
-        LANES=its._lanes,
         MAX_TOKENS=its.max_tokens,
         BLOCK=block,
         num_warps=max(1, block // 256),
@@ -311,16 +322,41 @@ def add(
         maxnreg=64 if its.num_ranks * its.views["partials"].dtype.itemsize <= 16 else 128,
         EVERY=its.expert_map is None,
         BY_SOURCE=by_source,
+        **its._waiting,
         **its._shared(tokens_per_rank),
     )
     if by_source:
         end_kernel[(1,)](its.views["header"], num_warps=1)
 
 
+def take(mapped: Mapped, out: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:
+    """`add` where sums are their own flags."""
+    its, sums = mapped, mapped.views["marked"]
+    words, (cells, _) = sums.view(torch.int32), its.cells(COMBINE)
+    block = min(1024, triton.next_power_of_2(words.shape[2]))
+    grid = its.ctas(tokens_per_rank[its.rank]), -(-words.shape[2] // block)
+    take_kernel[grid](
+        out,
+        words,
+        its.views.get("routing"),
+        cells,
+        MAX_TOKENS=its.max_tokens,
+        ROOM=sums.shape[1],
+        PARTIAL=_TL[sums.dtype],
+        BLOCK=block,
+        num_warps=max(1, block // 128),
+        EVERY=its.expert_map is None,
+        EAGER=math.prod(grid) <= EAGER_CTAS,
+        **its._waiting,
+        **its._shared(tokens_per_rank),
+    )
+
+
 def _row_at_once(columns: int) -> dict[str, int]:
-    """A CTA has a whole row under way: loads of a next piece would wait for the stores of the one before, which may alias."""
+    """A CTA has a whole row under way: loads of a next piece would wait for the stores of the one before, which may alias. From 64 columns
+    on a thread stores whole words: a half of one would be taken for a sum (`marked`)."""
     block = min(8192, triton.next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": 8 if block > 2048 else 4}
+    return {"BLOCK": block, "num_warps": 8 if block > 2048 else max(1, min(4, block // 256))}
 
 
 def said_by(fault: int, timeout_s: float) -> str | None:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from rampwrap.ep import terms
 from rampwrap.ep.board import Board
-from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, Wanted, placed, views_of
-from rampwrap.ep.shared import Shared, settle, zeroed
+from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, Wanted, marked, placed, views_of
+from rampwrap.ep.shared import Shared, between_steps, settle
 from rampwrap.errors import GroupError
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.gather import MOST_FIELDS
@@ -89,6 +89,7 @@ class Gathered:
             expert_map=None,
             timeout_s=timeout_s,
         )
+        mapped.begin()
         torch.cuda.synchronize(device)
         board.exchange("open to all", None)
         return cls(mapped, board, shared)
@@ -179,7 +180,7 @@ class Gathered:
             GroupError: a rank did not arrive within `open_s`.
         """
         self._board.reset()
-        zeroed(self._board, self._mapped.bases.device, self._mapped.of_steps)
+        between_steps(self._board, self._mapped.bases.device, self._mapped.begin)
 
     def close(self) -> None:
         """Lets go of the memory; what was launched has ended."""
@@ -197,6 +198,7 @@ def wanted(num_ranks: int, max_tokens: int, token_bytes: int, hidden_size: int, 
     return [
         ("header", torch.int64, (HEADER,)),
         ("cells", torch.int64, (2, CELLS, num_ranks)),
+        marked(num_ranks, max_tokens, hidden_size, dtype),
         ("fields", torch.uint8, (num_ranks * max_tokens * token_bytes + MOST_FIELDS * ALIGNED,)),
         ("partials", dtype, (num_ranks, max_tokens, hidden_size)),
     ]

@@ -11,7 +11,7 @@ from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8, TORCH_DTYPES
 from rampwrap.schema import between
 
-PROTOCOL = 2
+PROTOCOL = 3
 "Of regions, cells and their meaning: ranks of different ones must not meet."
 MOST_RANKS = 64
 MOST_TOKENS = 1 << 16
@@ -24,6 +24,9 @@ CELLS = 384
 fit at once with the 78 registers for each of 256 threads that quantising takes. Where fewer fit, they go in the order of their numbers."""
 
 
+MARKED_BYTES = 4 << 20
+"""Of a rank, for sums that are their own flags. To put their marks back takes as long as to write them: more of them would take longer so
+(predicted; four H100, H=7168: even with 1 to 4 MB, 2 us slower with 7)."""
 Wanted = tuple[str, torch.dtype, tuple[int, ...]]
 "Name, type and shape of a tensor."
 
@@ -59,6 +62,13 @@ def placed(wanted: Iterable[Wanted]) -> tuple[Region, ...]:
 def views_of(regions: Iterable[Region], memory: torch.Tensor) -> Mapping[str, torch.Tensor]:
     """The regions of uint8 memory, by name."""
     return {its.name: memory[its.offset : its.offset + its.bytes].view(its.dtype).view(its.shape) for its in regions}
+
+
+def marked(num_ranks: int, max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Wanted:
+    """Room for sums of steps of few tokens, which are their own flags: a CTA for each, and rows of whole stores (`kernels.ep.marked`)."""
+    row = hidden_size * dtype.itemsize
+    few = MARKED_BYTES // (num_ranks * row) if row % 16 == 0 and hidden_size >= 64 else 0
+    return "marked", dtype, (num_ranks, min(max_tokens, CELLS, few), hidden_size)
 
 
 @attrs.frozen
@@ -141,6 +151,7 @@ class Layout:
                 ("cells", torch.int64, (2, CELLS, ranks)),  # of dispatch and of combine, one a CTA and source
                 # Owners and bits of weights, which the push reads, by source: no other rank writes there.
                 ("routing", torch.int32, (ranks, most, top_k, 2)),
+                marked(ranks, most, self.shape.hidden_size, self.partial_dtype),
                 *self.tensors,
             )
         )

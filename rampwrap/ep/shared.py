@@ -1,6 +1,6 @@
 """`Shared`: memory of one rank that all ranks of a host map and write into."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -72,14 +72,13 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def zeroed(board: Board, device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
-    """Zeroes tensors on every rank, when nothing runs on any; nothing begins before all are zero. All ranks call it together."""
+def between_steps(board: Board, device: torch.device, call: Callable[[], None]) -> None:
+    """Does something on every rank when nothing runs on any; nothing begins before all have done it. All ranks call it together."""
     settle(device)
     board.exchange("settled", None)
-    for its in tensors:
-        its.zero_()
+    call()
     settle(device)
-    board.exchange("zeroed", None)
+    board.exchange("begun anew", None)
 
 
 def _all_or_none(board: Board, phase: str, reason: str | None, more: int = 0) -> list[tuple[int, str | None]]:

@@ -14,7 +14,7 @@ from rampwrap.ep.owners import Owners
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
-from rampwrap.ep.shared import Shared, settle, zeroed
+from rampwrap.ep.shared import Shared, between_steps, settle
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.host import Mapped
 from rampwrap.kernels.triton.align.host import alignment_ints, blocks_in
@@ -71,6 +71,7 @@ class Symmetric:
             expert_map=owners.expert_map,
             timeout_s=board.timeout_s,
         )
+        mapped.begin()
         torch.cuda.synchronize(device)
         return cls(mapped, owners, layout, own, shared)
 
@@ -120,7 +121,7 @@ class Symmetric:
 
     def reset(self, board: Board) -> None:
         """Back to the first epoch on every rank."""
-        zeroed(board, self._mapped.bases.device, self._mapped.of_steps)
+        between_steps(board, self._mapped.bases.device, self._mapped.begin)
 
     def close(self) -> None:
         """Lets go of the memory; what was launched has ended."""

@@ -23,7 +23,7 @@ from rampwrap.ep.shared import Shared
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common.operands import local_ids
 from rampwrap.kernels.common.reference import quantise
-from rampwrap.kernels.ep import bulk, combine, flags
+from rampwrap.kernels.ep import bulk, combine, flags, marked
 
 SHAPE = MoEShape(12, 3, 128, 128)
 MOST = 4
@@ -74,7 +74,9 @@ class Mapped:
 def emulated(folder: str) -> Any:
     """A context in which ranks share memory so."""
     zeros = torch.zeros
-    patches: list[Any] = [mock.patch.object(module, "await_cells", await_cells) for module in (flags, combine, bulk)]
+    patches: list[Any] = [
+        mock.patch.object(module, "await_cells", await_cells) for module in (flags, combine, bulk, marked)
+    ]
     patches += [
         mock.patch.object(Shared, "mapped", Mapped(folder)),
         mock.patch.object(terms, "apart", lambda *_: None),

@@ -34,11 +34,10 @@ def made(num_ranks: int, dtype: torch.dtype = torch.bfloat16, token_bytes: int =
     ranks = []
     for rank, memory in enumerate(memories):
         views = views_of(regions, memory)
-        for name in ("header", "cells"):
-            views[name].zero_()
         offsets = {its.name: its.offset for its in regions}
         fault = torch.zeros(1, dtype=torch.int64)
         mapped = host.Mapped(rank, num_ranks, bases, views, offsets, fault, None, None, 1.0)
+        mapped.begin()
         ranks.append(Gathered(mapped, Quiet()))  # type: ignore[arg-type]
     return ranks
 

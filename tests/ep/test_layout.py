@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rampwrap.ep.layout import ALIGNED, CELLS, Layout
+from rampwrap.ep.layout import ALIGNED, CELLS, MARKED_BYTES, Layout, marked
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import BY_SOURCE_TOKENS, path_of, share_of_ranks
 from rampwrap.ep.terms import Terms, apart
@@ -47,13 +47,26 @@ def test_regions_lie_one_after_the_other(layout: Layout) -> None:
 
 
 def test_memory_of_published_layers() -> None:
-    """128 tokens a rank of DeepSeek-V3 on 4 GPUs: 4 x 128 rows of 7,392 bytes, as many sums of 14,336, 64 bytes of each
-    row for its push, and cells."""
+    """128 tokens a rank of DeepSeek-V3 on 4 GPUs: 4 x 128 rows of 7,392 bytes, as many sums of 14,336 and 4 x 73 that are their own
+    flags, 64 bytes of each row for its push, and cells."""
     layout = Layout(MoEShape(256, 8, 7168, 2048, "fp8"), 4, 128)
     rows = 4 * 128 * (7168 + 4 * 56 + 2 * 4 * 8)
     push, cells = 2 * 4 * 128 * 8 * 4, 2 * CELLS * 4 * 8
-    assert 0 <= layout.bytes - rows - 4 * 128 * 2 * 7168 - push - cells - 512 < 7 * ALIGNED
+    assert 0 <= layout.bytes - rows - 4 * (128 + 73) * 2 * 7168 - push - cells - 512 < 8 * ALIGNED
     assert Layout(MoEShape(256, 8, 7168, 2048), 4, 128, partials="fp32").bytes > layout.bytes
+
+
+@given(layouts)
+def test_room_for_sums_that_are_their_own_flags(layout: Layout) -> None:
+    """Never more than was said, a CTA for each, and for no more tokens than a rank may bring."""
+    _, dtype, (ranks, few, columns) = marked(
+        layout.num_ranks, layout.max_tokens_per_rank, layout.shape.hidden_size, layout.partial_dtype
+    )
+    its = ranks * columns * dtype.itemsize
+    assert few * its <= MARKED_BYTES and few <= min(layout.max_tokens_per_rank, CELLS)
+    assert few == min(layout.max_tokens_per_rank, CELLS) or (few + 1) * its > MARKED_BYTES
+    assert marked(2, 8, 68, torch.bfloat16)[2] == (2, 0, 68)  # rows of no whole stores
+    assert marked(2, 8, 32, torch.bfloat16)[2] == (2, 0, 32)  # less than a word a thread
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.randoms(use_true_random=False))

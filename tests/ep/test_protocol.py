@@ -40,7 +40,7 @@ class Rules:
     outputs: str = "apart"
     "From the rows that the layer was given; or over them."
     sum_waits_for: str = "the CTAs of its number"
-    "Of every rank; or the first ones."
+    "Of every rank; or the first ones; or no cells, where sums are their own flags."
     buffers: int = 1
     "Sets of rows and sums, taken in turn."
     parity: bool = False
@@ -55,6 +55,10 @@ class Rules:
     "Of a dispatch: of the rank that has most; or of the rank's own, which then wait for those further on too."
     resident: int = 1 << 20
     "CTAs of a launch of low latency that are on the GPU at once; the next begins, in order, when one has ended."
+    marked_to: int = 0
+    "Tokens of a rank up to which sums of a launch are their own flags, in places of their own that are marked where none is."
+    marks: str = "are put back"
+    "By who read the sum; or left, or put back behind the next dispatch, which has told."
     flags_follow: bool = True
     "The rows of the same peer; or go ahead of them."
     sums_told: str = "after the layer"
@@ -86,6 +90,11 @@ def any_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
     """By the most tokens of a rank, which all know."""
     bulk = max(map(len, routing[step])) >= rules.by_source_from
     return (by_source if bulk else one_round)(routing, step, rank, num_ranks, rules)
+
+
+def any_marked(routing: Routing, step: int, rules: Rules) -> bool:
+    """By the most tokens of a rank too."""
+    return max(map(len, routing[step])) <= min(rules.marked_to, rules.by_source_from - 1)
 
 
 def places(routing: list[list[set[int]]]) -> list[range]:
@@ -154,6 +163,11 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
     senders = {other for other in everyone if any(rank in its for its in routing[step][other])}
     awaited = everyone if rules.dispatch_waits_for == "every rank" else sorted(senders)
     early, bumps_early = rules.epoch_read != "by the launch", rules.epoch_bumped != "by the push"
+    marked = any_marked(routing, step, rules)
+    puts_late: list[Op] = []
+    if rules.marks == "behind the next dispatch" and step and any_marked(routing, step - 1, rules):
+        before = enumerate(routing[step - 1][rank])
+        puts_late = [("put", ("marked", owner, token), None) for token, its in before for owner in sorted(its)]
 
     ctas = max(telling) if rules.ctas == "of the most tokens" else telling[rank]
 
@@ -191,6 +205,7 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
         ),
         # The layer: all ids, and the rows that are for this rank.
         tail=(
+            *puts_late,
             *(("read", ("ids", buffer, place), step) for other in awaited for place in lies[other]),
             *(
                 ("read", ("row", buffer, place), step)
@@ -212,14 +227,27 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
             if rank in routing[step][source][number]:
                 if rules.outputs != "apart":
                     reads.append(("read", ("row", buffer, lies[source][number]), step))
-                reads.append(("store", source, ("part", buffer, rank, number), step))
+                part = ("marked", rank, number) if marked else ("part", buffer, rank, number)
+                reads.append(("store", source, part, step))
         register = f"push {source} {number}"
         first = not bumps_early and not number and source == rank
         return (
             ("step", register),
             *reads,
-            ("flag", source, ("combine", rank, number), register),
+            ("note" if marked else "flag", source, ("combine", rank, number), register),
             *([("bump", "epoch", register)] if first else []),
+        )
+
+    def takes(number: int, its: set[int]) -> tuple[Op, ...]:
+        """What a CTA does for a token of this rank, where sums are their own flags."""
+        places = [("marked", owner, number) for owner in sorted(its)]
+        awaited = adds if rules.sum_waits_for != "sums alone" else []
+        return (
+            ("step", f"sum {number}"),
+            *(("wait", ("combine", other, number), f"sum {number}") for other in awaited),
+            *(("until", place) for place in places),
+            *(("read", place, step) for place in places),
+            *(("put", place, None) for place in places if rules.marks == "are put back"),
         )
 
     push = tuple(pushes(source, number) for source in everyone for number in range(telling[source]))
@@ -240,6 +268,8 @@ def one_round(routing: Routing, step: int, rank: int, num_ranks: int, rules: Rul
         )
         for number, its in enumerate(mine or [set()])
     )
+    if marked:
+        sums = tuple(takes(number, its) for number, its in enumerate(mine or [set()]))
     # The next dispatch's first lines, where that launch does not wait for this one.
     prologue: list[tuple[Op, ...]] = []
     if early and step + 1 < len(routing):
@@ -294,6 +324,8 @@ class Model:
         _, _, registers, memory = its
         if op[0] == "after":
             return op[1] in dict(registers)
+        if op[0] == "until":
+            return dict(memory).get(op[1]) is not None
         if op[0] != "wait":
             return True
         return dict(memory).get(op[1], 0) == self._flag(dict(registers)[op[2]])
@@ -326,12 +358,11 @@ class Model:
             memory = _put(memory, op[1], op[2])
         elif kind == "bump":
             memory = _put(memory, op[1], dict(registers)[op[2]] + 1)
-        elif kind in ("store", "flag"):
+        elif kind in ("store", "flag", "note"):
             name = (who, launch, which, places[which])
             after: frozenset[Any] = frozenset()
-            value = op[3]
+            value = op[3] if kind == "store" else self._flag(dict(registers)[op[3]])
             if kind == "flag":
-                value = self._flag(dict(registers)[op[3]])
                 after = self._covered(flying, who, launch, which)
                 after |= self._covered_by_events(flying, who, launch, which, places[which])
             flying = (*flying, (name, op[1], op[2], value, after))
@@ -395,7 +426,9 @@ def in_every_order(model: Model) -> tuple[str | None, int]:
         if not choices and not model.done(state):
             return "all wait for each other", len(seen)
         # Sending a store changes nothing that others see, and it may arrive late: one order is as good as any. So with events.
-        sends = [its for its in choices if its[0] >= 0 and _op(model, state, its)[0] in ("store", "flag", "event")]
+        sends = [
+            its for its in choices if its[0] >= 0 and _op(model, state, its)[0] in ("store", "flag", "note", "event")
+        ]
         for choice in sends[:1] or choices:
             after = model.step(state, choice)
             if isinstance(after, str):
@@ -443,12 +476,27 @@ def failures(rules: Rules, runs: int, ranks: Sequence[int] = (2, 3), seed: int =
         Rules(by_source_from=2),
         Rules(resident=1),
         Rules(resident=2),
+        Rules(marked_to=2),
+        Rules(marked_to=1),
+        Rules(marked_to=1, by_source_from=2),
+        Rules(marked_to=2, resident=1),
     ],
-    ids=["low latency", "two buffers", "by source, its parity", "both kinds", "a CTA at once", "two CTAs at once"],
+    ids=[
+        "low latency",
+        "two buffers",
+        "by source, its parity",
+        "both kinds",
+        "a CTA at once",
+        "two CTAs at once",
+        "own flags",
+        "own flags and cells",
+        "own flags and by source",
+        "own flags, a CTA at once",
+    ],
 )
 def test_the_protocol_holds(rules: Rules) -> None:
     """One buffer is enough, for steps of both kinds that follow each other too; one bit of the epoch only for those by source."""
-    assert failures(rules, 100, (2, 3, 4)) == []
+    assert failures(rules, 60, (2, 3, 4)) == []
 
 
 MUTANTS = {
@@ -460,6 +508,15 @@ MUTANTS = {
     "dispatch waits for senders only": (Rules(dispatch_waits_for="senders"), "reads|wait"),
     "the epoch is read early": (Rules(epoch_read="early"), "reads|wait"),
     "the epoch is bumped by the dispatch": (Rules(epoch_bumped="by the dispatch"), "wait"),
+    "own flags, left after they were read": (Rules(marked_to=2, marks="are left"), "reads"),
+    "own flags, put back behind the next dispatch": (
+        Rules(marked_to=2, marks="behind the next dispatch"),
+        "reads|wait",
+    ),
+    "own flags and no cells": (Rules(marked_to=2, sum_waits_for="sums alone"), "reads|wait"),
+    "own flags, cells of owners only": (Rules(marked_to=2, combine_waits_for="owners"), "reads|wait"),
+    "own flags, push reads what the layer reads": (Rules(marked_to=2, push_reads="the layer's"), "reads"),
+    "own flags, the epoch is read early": (Rules(marked_to=2, epoch_read="early"), "reads|wait"),
     "by source, flags without release": (Rules(release="none", by_source_from=1), "reads"),
     "by source, flags do not cover the other stream": (Rules(release="of its stream", by_source_from=1), "reads"),
     "by source, flags ahead of rows": (Rules(flags_follow=False, by_source_from=2), "reads|wait"),
@@ -529,15 +586,23 @@ SMALLEST: Routing = [[[{1}], []], [[{1}], []], [[{0}], []]]
 "Two ranks, one token of the first, which goes to the other, twice, and then stays."
 
 
-@pytest.mark.parametrize("first", [1, 3], ids=["by source", "low latency"])
-def test_the_smallest_case_in_every_order(first: int) -> None:
-    rules, case = Rules(by_source_from=first), SMALLEST[: 2 if first == 1 else 3]
+@pytest.mark.parametrize(("first", "marked"), [(1, 0), (3, 0), (3, 1)], ids=["by source", "low latency", "own flags"])
+def test_the_smallest_case_in_every_order(first: int, marked: int) -> None:
+    rules, case = Rules(by_source_from=first, marked_to=marked), SMALLEST[: 2 if first == 1 or marked else 3]
     reason, states = in_every_order(Model(programs(case, 2, rules), rules))
     assert reason is None and states > 200
 
 
 @pytest.mark.parametrize(
-    "rules", [Rules(release="none"), Rules(combine_waits_for="owners"), Rules(epoch_read="early")], ids=str
+    "rules",
+    [
+        Rules(release="none"),
+        Rules(combine_waits_for="owners"),
+        Rules(epoch_read="early"),
+        Rules(marked_to=1, marks="are left"),
+        Rules(marked_to=1, combine_waits_for="owners"),
+    ],
+    ids=str,
 )
 def test_broken_protocols_fail_in_the_smallest_case(rules: Rules) -> None:
     reason, _ = in_every_order(Model(programs(SMALLEST, 2, rules), rules))

@@ -48,6 +48,7 @@ def made(layout: Layout) -> Symmetric:
         owners.expert_map,
         1.0,
     )
+    mapped.begin()
     return Symmetric(mapped, owners, layout, own)
 
 

@@ -6,6 +6,7 @@ is shown; ranks that still run at the limit show where they stand. On a small ca
 """
 
 import argparse
+import contextlib
 import faulthandler
 import os
 import pathlib
@@ -16,12 +17,14 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from rampwrap.dispatch.graph import GraphDispatcher
+from rampwrap.ep import layout
 from rampwrap.ep.gathered import Gathered
 from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.path import BY_SOURCE_TOKENS
@@ -103,12 +106,19 @@ def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((found != wanted).float().mean() < 0.01) and bool(apart <= 0.15 * most)
 
 
+def room_for(few: int, ranks: int, bytes_of_sum: int) -> contextlib.AbstractContextManager[Any]:
+    """Groups opened meanwhile have room for so many tokens whose sums are their own flags; of more, cells tell."""
+    return mock.patch.object(layout, "MARKED_BYTES", few * ranks * SHAPE.hidden_size * bytes_of_sum)
+
+
 def poison(ep: ExpertParallel) -> None:
-    """NaN in all rows and sums of this rank, while nobody writes there."""
+    """NaN in all rows and sums of this rank, while nobody writes there; but where sums are their own flags none may be left."""
     mover = ep._movers[0] if ep._movers else None
     views = mover._mapped.views if hasattr(mover, "_mapped") else mover._regions  # type: ignore[union-attr]
     for name in ("rows", "partials"):
         views[name].view(torch.uint8).fill_(0xFF)
+    if "marked" in views:
+        assert bool((views["marked"].float().view(torch.int32) == -(1 << 31)).all()), "sums are left"
 
 
 class Replayed:
@@ -135,10 +145,11 @@ def soak(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2000
     """Rounds with any counts and routing, graphs and eager steps mixed, ranks late and memory poisoned; those that ran."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     on_gpu, done = device != "cpu", 0
-    cases = (("bf16", "bf16", False, False), ("fp8", "fp32", True, True), ("fp8", "bf16", False, False))
-    for payload, partials, masked, quantised in cases:
+    cases = (("bf16", "bf16", False, False, MOST), ("fp8", "fp32", True, True, 8), ("fp8", "bf16", False, False, 0))
+    for payload, partials, masked, quantised, few in cases:
         options: dict[str, Any] = {"payload": payload, "partials": partials, "device": device, "timeout_s": 15.0}
         with (
+            room_for(few, ranks, 4 if partials == "fp32" else 2),
             ExpertParallel(group, SHAPE, MOST, backend=backend, masked=masked, **options) as ours,
             ExpertParallel(group, SHAPE, MOST, backend="collectives", **options) as theirs,
         ):
@@ -192,30 +203,38 @@ def aligned(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 2
 
 
 def late(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 1) -> None:
-    """The last rank comes too late: all others are told so, none hangs, and after a reset all is well. Counts, likewise."""
+    """The last rank comes too late: all others are told so, it too, as it cannot have their sums, none hangs, and after a reset all is
+    well. Counts, likewise. By both ways of a combine."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    counts = [2] * ranks
+    counts, last = [2] * ranks, ranks - 1
+    seen = counts if rank else [*counts[:-1], 3]
+    others = f"rank{'s' * (last > 1)} {', '.join(map(str, range(last)))}"
     brought = batch(2, "spread", rank, device)
-    with ExpertParallel(group, SHAPE, MOST, backend=backend, device=device, timeout_s=3.0) as ep:
-        right = step(ep, brought, counts)
-        for _ in range(rounds):
-            dist.barrier(group)
-            if rank == ranks - 1:
-                time.sleep(5.0)
-            reason = said(lambda: (step(ep, brought, counts), ep.check()))
-            if rank != ranks - 1:
-                assert reason.startswith(f"rank {ranks - 1} did not arrive at dispatch"), reason
-            dist.barrier(group)
-            ep.reset()
-            assert torch.equal(step(ep, brought, counts), right)
-            ep.check()
-        others = counts if rank else [*counts[:-1], 3]
-        reason = said(lambda: (step(ep, brought, others), ep.check()))
-        assert (not rank) == ("with other tokens_per_rank than this rank has" in reason), reason
-        dist.barrier(group)
-        ep.reset()
-        assert torch.equal(step(ep, brought, counts), right)
-        ep.check()
+    for few in (MOST, 0):
+        with room_for(few, ranks, 2):
+            with ExpertParallel(group, SHAPE, MOST, backend=backend, device=device) as ep:
+                right = step(ep, brought, counts)  # compiles, while nobody is missed
+            with ExpertParallel(group, SHAPE, MOST, backend=backend, device=device, timeout_s=2.0) as ep:
+                for _ in range(rounds):
+                    dist.barrier(group)
+                    if rank == last:
+                        time.sleep(3.0)
+                    reason = said(lambda: (step(ep, brought, counts), ep.check()))
+                    missed = (
+                        f"rank {last} did not arrive at dispatch" if rank != last else f"{others} did not arrive at"
+                    )
+                    assert reason.startswith(missed), reason
+                    dist.barrier(group)
+                    ep.reset()
+                    assert torch.equal(step(ep, brought, counts), right)
+                    ep.check()
+                dist.barrier(group)
+                reason = said(lambda: (step(ep, brought, seen), ep.check()))
+                assert (not rank) == ("with other tokens_per_rank than this rank has" in reason), reason
+                dist.barrier(group)
+                ep.reset()
+                assert torch.equal(step(ep, brought, counts), right)
+                ep.check()
 
 
 def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 300) -> None:
@@ -223,7 +242,8 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     most, hidden = 64, SHAPE.hidden_size
     sizes = {"token_bytes": 4 * hidden, "hidden_size": hidden, "dtype": torch.bfloat16}
-    ours = Gathered.open(group, torch.device(device), timeout_s=15.0, max_tokens_per_rank=most, **sizes)
+    with room_for(16, ranks, 2):
+        ours = Gathered.open(group, torch.device(device), timeout_s=15.0, max_tokens_per_rank=most, **sizes)
 
     def drawn(counts: list[int], seed: int) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
         generator = torch.Generator(device).manual_seed(seed)
@@ -234,6 +254,8 @@ def gathered(group: dist.ProcessGroup, device: str, backend: str, rounds: int = 
             odd = torch.randint(0, 99, (count, 3), generator=generator, device=device).int()
             batches.append([row.bfloat16() if seed % 2 else row.to(torch.float8_e4m3fn), weights, ids, odd])
         y = [torch.randn(total, hidden, generator=generator, device=device).bfloat16() for _ in counts]
+        for its in y:  # what stands elsewhere for a sum that is not there
+            its[::3], its[:, 4:15] = -0.0, -0.0
         return batches, y
 
     def compare(found: list[torch.Tensor], out: torch.Tensor, drew: Any, counts: list[int], where: str) -> None:

@@ -78,12 +78,16 @@ class Rank:
         host.push(self.mapped, self._y[:rows], counts)
         host.add(self.mapped, out, brought[1], counts)
 
-    def alone(self, counts: Sequence[int], call: Callable[[], None]) -> None:
-        """A step for which all peers seem to have come: it compiles, loads and warms what it launches and waits for nobody."""
+    def alone(self, counts: Sequence[int], call: Callable[[], None], cells_alone: bool = False) -> None:
+        """A step for which all peers seem to have come: it compiles, loads and warms what it launches and waits for nobody.
+
+        Or their cells alone have come, and no sums that are their own flags.
+        """
         views = self.mapped.views
         torch.cuda.synchronize()
         epoch = int(views["header"][0]) + 1
         views["cells"].copy_(torch.tensor(counts, device="cuda") + (epoch << 32))
+        views["marked"].fill_(-0.0 if cells_alone else 0.0)
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             call()
@@ -115,6 +119,7 @@ def made_with_memory(layout: Layout, limit_s: float = LIMIT_S) -> tuple[list[Ran
             owners.expert_map,
             limit_s,
         )
+        mapped.begin()
         ranks.append(Rank(mapped, owners))
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
@@ -155,6 +160,14 @@ def faults(ranks: Sequence[Rank], where: str) -> str:
     return "\n".join(f"{where}: on rank {rank}: {sentence}" for rank, sentence in said.items() if sentence)
 
 
+def end_alone(ranks: Sequence[Rank], where: str) -> None:
+    """After steps alone: nothing went wrong; sums that nobody awaited at a peer are gone."""
+    assert not faults(ranks, where)
+    for its in ranks:
+        its.mapped.views["marked"].fill_(-0.0)
+    torch.cuda.synchronize()
+
+
 def same(found, wanted, where: str) -> str:
     """Where two tensors differ; empty where they do not."""
     if torch.equal(found, wanted):
@@ -183,17 +196,22 @@ def drawn(counts: Sequence[int], kind: str, seed: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4], ids=["two", "four"])
-@pytest.mark.parametrize(("partials", "masked"), [("bf16", False), ("fp32", True)])
-def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None:
-    """Eager steps with any counts, then a captured one with other routing at each replay, for each rank on its stream."""
-    ranks, rng = made(num_ranks, partials), random.Random(num_ranks)
+@pytest.mark.parametrize(("partials", "masked", "few"), [("bf16", False, MOST), ("fp32", True, 8)])
+def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool, few: int) -> None:
+    """Eager steps with any counts, then a captured one with other routing at each replay, for each rank on its stream; sums of few tokens
+    are their own flags."""
+    with HELP["room_for"](few, num_ranks, 4 if partials == "fp32" else 2):
+        ranks, rng = made(num_ranks, partials), random.Random(num_ranks)
     dtype = ranks[0].mapped.views["partials"].dtype
     captured = [8] * num_ranks
     brought = drawn(captured, "spread", 0)
     outs = [torch.empty_like(its[0]) for its in brought]
-    for rank, its, out in zip(ranks, brought, outs, strict=True):
-        rank.alone(captured, lambda rank=rank, its=its, out=out: rank.step(its, captured, out, masked))
-    assert not faults(ranks, "alone")
+    # Both ways of a combine: what compiled in the middle of a step would be waited for.
+    for counts, full in ((captured, brought), ([MOST] * num_ranks, drawn([MOST] * num_ranks, "spread", 0))):
+        for rank, its in zip(ranks, full, strict=True):
+            out = torch.empty_like(its[0])
+            rank.alone(counts, lambda rank=rank, its=its, out=out, counts=counts: rank.step(its, counts, out, masked))
+        end_alone(ranks, "alone")
 
     for number in range(ROUNDS):
         plans = []
@@ -224,7 +242,7 @@ def test_steps_of_all_ranks(num_ranks: int, partials: str, masked: bool) -> None
         graphs.append(graph)
     for rank, graph in zip(ranks, graphs, strict=True):
         rank.alone(captured, graph.replay)
-    assert not faults(ranks, "graphs alone")
+    end_alone(ranks, "graphs alone")
     for number in range(50):
         fresh = drawn(captured, HELP["KINDS"][number % 5], 77 + number)
         for mine, its in zip(brought, fresh, strict=True):
@@ -275,7 +293,7 @@ def test_steps_by_source_of_all_ranks(counts: list[int], others: list[int]) -> N
     for brought, each, by_source, outs in first * 2:
         for rank, its, out in zip(ranks, brought, outs, strict=True):
             rank.alone(each, lambda rank=rank, b=its, e=each, o=out, s=by_source: rank.step(b, e, o, s))
-    assert not faults(ranks, "alone")
+    end_alone(ranks, "alone")
     kept, _, _, outs = first[0]
     graphs = []
     for place, rank in enumerate(ranks):
@@ -285,7 +303,7 @@ def test_steps_by_source_of_all_ranks(counts: list[int], others: list[int]) -> N
             rank.step(kept[place], counts, outs[place], True)
     for rank, graph in zip(ranks, graphs, strict=True):
         rank.alone(counts, graph.replay)
-    assert not faults(ranks, "graphs alone")
+    end_alone(ranks, "graphs alone")
 
     for number in range(1, ROUNDS):
         plans = planned(number)
@@ -308,16 +326,33 @@ def test_steps_by_source_of_all_ranks(counts: list[int], others: list[int]) -> N
         compare(kept, counts, outs, f"round {number}, replayed")
 
 
-def test_a_rank_that_does_not_come() -> None:
+@pytest.mark.parametrize("few", [MOST, 0], ids=["own flags", "cells"])
+def test_a_rank_that_does_not_come(few: int) -> None:
     """A launch that waits ends after the limit and says for whom it waited, in which phase of which step."""
-    ranks, counts = made(2, "bf16", limit_s=0.25), [2, 3]
+    with HELP["room_for"](few, 2, 2):
+        ranks = made(2, "bf16", limit_s=0.25)
+    counts = [2, 3]
     brought = drawn(counts, "spread", 1)
     out = torch.empty_like(brought[0][0])
     ranks[0].alone(counts, lambda: ranks[0].step(brought[0], counts, out, False))
-    assert not faults(ranks, "alone")
+    end_alone(ranks, "alone")
     ranks[0].step(brought[0], counts, out, False)
     torch.cuda.synchronize()
     assert faults(ranks, "late") == (
         "late: on rank 0: rank 1 did not arrive at dispatch of step 2 within 0.25 s; see what became of it, then call "
         "reset() on every rank."
+    )
+
+
+def test_sums_that_do_not_arrive() -> None:
+    """Where all cells are there, and sums are their own flags: whose sums are missing is said, in which step."""
+    ranks, counts = made(2, "bf16", limit_s=0.25), [2, 3]
+    brought = drawn(counts, "spread", 1)
+    out = torch.empty_like(brought[0][0])
+    for cells_alone in (False, True):
+        ranks[0].alone(counts, lambda: ranks[0].step(brought[0], counts, out, False), cells_alone)
+        if not cells_alone:
+            end_alone(ranks, "alone")
+    assert faults(ranks, "lost").startswith(
+        "lost: on rank 0: rank 1 did not arrive at combine of step 2 within 0.25 s; see what became of it"
     )

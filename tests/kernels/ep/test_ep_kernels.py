@@ -42,8 +42,6 @@ def made(layout: Layout, placements: list[Placement], timeout_s: float = 1.0) ->
     for rank, memory in enumerate(memories):
         owners = Owners.of(placements, rank, "cpu")
         views = layout.views(memory)
-        views["header"].zero_()
-        views["cells"].zero_()
         views["rows"].view(torch.uint8).fill_(0xFF)  # NaN in bf16 and in e4m3
         views["partials"].view(torch.uint8).fill_(0xFF)
         ranks.append(
@@ -59,6 +57,7 @@ def made(layout: Layout, placements: list[Placement], timeout_s: float = 1.0) ->
                 timeout_s,
             )
         )
+        ranks[-1].begin()
     return ranks
 
 
@@ -92,6 +91,7 @@ PLACEMENTS = {
     3: [Placement(12, np.array(its)) for its in ([11, 0], [5], [3, 4, 1, 2, 10, 9, 8, 7, 6])],
     4: [contiguous(12, 4, rank) for rank in range(4)],
 }
+UNEVEN = [Placement(12, np.arange(5)), Placement(12, np.arange(5, 12))]
 CASES = [
     (1, [3], "bf16", False),
     (2, [3, 2], "bf16", False),
@@ -101,15 +101,30 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("by_slot", [False, True], ids=["summed", "by slot"])
+def without_sums(ranks: list[host.Mapped]) -> bool:
+    """Whether all places of sums that are their own flags are marked."""
+    return all(bool((its.views["marked"].float().view(torch.int32) == -(1 << 31)).all()) for its in ranks)
+
+
+@pytest.mark.parametrize(
+    ("by_slot", "marked"), [(False, True), (True, False)], ids=["summed, own flags", "by slot, cells"]
+)
 @pytest.mark.parametrize(("num_ranks", "counts", "payload", "masked"), CASES)
 def test_rows_and_sums(
-    num_ranks: int, counts: list[int], payload: str, masked: bool, by_slot: bool, monkeypatch: pytest.MonkeyPatch
+    num_ranks: int,
+    counts: list[int],
+    payload: str,
+    masked: bool,
+    by_slot: bool,
+    marked: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps: rows and ids where they belong, the sums of the right ranks, and nothing elsewhere."""
+    """Two steps: rows and ids where they belong, the sums of the right ranks, and nothing elsewhere; by both ways of a combine."""
     layout = Layout(SHAPE, num_ranks, 6, payload=payload, partials="fp32" if by_slot else "bf16")
-    monkeypatch.setattr("rampwrap.ep.layout.CELLS", 2)  # CTAs, which take several tokens each
+    if not marked:
+        monkeypatch.setattr("rampwrap.ep.layout.CELLS", 2)  # CTAs, which take several tokens each
     ranks = made(layout, PLACEMENTS[num_ranks])
+    assert {its.marks(counts) for its in ranks} == {marked}
     for step in range(2):
         brought = drawn(counts, 10 * num_ranks + step, (torch.int64, torch.int32)[step])
         sent(ranks, brought, counts, masked=masked)
@@ -157,6 +172,58 @@ def test_rows_and_sums(
             wanted = sum_in_order(torch.stack([part[own] for part in sums]), owned).bfloat16()
             assert torch.equal(out, wanted)
             assert int(its.fault) == 0 and int(its.views["header"][EPOCH]) == step + 1
+        assert without_sums(ranks)
+
+
+def stepped(ranks: list[host.Mapped], counts: list[int], outputs: list[torch.Tensor], dtype: torch.dtype) -> list:
+    """Sums of a step in which every rank has an expert of every token, from what each pushes."""
+    brought = [
+        its | {"topk_ids": torch.tensor([[0, 5, 11]] * len(its["x"]))[:, : SHAPE.top_k]} for its in drawn(counts, 3)
+    ]
+    sent(ranks, brought, counts, masked=False)
+    for rank, y in zip(ranks, outputs, strict=True):
+        host.push(rank, y, counts)
+    outs = [torch.full((count, SHAPE.hidden_size), 7.0, dtype=dtype) for count in counts]
+    for rank, out, its in zip(ranks, outs, brought, strict=True):
+        host.add(rank, out, its["topk_ids"], counts)
+    return outs
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("partials", ["bf16", "fp32"])
+def test_any_bits_travel_as_sums(partials: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-0.0 among them, which says elsewhere that no sum is there; alone, in pairs and in whole rows. The bits are those of the other way."""
+    counts, found = [2, 3], []
+    generator = torch.Generator().manual_seed(1)
+    wide = partials == "fp32"
+    bits = torch.randint(-(1 << 31), 1 << 31, (2, 5, SHAPE.hidden_size // (1 if wide else 2)), generator=generator)
+    outputs = bits.int().view(torch.float32 if wide else torch.bfloat16)
+    outputs[:, 0] = -0.0
+    outputs[0, 3, ::2] = -0.0
+    outputs[1, 4, :9] = -0.0
+    for room in (1 << 22, 0):
+        monkeypatch.setattr("rampwrap.ep.layout.MARKED_BYTES", room)
+        ranks = made(Layout(SHAPE, 2, 4, partials=partials), UNEVEN)
+        assert ranks[0].marks(counts) == bool(room)
+        found.append(torch.cat([out for _ in range(2) for out in stepped(ranks, counts, [*outputs], torch.bfloat16)]))
+        assert without_sums(ranks) and not any(int(its.fault) for its in ranks)
+    assert torch.equal(found[0].view(torch.int16), found[1].view(torch.int16))
+
+
+def test_sums_that_do_not_arrive() -> None:
+    """Where the cells are there all the same: their rank is named."""
+    ranks, counts = made(Layout(SHAPE, 2, 4), PLACEMENTS[2]), [1, 2]
+    brought = drawn(counts, 9)
+    for its in brought:
+        its["topk_ids"] = torch.tensor([[0, 7, -1]] * len(its["x"]))
+    sent(ranks, brought, counts, masked=False)
+    for rank in ranks:
+        host.push(rank, torch.ones(3, 256).bfloat16(), counts)
+    ranks[1].views["marked"][0, 1, 8:10] = -0.0
+    for rank, its in zip(ranks, brought, strict=True):
+        host.add(rank, torch.empty(its["x"].shape), its["topk_ids"], counts)
+    assert int(ranks[0].fault) == 0
+    assert str(host.said_by(int(ranks[1].fault), 1.0)).startswith("rank 0 did not arrive at combine of step 1")
 
 
 def test_e4m3_rows_with_scales_are_copied() -> None:
@@ -173,8 +240,10 @@ def test_e4m3_rows_with_scales_are_copied() -> None:
         assert torch.equal(its.views["scales"][:4], scales)
 
 
-def test_a_rank_that_does_not_come() -> None:
+@pytest.mark.parametrize("room", [0, 1 << 22], ids=["cells", "own flags"])
+def test_a_rank_that_does_not_come(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named once, with its phase; later waits do not wait, and what the host reads stays the first fault."""
+    monkeypatch.setattr("rampwrap.ep.layout.MARKED_BYTES", room)
     ranks, counts = made(Layout(SHAPE, 3, 4), PLACEMENTS[3], timeout_s=2.5), [1, 2, 1]
     brought = drawn(counts, 5)
     for sends in (True, False):
@@ -288,12 +357,12 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rampwrap.kernels.ep import bulk, combine, dispatch, gather
+from rampwrap.kernels.ep import bulk, combine, dispatch, gather, host, marked
 from rampwrap.kernels.triton import interpreter
 import triton.language as tl
 
 LONG = {"bases_ptr", "cells_ptr", "header_ptr", "fault_ptr"}
-REAL = {"topk_weights_ptr": "fp32", "scales_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"}
+REAL = {"topk_weights_ptr": "fp32", "scales_ptr": "fp32", "x_scales_ptr": "fp32", "y_ptr": "bf16", "out_ptr": "bf16", "partials_ptr": "bf16"} | {"marked_ptr": "i32"}
 
 def build(name, kernel, constants, absent=(), x="i32", ids="i32", **options):
     signature, constexprs, attrs = {}, {}, {}
@@ -322,13 +391,20 @@ build("dispatch", dispatch.dispatch_kernel, send, ("x_scales_ptr",), num_warps=8
 quantises = send | dict(QUANTISES=True, ROW_BYTES=7168)
 build("dispatch quantises", dispatch.dispatch_kernel, quantises, ("x_scales_ptr",), x="bf16", ids="i64", num_warps=8)
 build("dispatch scales", dispatch.dispatch_kernel, send | dict(ROW_BYTES=7168), num_warps=8)
-push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, PARTIALS_AT=1 << 20, BLOCK=8192, EVERY=False)
+push = shared | dict(PARTIAL=tl.bfloat16, PARTIAL_BYTES=2, SUMS_AT=1 << 20, ROOM=128, MARKED=False, BLOCK=8192, EVERY=False)
 build("push", combine.push_kernel, push | dict(BY_SLOT=True), num_warps=8)
 added = push | dict(BLOCK=2048, BY_SOURCE=False)
 build("sum", combine.sum_kernel, added, num_warps=8, maxnreg=64)
 build("sum by source", combine.sum_kernel, added | dict(BY_SOURCE=True), num_warps=8, maxnreg=64)
 every = push | dict(EVERY=True, TOP_K=1, SLOTS=1, BY_SLOT=False)
 build("push every", combine.push_kernel, every, ("routing_ptr",), num_warps=8)
+build("push marked", combine.push_kernel, push | dict(BY_SLOT=False, MARKED=True), num_warps=8)
+build("push marked by slot", combine.push_kernel, push | dict(BY_SLOT=True, MARKED=True), num_warps=8)
+build("push marked, 64 columns", combine.push_kernel, push | dict(BY_SLOT=False, MARKED=True, COLUMNS=64) | host._row_at_once(64), num_warps=host._row_at_once(64)["num_warps"])
+takes = added | dict(BLOCK=1024, EAGER=False)
+build("take", marked.take_kernel, takes, num_warps=8)
+build("take eagerly in float32", marked.take_kernel, takes | dict(PARTIAL=tl.float32, EAGER=True, RANKS=8, LANES=8), num_warps=8)
+build("take every", marked.take_kernel, every | takes | dict(EVERY=True, TOP_K=1, SLOTS=1), ("routing_ptr",), num_warps=8)
 build("sum every", combine.sum_kernel, every | added | dict(EVERY=True, TOP_K=1, SLOTS=1), ("topk_ids_ptr", "rank_of_expert_ptr"), num_warps=8, maxnreg=64)
 rows = dict(WORDS_0=3584, WORDS_1=8, WORDS_2=8, WORDS_3=56, WORDS_4=0, AT_0=1024, AT_1=1 << 24, AT_2=1 << 25, AT_3=1 << 26, AT_4=0)
 build("tell", bulk.tell_kernel, dict(RANKS=1, CELLS_AT=512), num_warps=1)
@@ -358,6 +434,9 @@ def compiled(folder: pathlib.Path) -> dict[str, dict]:
 
 FLAGS = ("tell", "tell all", "wait", "end", "routing")
 "Kernels that move no rows."
+TAKES = ("take", "take eagerly in float32", "take every")
+LATE = ("sum", "sum every", *TAKES)
+"Those that wait for the launch before at their end."
 
 
 def places(ptx: list[str], pattern: str) -> list[int]:
@@ -373,8 +452,10 @@ def stores_in_wide_pieces(kernels: dict[str, dict]) -> None:
             assert len(wide) >= ranks, name
         elif "quantises" in name:
             assert len(places(its["ptx"], r"st\.global\.v2\.b32|st\.global\.b64|st\.global\.v4\.b32")) >= ranks, name
-        elif name not in FLAGS:
+        elif name not in FLAGS and "64 columns" not in name:
             assert wide, name
+        # Half of a word is no mark: who reads sums that are their own flags would take it for one.
+        assert "marked" not in name or not places(its["ptx"], r"st\.global\.b16"), name
 
 
 def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.Path) -> None:
@@ -384,33 +465,40 @@ def test_what_is_compiled_orders_memory_as_the_protocol_must(tmp_path: pathlib.P
     for name, its in kernels.items():
         ptx, told, waits = (
             its["ptx"],
-            not name.startswith(("sum", "wait", "end", "routing")),
+            not name.startswith(("sum", "take", "wait", "end", "routing")),
             not name.startswith(("push", "tell", "end", "routing")),
         )
         assert its["spills"] == 0, name
         begins, memory = places(ptx, r"griddepcontrol\.wait"), places(ptx, r"\b(?:ld|st|atom)\.\w*\.*global")
         assert len(begins) == len(places(ptx, r"griddepcontrol\.launch_dependents")) == (name not in FLAGS)
-        if begins and name in ("sum", "sum every"):
+        if begins and name in LATE:
             assert begins[0] > memory[-1], name
         elif begins:
             assert begins[0] < memory[0], name
         barriers = places(ptx, r"bar\.sync|barrier\.sync")
-        cells = places(ptx, r"st\.release\.sys\.global\.b64")
+        covers = "marked" not in name  # else sums are their own flags
+        cells = places(ptx, rf"st\.{'release' if covers else 'relaxed'}\.sys\.global\.b64")
         polls = places(ptx, r"ld\.acquire\.sys\.global\.b64")
         assert len(cells) == told and len(polls) == waits, name
         assert not places(ptx, r"\batom\.(?!cas\.relaxed)|\bred\.|\bfence|\bmembar"), name
         fences = [line for line in its["sass"] if "MEMBAR" in line]
-        assert len(fences) == told and all("SYS" in line for line in fences), (name, fences)
+        assert len(fences) == (told and covers) and all("SYS" in line for line in fences), (name, fences)
         if told and name not in FLAGS:
             wide = [place for place in places(ptx, r"st\.global\.v|st\.global\.b32") if place < cells[0]]
             assert wide and any(wide[-1] < barrier < cells[0] for barrier in barriers), name
         if waits:
-            assert len(places(ptx, "globaltimer")) == 1 and any(barrier > polls[0] for barrier in barriers), name
+            assert len(places(ptx, "globaltimer")) == 1 + (name in TAKES) and any(
+                barrier > polls[0] for barrier in barriers
+            ), name
             assert not told or cells[0] < polls[0], name
             voted = places(ptx, r"vote\.sync\.any")
             assert len(voted) == 2 and voted[0] > polls[0], name
-        if name.startswith("sum"):  # the loads of all ranks, then the first sum
+        if name.startswith(("sum", "take")):  # the loads of all ranks, then the first sum
             loads = [at for at, line in enumerate(its["sass"]) if "LDG.E.128" in line]
             sums = [at for at, line in enumerate(its["sass"]) if re.search(r"\bFADD\b", line)]
-            assert len(loads) == 4 and loads[-1] < sums[0], name
+            assert len(loads) == (8 if "float32" in name else 4) and loads[-1] < sums[0], name
+            assert name not in TAKES or all("STRONG.SYS" in its["sass"][at] for at in loads), name
+        if "marked" in name:  # 0.0 is added to each sum, which makes one of -0.0
+            added = [line for line in its["sass"] if "ADD2.BF16" in line or "FMA2.MMA.BF16" in line]
+            assert len(added) == (1 if "64 columns" in name else 16), name
         assert not places(ptx, r"multimem|multicast"), name
