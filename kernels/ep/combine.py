@@ -84,6 +84,7 @@ def push_kernel(
     """
     wait_for_launch_before(PDL)
     epoch, sound = epoch_in_progress(header_ptr), has_all(header_ptr)
+    sends = sound.to(tl.int32)  # a rank that was missed may still add the sums of the step before
     counts = (count_0, count_1, count_2, count_3, count_4, count_5, count_6, count_7)
     # The next rank first, so that not all push to the same one.
     source = (rank + 1 + tl.program_id(1)) % RANKS
@@ -96,7 +97,7 @@ def push_kernel(
         if not EVERY:
             owners = tl.load(routing_ptr + its + 2 * slot, mask=slot < TOP_K, other=-1)
             here = (owners == rank).to(tl.int32)
-        wanted = tl.max(here, 0)
+        wanted = tl.max(here, 0) * sends
         to = peer_at(
             bases_ptr,
             source,
