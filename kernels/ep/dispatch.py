@@ -19,11 +19,11 @@ from rampwrap.kernels.triton.quantise import quantise_groups
 
 
 @triton.jit
-def wants(owners, peer, MASKED: tl.constexpr):
+def wants(owners, peer, sound, MASKED: tl.constexpr):
     """Whether a rank gets the row of a token."""
     if MASKED:
-        return tl.max((owners == peer).to(tl.int32), 0) > 0
-    return peer >= 0
+        return sound & (tl.max((owners == peer).to(tl.int32), 0) > 0)
+    return sound
 
 
 @triton.jit
@@ -32,6 +32,7 @@ def send_words(
     from_ptr,
     at,
     owners,
+    sound,
     rank,
     RANKS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -44,7 +45,7 @@ def send_words(
         data = tl.load(from_ptr + word, mask=word < WORDS, other=0)
         for step in tl.static_range(RANKS):
             peer = (rank + 1 + step) % RANKS
-            if wants(owners, peer, MASKED):
+            if wants(owners, peer, sound, MASKED):
                 tl.store(peer_at(bases_ptr, peer, at, tl.int32) + word, data, mask=word < WORDS)
 
 
@@ -62,6 +63,7 @@ def send_quantised(
     rows_at,
     scales_at,
     owners,
+    sound,
     rank,
     RANKS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -77,7 +79,7 @@ def send_quantised(
         q, scale = quantise_groups(x, tl.float8e4nv)
         for step in tl.static_range(RANKS):
             peer = (rank + 1 + step) % RANKS
-            if wants(owners, peer, MASKED):
+            if wants(owners, peer, sound, MASKED):
                 tl.store(peer_at(bases_ptr, peer, rows_at, tl.float8e4nv) + at, q, mask=at < COLUMNS)
                 store_scales(bases_ptr, peer, scales_at, group, scale, scales)
 
@@ -117,6 +119,7 @@ def send_token(
     rank_of_expert_ptr,
     token,
     row,
+    sound,
     rank,
     num_experts,
     RANKS: tl.constexpr,
@@ -135,17 +138,17 @@ def send_token(
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Row, scales, ids and weights of one token to a row of each rank."""
+    """Row, scales, ids and weights of one token to a row of each rank, where this one is `sound` (`has_all`)."""
     ids, owners = owner_of(topk_ids_ptr, rank_of_expert_ptr, token * TOP_K, num_experts, TOP_K, SLOTS)
     slot = tl.arange(0, SLOTS)
     weights = tl.load(topk_weights_ptr + token * TOP_K + slot, mask=slot < TOP_K, other=0.0).to(tl.float32)
     at, rows_at, scales_at = tl.cast(token, tl.int64), ROWS_AT + row * ROW_BYTES, SCALES_AT + row * (COLUMNS // 32)
     if QUANTISES:
         x_row = x_ptr + at * COLUMNS
-        send_quantised(bases_ptr, x_row, rows_at, scales_at, owners, rank, RANKS, MASKED, COLUMNS, GROUPS)
+        send_quantised(bases_ptr, x_row, rows_at, scales_at, owners, sound, rank, RANKS, MASKED, COLUMNS, GROUPS)
     else:
         words: tl.constexpr = ROW_BYTES // 4
-        send_words(bases_ptr, x_ptr + at * words, rows_at, owners, rank, RANKS, MASKED, words, BLOCK)
+        send_words(bases_ptr, x_ptr + at * words, rows_at, owners, sound, rank, RANKS, MASKED, words, BLOCK)
         if x_scales_ptr is not None:
             scales: tl.constexpr = COLUMNS // 128
             for start in tl.static_range(0, scales, GROUPS):
@@ -153,7 +156,7 @@ def send_token(
                 scale = tl.load(x_scales_ptr + at * scales + group, mask=group < scales)
                 for step in tl.static_range(RANKS):
                     peer = (rank + 1 + step) % RANKS
-                    if wants(owners, peer, MASKED):
+                    if wants(owners, peer, sound, MASKED):
                         store_scales(bases_ptr, peer, scales_at, group, scale, scales)
     behind, push_behind = row * (TOP_K * 4), (rank * MAX_TOKENS + at) * (TOP_K * 8)
     send_routing(
@@ -165,7 +168,7 @@ def send_token(
         WEIGHTS_AT + behind,
         PUSH_AT + push_behind,
         rank,
-        TOP_K,
+        TOP_K * sound.to(tl.int32),
         RANKS,
         SLOTS,
     )
@@ -243,6 +246,7 @@ def dispatch_kernel(
                 rank_of_expert_ptr,
                 token,
                 tl.cast(first + token, tl.int64),
+                sound,
                 rank,
                 num_experts,
                 RANKS,

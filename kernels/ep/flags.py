@@ -132,7 +132,8 @@ def end_step(header_ptr, epoch):
 @triton.jit
 def has_all(header_ptr):
     """Whether this rank missed nothing so far. What it has after a fault is worth nothing: it tells nothing more, so that others miss it,
-    also one that came too late and finds all else there. To be read early, for it is a trip to memory."""
+    also one that came too late and finds all else there. Nor do dispatch and push store anything, for that one may still be in the step
+    before, and read there. To be read early, for it is a trip to memory."""
     return tl.load(header_ptr + _FAULT, cache_modifier=".cg") == 0
 
 

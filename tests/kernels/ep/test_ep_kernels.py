@@ -292,11 +292,16 @@ def test_a_rank_that_does_not_come(room: int, monkeypatch: pytest.MonkeyPatch) -
     host.push(ranks[1], torch.zeros(4, 256), counts)
     host.add(ranks[1], torch.empty(2, 256), brought[1]["topk_ids"], counts)
     assert str(host.said_by(int(ranks[1].fault), 2.5)).startswith("ranks 0, 2 did not arrive at combine of step 1")
-    before = [its.views["cells"].clone() for its in ranks]
-    for rank in (0, 2):
-        host.dispatch(ranks[rank], **brought[rank], tokens_per_rank=counts, masked=False)
+    # Nor do they store anything: a rank may be a step behind them.
+    names = ("cells", "routing", "rows", "topk_ids", "topk_weights", "marked", "partials")
+    before = [{name: its.views[name].view(torch.uint8).clone() for name in names} for its in ranks]
+    for rank, masked in ((0, False), (2, True)):
+        its = drawn([2], 6)[0]
+        host.dispatch(ranks[rank], **its, tokens_per_rank=[2, 2, 2], masked=masked)
+        host.push(ranks[rank], torch.ones(6, 256), [2, 2, 2])
         routing.tell(ranks[rank], COMBINE, counts[rank])()
-    assert all(torch.equal(its.views["cells"], was) for its, was in zip(ranks, before, strict=True))
+    for its, was in zip(ranks, before, strict=True):
+        assert all(torch.equal(its.views[name].view(torch.uint8), was[name]) for name in names)
     assert "ranks 0, 2 did not arrive at combine of step 17 within 1 s; see what became of them" in str(
         host.said_by(17 << 32 | 1 << 16 | 2 << 8 | 5, 1.0)
     )
