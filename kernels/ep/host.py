@@ -16,6 +16,7 @@ import triton.language as tl
 from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
+from rampwrap.kernels.common.overlap import overlap
 from rampwrap.kernels.ep.bulk import end_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
@@ -241,15 +242,8 @@ def apart(expert_output: torch.Tensor, *written: torch.Tensor) -> torch.Tensor:
 
     These are the output of `add`, and received rows: a rank that has its sums sends the next, which may lie where those of another lay.
     """
-    first, end = _range(expert_output)
-    shared = any(first < its_end and its_first < end for its_first, its_end in map(_range, written))
+    shared = any(overlap(expert_output, its) for its in written)
     return expert_output.clone(memory_format=torch.contiguous_format) if shared else expert_output.contiguous()
-
-
-def _range(its: torch.Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and of that behind its last."""
-    last = sum((size - 1) * stride for size, stride in zip(its.shape, its.stride(), strict=True))
-    return its.data_ptr(), its.data_ptr() + (last + 1) * its.element_size() if its.numel() else 0
 
 
 def push(mapped: Mapped, expert_output: torch.Tensor, tokens_per_rank: Sequence[int]) -> None:

@@ -129,7 +129,8 @@ class Bulk:
                 self._kept.append(room)
             its = here["rows"], here.get("scales"), here["topk_ids"], here["topk_weights"]
             found = Received(*its, group.counts, self._owners, path)
-            yield Piece(group.sources, found, room, away=number > 0 and len(group.sources) == 1)
+            away, leaves = number > 0 and len(group.sources) == 1, number == 0 and len(plan.counts) > 1
+            yield Piece(group.sources, found, room, away, leaves)
 
     def send_home(self, piece: Piece, expert_output: torch.Tensor) -> None:
         """The sums of a group, on their way as soon as they are there; those of one source are written where they are wanted."""

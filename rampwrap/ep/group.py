@@ -260,7 +260,8 @@ class ExpertParallel:
         """The whole layer: dispatch, a kernel on the received rows in place, combine. Returns [T, H].
 
         With `by_source`, steps of many tokens go so (`path_of`): `run` is called for the tokens of this rank, then for those of the
-        other ones, some ranks at a time, while rows and sums of others travel. A kernel that says `stores_once` may get memory of another
+        other ones, some ranks at a time, while rows and sums of others travel. It must not write over ``hidden_states`` then: those of this
+        rank are the caller's, and are being sent. A kernel that says `stores_once` may get memory of another
         GPU as `out`.
 
         Args:
@@ -287,7 +288,7 @@ class ExpertParallel:
             received, rows = piece.received, piece.room
             if received.num_tokens:
                 rows = received.through(run, dtype, weights, piece.room, piece.away)
-            refusal = refusal or received.refusal(rows)
+            refusal = refusal or piece.refusal(rows)
             if self._meets and piece.sources == (self.rank,):  # the first: what is wrong with it is so with all
                 assert self._board is not None
                 self._agree(self._board, "combine", 0, refusal)

@@ -10,6 +10,7 @@ from rampwrap.ep.board import Board
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received
 from rampwrap.ep.sent import Sent
+from rampwrap.kernels.common.overlap import overlap
 
 
 class Mover(Protocol):
@@ -37,12 +38,23 @@ class Piece:
         received: they alone; its `tokens_per_rank` are their numbers.
         room: [T, H] of the type of sums, where what this rank adds to them is wanted.
         away: it is memory of another GPU.
+        leaves: the rows are read meanwhile, to be sent to other ranks.
     """
 
     sources: tuple[int, ...]
     received: Received
     room: torch.Tensor
     away: bool = False
+    leaves: bool = False
+
+    def refusal(self, expert_output: torch.Tensor) -> str | None:
+        """What keeps an output from being sent home, in a sentence; None where nothing does."""
+        if self.leaves and overlap(expert_output, self.received.rows):
+            return (
+                "the kernel wrote its output over hidden_states, whose rows are sent while it runs by source; let it write "
+                "elsewhere, or open with by_source=False."
+            )
+        return self.received.refusal(expert_output)
 
     def settle(self, expert_output: torch.Tensor) -> torch.Tensor:
         """`room`, with what this rank adds to the rows: a kernel may have written it there, or anywhere."""

@@ -9,15 +9,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("triton")
 from rampwrap.ep.bulk import Bulk
+from rampwrap.ep.group import ExpertParallel
 from rampwrap.ep.layout import Layout
 from rampwrap.ep.mover import first_row, groups, in_order_of_arrival
 from rampwrap.ep.owners import Owners, contiguous
 from rampwrap.ep.path import Path
 from rampwrap.ep.received import Received, sum_in_order
 from rampwrap.ep.sent import Sent
+from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
 from rampwrap.kernels.common import reference
 from rampwrap.kernels.ep import host, routing
@@ -192,6 +195,40 @@ def test_who_adds_into_its_output_gets_no_memory_of_another_gpu() -> None:
             piece.settle(piece.received.through(run, torch.bfloat16, {}, piece.room, piece.away))
     assert seen == [True, False, True, True]
     assert not other.room.any() and other.room.data_ptr() == bulk._regions[1]["partials"][0].data_ptr()
+
+
+def test_rows_that_are_being_sent_are_not_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy engines read a rank's own tokens where the caller has them while the kernel runs; those of others lie here for it alone."""
+    bulks, counts = made(Layout(SHAPE, 2, 4)), (1, 2)
+    sent = [Sent(its["x"], its["topk_ids"], its["topk_weights"], None) for its in KERNELS["drawn"](list(counts), 5)]
+    send(bulks[1], sent[1], counts)
+    for piece in bulks[0].pieces(sent[0], counts, PATH):
+        rows = piece.received.rows
+        own = piece.sources == (0,)
+        for output, written in ((rows, own), (torch.stack([rows] * SHAPE.top_k, 1), False), (rows.clone(), False)):
+            assert ("wrote its output over hidden_states" in str(piece.refusal(output))) == written
+            assert written or piece.refusal(output) is None
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+    ep = ExpertParallel(None, SHAPE, 4, by_source=True, by_source_tokens=1)  # type: ignore[arg-type]
+    ep._movers, ep._board, ep._state = (Quiet(), bulks[0]), Quiet(), "idle"  # type: ignore[assignment]
+
+    def run(hidden_states: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+        return hidden_states.mul_(2)
+
+    its = sent[0]
+    with pytest.raises(
+        InputError, match="hidden_states, whose rows are sent while it runs by source; let it write elsewhere"
+    ):
+        ep.layer(run, its.hidden_states, its.topk_ids, its.topk_weights, tokens_per_rank=counts)
+
+
+class Quiet:
+    """A board and a mover of nothing."""
+
+    def fault(self) -> None:
+        """None."""
 
 
 def test_a_source_that_does_not_come() -> None:
