@@ -69,7 +69,7 @@ class Mapped:
 
     def marks(self, tokens_per_rank: Sequence[int]) -> bool:
         """Whether the sums of a step are their own flags: so few that they have room there. All ranks say the same."""
-        return max(tokens_per_rank) <= self.views["marked"].shape[1]
+        return max(1, *tokens_per_rank) <= self.views["marked"].shape[1]
 
     @property
     def top_k(self) -> int:

@@ -129,3 +129,20 @@ def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_that_cannot_open(ranks: Any, each: list[dict[str, int]], said: str) -> None:
     for answer in ranks.run(2, "opens_gathered", each):
         assert said in answer
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [2, 1]], ids=str)
+def test_rows_of_no_whole_words_have_no_sums_that_are_flags(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where nobody has a token: there is no room, and half a word is none."""
+    monkeypatch.setitem(made.__globals__, "HIDDEN", 33)
+    ranks = made(2)
+    maps = [its._mapped for its in ranks]
+    assert not any(its.marks(counts) for its in maps)
+    fields = [[torch.zeros(count, 1, dtype=torch.int32)] for count in counts]
+    gathered(ranks, fields, counts, monkeypatch)
+    for its in maps:
+        host.push(its, torch.ones(sum(counts), 33).bfloat16(), counts)
+    for its, count in zip(maps, counts, strict=True):
+        out = torch.empty(count, 33).bfloat16()
+        host.add(its, out, None, counts)
+        assert int(its.fault) == 0 and bool((out == 2.0).all())
