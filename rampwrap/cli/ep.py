@@ -14,6 +14,8 @@ from rampwrap.errors import InputError
 
 STEPS = (1, 8, 32, 128)
 "Tokens a rank that are looked at where none are given, and the most."
+MOST_SYMMETRIC = 8
+"`MOST_RANKS` of the kernels, which need Triton to be imported."
 
 
 @attrs.frozen
@@ -57,6 +59,10 @@ def ep(its: EpRequest) -> Answer:
     local = len(contiguous(shape.num_experts, its.ep_size, 0).experts)
     shape = attrs.evolve(shape, num_local_experts=local)
     layout = Layout(shape, its.ep_size, its.max_tokens_per_rank, **chosen)
+    if its.backend == "symmetric" and its.ep_size > MOST_SYMMETRIC:
+        raise InputError(
+            f"--ep-size {its.ep_size} is more than {MOST_SYMMETRIC} ranks, which share memory at most; use --backend collectives."
+        )
     memory = memory_of(layout, its.backend, local)
     steps: list[dict[str, Any]] = []
     for tokens in its.steps():

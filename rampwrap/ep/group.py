@@ -77,6 +77,10 @@ class ExpertParallel:
     ) -> None:
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}.")
+        if not isinstance(placement, Placement | None):
+            raise InputError(f"placement is a {type(placement).__name__}; give a Placement(num_experts, experts).")
+        if not timeout_s > 0:
+            raise InputError(f"timeout_s is {timeout_s:g}; give seconds above 0.")
         self.group, self.backend, self.masked, self.timeout_s = group, backend, masked, timeout_s
         self.by_source, self.by_source_tokens = by_source, by_source_tokens
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -335,9 +339,7 @@ class ExpertParallel:
                 "give the count of every rank."
             )
         if max(counts) > most or min(counts) < 0:
-            return (
-                f"tokens_per_rank is {list(counts)}, and max_tokens_per_rank={most}; open with more, or cut the batch."
-            )
+            return f"tokens_per_rank is {list(counts)}; give counts from 0 to max_tokens_per_rank={most}, or open with more."
         return None
 
     def _wrong_out(self, out: torch.Tensor | None, num_tokens: int) -> str | None:

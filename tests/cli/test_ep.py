@@ -25,6 +25,16 @@ def test_memory_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["steps"][1]["most_combine_bytes"] == 7 * 128 * 2 * 7168
 
 
+def test_most_ranks_are_those_of_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    from rampwrap.cli.ep import MOST_SYMMETRIC
+    from rampwrap.kernels.ep.flags import MOST_RANKS
+
+    assert MOST_SYMMETRIC == MOST_RANKS
+    assert main([*LAYER, "--ep-size", "16", "--backend", "collectives", "--batch-size", "1"]) == 0
+    assert "on 16 ranks" in capsys.readouterr().out
+
+
 def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*LAYER, "--backend", "collectives", "--partials", "fp32", "--batch-size", "1"]) == 0
     said = capsys.readouterr().out
@@ -50,6 +60,7 @@ def test_sizes_up_to_the_most_where_none_are_given(
             "--batch-size 9 is more than --max-tokens-per-rank 8",
         ),
         ([*LAYER, "--payload", "fp16"], "payload is 'fp16'; a layer in fp8 sends bf16 or fp8"),
+        ([*LAYER, "--ep-size", "16"], "--ep-size 16 is more than 8 ranks, which share memory at most; use --backend"),
         ([*LAYER, "--ep-size", "7"], "256 experts cannot be divided equally among 7 ranks"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rampwrap.ep.group import ExpertParallel
+from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
 
 SHAPE = MoEShape(8, 2, 64, 32)
@@ -45,6 +46,19 @@ COMPLETE = (dispatch(2, 2), COMBINE)
 def test_ranks_that_disagree(ranks: Any, each: list[dict[str, Any]], said: str) -> None:
     for answer in ranks.run(2, "refused", ARGUMENTS | {"each": each}, [OPEN]):
         assert said in answer[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"placement": [0, 1]}, "placement is a list; give a Placement"),
+        ({"timeout_s": 0}, "timeout_s is 0; give seconds above 0"),
+        ({"backend": "nvshmem"}, "backend 'nvshmem' is unknown; use one of"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ExpertParallel(None, SHAPE, 4, **arguments)  # type: ignore[arg-type]
 
 
 def test_another_version(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
