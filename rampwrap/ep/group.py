@@ -199,6 +199,8 @@ class ExpertParallel:
         if tokens_per_rank is None:
             counts = self._agree(board, "dispatch", sent.num_tokens, refusal)
         else:
+            if isinstance(tokens_per_rank, int):
+                raise InputError(f"tokens_per_rank is {tokens_per_rank}; give the count of every rank, as a list.")
             counts = tuple(int(its) for its in tokens_per_rank)
             refusal = refusal or self._wrong_counts(counts, sent.num_tokens)
         if refusal is not None:

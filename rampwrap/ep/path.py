@@ -7,9 +7,9 @@ import attrs
 from rampwrap.ep.layout import Layout
 
 BY_SOURCE_TOKENS = 8192
-"""Tokens of a rank from which on a layer may run source by source. On four H100, with a launch for each source, it took 0.84-0.99 times as long there as by one launch
-on the GPU (Qwen3-30B in FP8 from 16384 on), but outside CUDA graphs the host needs 3-5 ms to launch it, for 1.0-1.4, so that it is
-asked for and no default."""
+"""Tokens of a rank from which on a layer may run source by source. In CUDA graphs on four H100 a layer of Qwen3-30B takes 0.83-0.84 times as long there as by
+one launch, and 0.91-0.94 at 4096, where one of a DeepSeek-V3-like shard takes 1.02-1.04 times as long. Outside graphs the host needed 2.7-5.9 ms to launch the
+former kind, a launch for each source, so that it is asked for and no default."""
 # Measured on 4 H100 with 64 CTAs of ordinary stores, out of each GPU.
 STORE_BYTES_PER_US = 318e3
 # What asking each row's ids before sending it may cost at most, to be on the safe side.

@@ -29,7 +29,7 @@ class Sent:
 
     @property
     def num_tokens(self) -> int:
-        return self.topk_ids.shape[0] if self.topk_ids.dim() else 0
+        return self.hidden_states.shape[0] if self.hidden_states.dim() else 0
 
     def refusal(self, layout: Layout, device: torch.device) -> str | None:
         """What keeps a rank from sending this, in a sentence; None where nothing does."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from rampwrap.ep.group import ExpertParallel
+from rampwrap.ep.layout import Layout
+from rampwrap.ep.sent import Sent
 from rampwrap.errors import InputError
 from rampwrap.kernel.shape import MoEShape
 
@@ -61,9 +63,16 @@ def test_arguments_that_make_no_sense(arguments: dict[str, Any], said: str) -> N
         ExpertParallel(None, SHAPE, 4, **arguments)  # type: ignore[arg-type]
 
 
+def test_what_is_wrong_with_ids_is_said_of_them() -> None:
+    layout = Layout(SHAPE, 2, 4)
+    hidden, weights = torch.zeros(3, SHAPE.hidden_size).bfloat16(), torch.zeros(3, SHAPE.top_k)
+    fewer = torch.zeros(2, SHAPE.top_k, dtype=torch.int32)
+    found = Sent(hidden, fewer, weights, None).refusal(layout, torch.device("cpu"))
+    assert found == f"topk_ids is int32 (2, {SHAPE.top_k}) on cpu; give int32 or int64 (3, {SHAPE.top_k}) on cpu."
+
+
 def test_another_version(ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from rampwrap.ep import terms
-    from rampwrap.ep.layout import Layout
     from rampwrap.ep.owners import contiguous
     from rampwrap.errors import GroupError
 
