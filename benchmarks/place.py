@@ -71,22 +71,17 @@ def loads_in(path: pathlib.Path) -> FloatArray:
     return np.stack([each / each.sum(1, keepdims=True) for each in its])
 
 
-def drawn(concentration: float, rng: np.random.Generator) -> FloatArray:
-    """Shares [1, layers, experts]."""
-    return rng.dirichlet(np.full(SHAPE.num_experts, concentration), (1, LAYERS))
-
-
 def recorded(
     concentration: float, tokens: tuple[int, ...], steps: int, seed: int, loads: FloatArray | None = None
 ) -> IntArray:
     """Counts [steps, layers, experts]; the second half of the steps are of the last text."""
     rng = np.random.default_rng(seed)
-    shares = drawn(concentration, rng) if loads is None else loads
     out = np.zeros((steps, LAYERS, SHAPE.num_experts), dtype=np.int64)
     for layer in range(LAYERS):
+        texts = rng.dirichlet(np.full(SHAPE.num_experts, concentration), 1) if loads is None else loads[:, layer]
         for step in range(steps):
-            text = step % max(1, len(shares) - 1) if step < steps // 2 else -1
-            now = np.log(shares[text, layer] + 1e-12) + rng.normal(0, NOISE, SHAPE.num_experts)
+            text = step % max(1, len(texts) - 1) if step < steps // 2 else -1
+            now = np.log(texts[text] + 1e-12) + rng.normal(0, NOISE, SHAPE.num_experts)
             score = rng.gumbel(size=(int(rng.choice(tokens)), SHAPE.num_experts)) + now
             ids = np.argpartition(-score, SHAPE.top_k - 1, axis=1)[:, : SHAPE.top_k]
             out[step, layer] = np.bincount(ids.ravel(), minlength=SHAPE.num_experts)

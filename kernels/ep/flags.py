@@ -22,8 +22,6 @@ launch writes one that it reads: dispatch reads the first and writes the last, p
 DISPATCH, COMBINE = 1, 2
 LATE, COUNTS = 1, 2
 "Kinds of fault: a rank did not arrive in time, or with another number of tokens than was expected."
-MOST_RANKS = 8
-"Of one host; counts of tokens are arguments, one a rank."
 _EPOCH, _FAULT, _STEP = tl.constexpr(EPOCH), tl.constexpr(FAULT), tl.constexpr(STEP)
 _DISPATCH = tl.constexpr(DISPATCH)
 _LATE, _COUNTS = tl.constexpr(LATE), tl.constexpr(COUNTS)

@@ -17,10 +17,11 @@ from rampwrap.errors import InputError
 from rampwrap.kernels.common.fp8 import GROUP
 from rampwrap.kernels.common.operands import FP8
 from rampwrap.kernels.common.overlap import overlap
+from rampwrap.kernels.ep import MOST_RANKS
 from rampwrap.kernels.ep.bulk import end_kernel
 from rampwrap.kernels.ep.combine import push_kernel, sum_kernel
 from rampwrap.kernels.ep.dispatch import dispatch_kernel
-from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE, MOST_RANKS
+from rampwrap.kernels.ep.flags import COMBINE, COUNTS, DISPATCH, LATE
 from rampwrap.kernels.ep.gather import MOST_FIELDS, gather_kernel
 from rampwrap.kernels.ep.marked import take_kernel
 from rampwrap.kernels.triton import pdl
@@ -107,7 +108,7 @@ class Mapped:
         }
 
     @property
-    def _waiting(self) -> dict[str, Any]:
+    def waiting(self) -> dict[str, Any]:
         """Arguments of every kernel that waits for all ranks."""
         return {
             "header_ptr": self.views["header"],
@@ -191,7 +192,7 @@ def dispatch(
         BLOCK=min(4096, triton.next_power_of_2(words)),
         GROUPS=min(64, triton.next_power_of_2(-(-hidden // GROUP))),
         num_warps=8,
-        **its._waiting,
+        **its.waiting,
         **its._shared(tokens_per_rank),
     )
 
@@ -232,7 +233,7 @@ def gather(
         WAITS=waits,
         num_warps=8,
         maxnreg=64,  # without it ptxas saves registers, and spills some; four CTAs fit on an SM so
-        **its._waiting,
+        **its.waiting,
         **its._between(tokens_per_rank),
     )
 
@@ -316,7 +317,7 @@ def add(
         maxnreg=64 if its.num_ranks * its.views["partials"].dtype.itemsize <= 16 else 128,
         EVERY=its.expert_map is None,
         BY_SOURCE=by_source,
-        **its._waiting,
+        **its.waiting,
         **its._shared(tokens_per_rank),
     )
     if by_source:
@@ -341,7 +342,7 @@ def take(mapped: Mapped, out: torch.Tensor, tokens_per_rank: Sequence[int]) -> N
         num_warps=max(1, block // 128),
         EVERY=its.expert_map is None,
         EAGER=math.prod(grid) <= EAGER_CTAS,
-        **its._waiting,
+        **its.waiting,
         **its._shared(tokens_per_rank),
     )
 

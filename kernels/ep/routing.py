@@ -7,8 +7,8 @@ import attrs
 import torch
 import triton
 
+from rampwrap.kernels.ep import MOST_RANKS
 from rampwrap.kernels.ep.bulk import routing_kernel, tell_kernel, wait_kernel
-from rampwrap.kernels.ep.flags import MOST_RANKS
 from rampwrap.kernels.ep.host import Mapped
 
 BLOCK = 1024
@@ -87,13 +87,10 @@ def wait(mapped: Mapped, sources: Sequence[int], phase: int, tokens_per_rank: Se
     """A launch, which ends when the cells of these ranks are there: what comes after it sees what they announce."""
     arguments = {
         "cells_ptr": mapped.cells(phase)[0],
-        "header_ptr": mapped.views["header"],
-        "fault_ptr": mapped.fault,
         "wanted": sum(1 << source for source in sources),
-        "limit_ns": int(mapped.timeout_s * 1e9),
         **mapped.counts(tokens_per_rank),
         "PHASE": phase,
         "RANKS": mapped.num_ranks,
-        "LANES": triton.next_power_of_2(mapped.num_ranks),
+        **mapped.waiting,
     }
     return Repeated(wait_kernel, arguments)

@@ -11,11 +11,10 @@ from rampwrap.cli.types import positive
 from rampwrap.cli.workloads import tokens_option
 from rampwrap.ep import BACKENDS
 from rampwrap.errors import InputError
+from rampwrap.kernels.ep import MOST_RANKS
 
 STEPS = (1, 8, 32, 128)
 "Tokens a rank that are looked at where none are given, and the most."
-MOST_SYMMETRIC = 8
-"`MOST_RANKS` of the kernels, which need Triton to be imported."
 
 
 @attrs.frozen
@@ -59,9 +58,9 @@ def ep(its: EpRequest) -> Answer:
     local = len(contiguous(shape.num_experts, its.ep_size, 0).experts)
     shape = attrs.evolve(shape, num_local_experts=local)
     layout = Layout(shape, its.ep_size, its.max_tokens_per_rank, **chosen)
-    if its.backend == "symmetric" and its.ep_size > MOST_SYMMETRIC:
+    if its.backend == "symmetric" and its.ep_size > MOST_RANKS:
         raise InputError(
-            f"--ep-size {its.ep_size} is more than {MOST_SYMMETRIC} ranks, which share memory at most; use --backend collectives."
+            f"--ep-size {its.ep_size} is more than {MOST_RANKS} ranks, which share memory at most; use --backend collectives."
         )
     memory = memory_of(layout, its.backend, local)
     steps: list[dict[str, Any]] = []

@@ -30,6 +30,7 @@ import torch
 
 from rampwrap.engines import vllm_contract
 from rampwrap.errors import RampwrapError
+from rampwrap.kernels.ep import MOST_RANKS
 from rampwrap.plan.folder import OneWarning, enabled
 
 VARIABLE = "RAMPWRAP_VLLM_GATHER"
@@ -38,7 +39,6 @@ MODULE = "vllm.distributed.device_communicators.all2all"
 LIMIT_S = 600.0
 "Seconds that a rank is waited for, torch's own limit for NCCL: a rank may compile while the others wait."
 WATCH_S = 1.0
-MOST_RANKS = 8
 
 WIDE = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float8_e4m3fn: None}
 "Types of rows, and those of the sums that come back; of FP8 rows the model's. Other types pack several columns."

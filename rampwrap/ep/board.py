@@ -15,6 +15,8 @@ import torch.distributed as dist
 from rampwrap.errors import GroupError
 
 _GO = "go"
+_opened: dict[tuple[str, str], int] = {}
+"How often boards of a kind were made for each group: the same on all its ranks, and so a name that they share."
 
 
 class Board:
@@ -33,6 +35,14 @@ class Board:
         self._rank, self._num_ranks = rank, num_ranks
         self.timeout_s = timeout_s
         self._generation, self._round = 0, 0
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, kind: str, timeout_s: float) -> "Board":
+        """A new one of a group; all ranks make it together."""
+        key = kind, group.group_name
+        number = _opened[key] = _opened.get(key, 0) + 1
+        store, rank, ranks = group.get_group_store(), dist.get_rank(group), dist.get_world_size(group)
+        return cls(store, f"{kind}/{number}", rank, ranks, timeout_s)
 
     def exchange(self, phase: str, line: Any) -> list[Any]:
         """Writes a line and returns those of all ranks, by rank.

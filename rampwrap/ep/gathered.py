@@ -8,21 +8,16 @@ allocates but the output, so both can be captured in CUDA graphs, as `Symmetric`
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import torch
 import torch.distributed as dist
 
 from rampwrap.ep import terms
 from rampwrap.ep.board import Board
-from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, Wanted, marked, placed, views_of
+from rampwrap.ep.layout import ALIGNED, CELLS, HEADER, Wanted, marked, placed
 from rampwrap.ep.shared import Shared, between_steps, settle
-from rampwrap.errors import GroupError
 from rampwrap.kernels.ep import host
 from rampwrap.kernels.ep.gather import MOST_FIELDS
 from rampwrap.kernels.ep.host import Mapped
-
-_opened: dict[str, int] = {}
-"How often each group was opened: the same on all its ranks, and so a name that they share."
 
 
 class Gathered:
@@ -66,31 +61,13 @@ class Gathered:
             GroupError: ranks disagree, one found no memory or no way to its peers, or did not arrive; every rank raises it.
         """
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        number = _opened[group.group_name] = _opened.get(group.group_name, 0) + 1
-        board = Board(group.get_group_store(), f"gathered/{number}", rank, ranks, open_s)
+        board = Board.of(group, "gathered", open_s)
         sizes = {"token_bytes": token_bytes, "hidden_size": hidden_size, "max_tokens_per_rank": max_tokens_per_rank}
         wish = terms.Terms.here(sizes | {"dtype": str(dtype).removeprefix("torch.")}, device)
-        every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
-        terms.check(every)
-        reason = terms.apart(every, rank, torch.cuda.can_device_access_peer)
-        reason = terms.first_reason(board.exchange("reach", reason))
-        if reason is not None:
-            raise GroupError(reason)
+        terms.reach(board, terms.met(board, wish), rank)
         regions = placed(wanted(ranks, max_tokens_per_rank, token_bytes, hidden_size, dtype))
         shared = Shared.mapped(group, regions[-1].end, device, board)
-        mapped = Mapped(
-            rank=rank,
-            num_ranks=ranks,
-            bases=torch.tensor(shared.bases, dtype=torch.int64, device=device),
-            views=views_of(regions, shared.memory),
-            offsets={its.name: its.offset for its in regions},
-            fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
-            rank_of_expert=None,
-            expert_map=None,
-            timeout_s=timeout_s,
-        )
-        mapped.begin()
-        torch.cuda.synchronize(device)
+        mapped = shared.seen(regions, rank, timeout_s)
         board.exchange("open to all", None)
         return cls(mapped, board, shared)
 

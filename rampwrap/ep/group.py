@@ -24,8 +24,6 @@ from rampwrap.kernel.shape import MoEShape
 Movers = tuple[Mover, BySource | None]
 "Of whole steps, and of those by source, where they are asked for."
 _open: list["ExpertParallel"] = []
-_opened: dict[str, int] = {}
-"How often each group was opened: the same on all its ranks, and so a name that they share."
 
 
 class ExpertParallel:
@@ -118,9 +116,7 @@ class ExpertParallel:
         """
         if self._state != "closed":
             raise InputError("this ExpertParallel is open already; close() it first.")
-        number = _opened[self.group.group_name] = _opened.get(self.group.group_name, 0) + 1
-        store = self.group.get_group_store()
-        self._board = board = Board(store, f"ep/{number}", self.rank, self.num_ranks, self.timeout_s)
+        self._board = board = Board.of(self.group, "ep", self.timeout_s)
         try:
             every = self._meet(board)
             self._owners = Owners.of([its.placement for its in every], self.rank, self.device)
@@ -137,9 +133,7 @@ class ExpertParallel:
         names = ("masked", "by_source", "by_source_tokens")
         backend = ", ".join([self.backend, *(f"{name}={getattr(self, name)}" for name in names)])
         wish = terms.Terms.of(self.layout, self.placement, self.device, backend, self._busy())
-        every = [terms.Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
-        terms.check(every)
-        return every
+        return terms.met(board, wish)
 
     def _made(self, board: Board, every: Sequence[terms.Terms], owners: Owners) -> Movers:
         if self.backend == "collectives":
@@ -147,10 +141,7 @@ class ExpertParallel:
             return one, one
         from rampwrap.ep.symmetric import Symmetric
 
-        reason = terms.apart(every, self.rank, torch.cuda.can_device_access_peer)
-        reason = terms.first_reason(board.exchange("reach", reason))
-        if reason is not None:
-            raise GroupError(reason)
+        terms.reach(board, every, self.rank)
         near = Symmetric.open(self.group, self.layout, owners, self.device, board)
         return near, near.bulk() if self.by_source else None
 

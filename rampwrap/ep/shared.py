@@ -1,6 +1,6 @@
 """`Shared`: memory of one rank that all ranks of a host map and write into."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 
 from rampwrap.ep.board import Board
+from rampwrap.ep.layout import Region, views_of
+from rampwrap.ep.owners import Owners
 from rampwrap.errors import GroupError
+from rampwrap.kernels.ep.host import Mapped
 
 
 @attrs.frozen(eq=False)
@@ -56,6 +59,24 @@ class Shared:
         torch.cuda.synchronize(device)
         board.exchange("zeroed", None)
         return cls(memory, bases, handle)
+
+    def seen(self, regions: Iterable[Region], rank: int, timeout_s: float, owners: Owners | None = None) -> Mapped:
+        """As kernels see it, ready for the first step; without owners rows go to every rank."""
+        device, regions = self.memory.device, tuple(regions)
+        found = Mapped(
+            rank=rank,
+            num_ranks=len(self.bases),
+            bases=torch.tensor(self.bases, dtype=torch.int64, device=device),
+            views=views_of(regions, self.memory),
+            offsets={its.name: its.offset for its in regions},
+            fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
+            rank_of_expert=None if owners is None else owners.rank_of_expert,
+            expert_map=None if owners is None else owners.expert_map,
+            timeout_s=timeout_s,
+        )
+        found.begin()
+        settle(device)
+        return found
 
     def of(self, rank: int) -> torch.Tensor:
         """uint8, the whole memory of a rank, as a tensor of this one's GPU."""

@@ -60,19 +60,7 @@ class Symmetric:
         """
         shared = Shared.mapped(group, layout.bytes, device, board)
         own = torch.zeros(own_ints(layout, owners.num_local_experts), dtype=torch.int32, device=device)
-        mapped = Mapped(
-            rank=owners.rank,
-            num_ranks=owners.num_ranks,
-            bases=torch.tensor(shared.bases, dtype=torch.int64, device=device),
-            views=layout.views(shared.memory),
-            offsets={its.name: its.offset for its in layout.regions},
-            fault=torch.zeros(1, dtype=torch.int64, pin_memory=True),
-            rank_of_expert=owners.rank_of_expert,
-            expert_map=owners.expert_map,
-            timeout_s=board.timeout_s,
-        )
-        mapped.begin()
-        torch.cuda.synchronize(device)
+        mapped = shared.seen(layout.regions, owners.rank, board.timeout_s, owners)
         return cls(mapped, owners, layout, own, shared)
 
     def bulk(self) -> Bulk:

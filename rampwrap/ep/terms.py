@@ -8,6 +8,7 @@ import attrs
 import numpy as np
 import torch
 
+from rampwrap.ep.board import Board
 from rampwrap.ep.layout import PROTOCOL, Layout
 from rampwrap.errors import GroupError
 from rampwrap.kernel.placement import Placement
@@ -68,6 +69,28 @@ class Terms:
     @property
     def placement(self) -> Placement:
         return Placement(self.num_experts, np.array(self.experts, dtype=np.int64))
+
+
+def met(board: Board, wish: Terms) -> list[Terms]:
+    """Those of all ranks, which tell each other theirs.
+
+    Raises:
+        GroupError: as `check`, or a rank did not arrive.
+    """
+    every = [Terms(**its) for its in board.exchange("open", attrs.asdict(wish))]
+    check(every)
+    return every
+
+
+def reach(board: Board, all_terms: Sequence[Terms], rank: int) -> None:
+    """Nothing, where every rank can write into the memory of all others.
+
+    Raises:
+        GroupError: the reason of the lowest rank that cannot; the same sentence on every rank.
+    """
+    reason = first_reason(board.exchange("reach", apart(all_terms, rank, torch.cuda.can_device_access_peer)))
+    if reason is not None:
+        raise GroupError(reason)
 
 
 def check(all_terms: Sequence[Terms]) -> None:

@@ -27,10 +27,10 @@ def test_memory_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_most_ranks_are_those_of_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
-    from rampwrap.cli.ep import MOST_SYMMETRIC
-    from rampwrap.kernels.ep.flags import MOST_RANKS
+    from rampwrap.cli.ep import MOST_RANKS
+    from rampwrap.kernels.ep import host
 
-    assert MOST_SYMMETRIC == MOST_RANKS
+    assert MOST_RANKS == host.MOST_RANKS
     assert main([*LAYER, "--ep-size", "16", "--backend", "collectives", "--batch-size", "1"]) == 0
     assert "on 16 ranks" in capsys.readouterr().out
 
