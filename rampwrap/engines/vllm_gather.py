@@ -186,7 +186,6 @@ class Exchange:
         self._counts: tuple[int, ...] | None = None
         self._launched: set[tuple[Any, ...]] = set()
         self._compiled: set[tuple[Any, ...]] = set()
-        self._memory = 0
         if reason is not None:
             _warn(reason, "rampwrap leaves vLLM's all-gather as it is: %s.", reason, level=logging.INFO)
 
@@ -240,7 +239,6 @@ class Exchange:
         self._compiled.add(kind)
         self._counts = counts
         gathered: list[torch.Tensor] = rows.gather(fields, counts)
-        self._memory = gathered[0].untyped_storage().data_ptr()
         return gathered
 
     def scatter(self, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -254,9 +252,6 @@ class Exchange:
             kind = f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
             _warn("kind", "rampwrap leaves vLLM's all-gather as it is from now on: sums are %s.", kind)
             return None
-        if y.untyped_storage().data_ptr() == self._memory:
-            # Experts that work in place left sums where a rank that has all of its own may put rows of another step.
-            y = y.clone()
         scattered: torch.Tensor = self._rows.scatter(y, counts, out)
         return scattered
 

@@ -134,15 +134,15 @@ class Gathered:
         """The sums over all ranks of this rank's tokens [T, H], added by rank in float32.
 
         Args:
-            y: [N, H], rows of all ranks, as `takes` has it. It may lie over gathered rows, where no rank goes on to other counts before
-                all have sent theirs; engines agree on counts between the two.
+            y: [N, H], rows of all ranks, as `takes` has it; over gathered rows too, as experts that work in place leave it: a copy is
+                sent then, for a rank that has all its sums may put rows of another step there.
             tokens_per_rank: as of the gather before.
             out: [T, H], contiguous, written and returned.
         """
         its = self._mapped
         if out is None:
             out = y.new_empty(tokens_per_rank[its.rank], y.shape[1])
-        host.push(its, host.apart(y, out), tokens_per_rank)
+        host.push(its, host.apart(y, out, its.views["fields"]), tokens_per_rank)
         host.add(its, out, None, tokens_per_rank)
         return out
 

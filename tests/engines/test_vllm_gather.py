@@ -177,16 +177,6 @@ def test_steps_in_graphs_are_ours(made):
         assert not ours(False, *step) and not ours(True, *step)
 
 
-def test_sums_in_the_place_of_rows(made):
-    """Experts may work in place: a rank that has all its sums writes there."""
-    exchange, _, gather = made
-    for capturing in (False, True):
-        (rows,) = gather(capturing)
-        rows.fill_(3)
-        sums = exchange.scatter(rows)
-        assert torch.equal(sums, rows) and sums.data_ptr() != rows.data_ptr()
-
-
 def test_a_gather_without_its_scatter(made, caplog):
     """The next one goes vLLM's way, and all after it: it would find the flags of the one before, and not wait for anybody."""
     exchange, gathered, gather = made

@@ -92,6 +92,21 @@ def test_steps(counts: list[int], dtype: torch.dtype, monkeypatch: pytest.Monkey
             assert rank.fault() is None and int(rank._mapped.views["header"][0]) == step + 1
 
 
+def test_sums_in_the_place_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts may work in place: a rank that has all its sums writes there."""
+    (its,) = made(1)
+    pushed: list[torch.Tensor] = []
+    monkeypatch.setattr(host, "push", lambda mapped, y, counts: pushed.append(y))
+    monkeypatch.setattr(host, "add", lambda *its: None)
+    (rows,) = gathered([its], [[torch.zeros(2, HIDDEN).bfloat16()]], [2], monkeypatch)[0]
+    rows.fill_(3)
+    its.scatter(rows, [2])
+    elsewhere = torch.full((2, HIDDEN), 3.0).bfloat16()
+    its.scatter(elsewhere, [2])
+    assert torch.equal(pushed[0], rows) and pushed[0].data_ptr() != rows.data_ptr()
+    assert pushed[1].data_ptr() == elsewhere.data_ptr()
+
+
 def test_what_goes_another_way() -> None:
     (its,) = made(1, token_bytes=200)
     row = torch.zeros(2, HIDDEN, dtype=torch.bfloat16)
